@@ -1,0 +1,146 @@
+"""Backends of an operator: refusals as data, the choice among them, and its explanation.
+
+A backend says why it cannot take a call as a list of sentences, empty when it can. `choose` takes the first backend, in
+the operator's order for that device, that refuses nothing; a backend asked for by name either runs or raises with its
+reasons. No operator is named here.
+
+Environment, read at every call: `FASTRES_BACKEND` replaces "auto"; `FASTRES_DISABLE` is a comma-separated list of
+backends never chosen ("all" leaves the reference alone).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+REFERENCE = "reference"
+AUTO = "auto"
+
+
+class BackendError(RuntimeError):
+    """A backend asked for by name refuses the call; the message holds its reasons."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run an operator: `why_not(x)` lists its refusals, `forward` and `backward` fill preallocated outputs."""
+
+    name: str
+    why_not: Callable[[Tensor], list[str]]
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+@dataclass
+class Operator:
+    """An operator's backends and, per device type, the order in which "auto" tries them."""
+
+    name: str
+    order: dict[str, tuple[str, ...]]
+    backends: dict[str, Backend] = field(default_factory=dict)
+
+    def add(self, backend: Backend) -> None:
+        self.backends[backend.name] = backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: the chosen backend and every backend's refusals."""
+
+    operator: str
+    chosen: str
+    refusals: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name in self.refusals)
+        lines = [f"{self.operator}: {self.chosen}"]
+        for name, reasons in self.refusals.items():
+            state = "chosen" if name == self.chosen else "; ".join(reasons) or "can"
+            lines.append(f"  {name:<{width}}  {state}")
+        return "\n".join(lines)
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def register(operator: Operator) -> Operator:
+    """Makes an operator known to `explain` and `info`; its module calls this once."""
+    OPERATORS[operator.name] = operator
+    return operator
+
+
+def check_name(backend: str, operator: Operator | None = None) -> None:
+    """Raises ValueError unless `backend` is "auto" or a backend of `operator` (of any operator when None)."""
+    operators = OPERATORS.values() if operator is None else [operator]
+    known = {AUTO, *(name for op in operators for name in op.backends)}
+    if backend not in known:
+        raise ValueError(f"backend: got {backend!r}, expected one of {sorted(known)}")
+
+
+def _disabled(name: str) -> bool:
+    setting = os.environ.get("FASTRES_DISABLE")
+    if not setting or name == REFERENCE:
+        return False
+    names = {part.strip() for part in setting.split(",")}
+    return name in names or "all" in names
+
+
+def refusals(backend: Backend, x: Tensor) -> list[str]:
+    """Why `backend` cannot take a call whose input is `x`; empty when it can."""
+    if _disabled(backend.name):
+        return ["disabled by FASTRES_DISABLE"]
+    return backend.why_not(x)
+
+
+def choose(operator: Operator, requested: str, x: Tensor) -> Backend:
+    """The backend that runs `operator` on `x`.
+
+    Raises:
+        ValueError: `requested` names no backend of this operator.
+        BackendError: `requested` names a backend that refuses.
+    """
+    if requested == AUTO:
+        requested = os.environ.get("FASTRES_BACKEND") or AUTO
+    if requested != AUTO:
+        check_name(requested, operator)
+        backend = operator.backends[requested]
+        reasons = refusals(backend, x)
+        if reasons:
+            raise BackendError(f"{operator.name}: backend {requested!r} refuses: {'; '.join(reasons)}")
+        return backend
+    for name in operator.order.get(x.device.type, ()):
+        backend = operator.backends[name]
+        if not refusals(backend, x):
+            return backend
+    return operator.backends[REFERENCE]
+
+
+def explain(operator: str, x: Tensor, *args: object, backend: str = AUTO, **kwargs: object) -> Explanation:
+    """Which backend would run `operator` on `x`, and why not the others.
+
+    Args:
+        operator: an operator's name, such as "bn_act".
+        x: the operator's first tensor, [N, C, H, W]; further arguments are accepted, so that a call can be pasted.
+        backend: as in the call.
+
+    Raises:
+        ValueError: no such operator or backend.
+        TypeError: `x` is not a tensor.
+        BackendError: the named backend refuses.
+
+    Example:
+        >>> import torch, fastres
+        >>> fastres.explain("bn_act", torch.randn(2, 8, 4, 4, dtype=torch.float64)).chosen
+        'reference'
+    """
+    if operator not in OPERATORS:
+        raise ValueError(f"operator: got {operator!r}, expected one of {sorted(OPERATORS)}")
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, expected a Tensor")
+    op = OPERATORS[operator]
+    chosen = choose(op, backend, x)
+    return Explanation(operator, chosen.name, {name: refusals(b, x) for name, b in op.backends.items()})

@@ -1,0 +1,6 @@
+"""The operators: importing this package defines them. One file each, read from top to bottom."""
+
+from fastres.ops.add_relu import add_relu
+from fastres.ops.bn_act import bn_act, bn_act_module
+
+__all__ = ["add_relu", "bn_act", "bn_act_module"]

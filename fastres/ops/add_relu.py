@@ -1,0 +1,173 @@
+"""add_relu: the end of a residual block (He et al. 2016, section 3.2: the second nonlinearity after the addition).
+
+    formula    z = x + r                        r: residual, the shortcut
+               y = max(z, 0)                    NaN passes, as torch.relu
+    gradient   dx = dr = 0 where y <= 0, else dy
+
+One pass over memory instead of two: reads x and r, writes y; backward reads dy and y, writes one tensor for both inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
+from fastres.ops._tensors import (
+    check_activation,
+    empty_elementwise,
+    why_not_cpu,
+    why_not_reference,
+    why_not_triton,
+)
+
+_LIB = torch.library.Library("fastres", "FRAGMENT")
+_LIB.define('add_relu(Tensor x, Tensor residual, str backend="auto") -> Tensor')
+_LIB.define('add_relu_backward(Tensor dy, Tensor y, str backend="auto") -> Tensor')
+_LIB.define("_add_relu_native(Tensor x, Tensor residual, Tensor(a!) y) -> ()")
+_LIB.define("_add_relu_backward_native(Tensor dy, Tensor y, Tensor(a!) dx) -> ()")
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------
+
+
+def _reference_forward(x: Tensor, residual: Tensor, y: Tensor) -> None:
+    torch.add(x, residual, out=y)
+    torch.relu_(y)
+
+
+def _reference_backward(dy: Tensor, y: Tensor, dx: Tensor) -> None:
+    torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dx)
+
+
+# ---- operator: checks, kernel, fake, autograd ------------------------------------------------------------------------
+
+
+def _check(x: Tensor, residual: Tensor) -> None:
+    check_activation("add_relu", "x", x)
+    check_activation("add_relu", "residual", residual, like=x)
+
+
+def _forward(x: Tensor, residual: Tensor, backend: str = AUTO) -> Tensor:
+    _check(x, residual)
+    chosen = choose(OPERATOR, backend, x)
+    y = empty_elementwise(x, residual)
+    if x.numel():
+        chosen.forward(_ordered(x, y), _ordered(residual, y), y)
+    return y
+
+
+def _backward(dy: Tensor, y: Tensor, backend: str = AUTO) -> Tensor:
+    chosen = choose(OPERATOR, backend, y)
+    dx = torch.empty_like(y)
+    if y.numel():
+        chosen.backward(_ordered(dy, dx), _ordered(y, dx), dx)
+    return dx
+
+
+def _ordered(t: Tensor, like: Tensor) -> Tensor:
+    """`t`, copied only if it is not dense in `like`'s memory order already."""
+    if t.stride() == like.stride():
+        return t
+    if like.is_contiguous():
+        return t.contiguous()
+    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        return t.contiguous(memory_format=torch.channels_last)
+    return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+def _fake_forward(x: Tensor, residual: Tensor, backend: str = AUTO) -> Tensor:
+    _check(x, residual)
+    return empty_elementwise(x, residual)
+
+
+def _fake_backward(dy: Tensor, y: Tensor, backend: str = AUTO) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output)
+    ctx.backend = inputs[2]
+
+
+def _autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    (y,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: linear in dy, so one mask serves every order
+        dx = torch.where(y.detach() <= 0, 0, dy)
+    else:
+        dx = torch.ops.fastres.add_relu_backward.default(dy, y, ctx.backend)
+    return dx if ctx.needs_input_grad[0] else None, dx if ctx.needs_input_grad[1] else None, None
+
+
+for _key in ("CPU", "CUDA"):
+    _LIB.impl("add_relu", _forward, _key)
+    _LIB.impl("add_relu_backward", _backward, _key)
+torch.library.register_fake("fastres::add_relu", _fake_forward, lib=_LIB)
+torch.library.register_fake("fastres::add_relu_backward", _fake_backward, lib=_LIB)
+torch.library.register_autograd("fastres::add_relu", _autograd_backward, setup_context=_setup_context, lib=_LIB)
+
+
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+
+def _cpu_forward(x: Tensor, residual: Tensor, y: Tensor) -> None:
+    torch.ops.fastres._add_relu_native.default(x, residual, y)
+
+
+def _cpu_backward(dy: Tensor, y: Tensor, dx: Tensor) -> None:
+    torch.ops.fastres._add_relu_backward_native.default(dy, y, dx)
+
+
+def _triton_forward(x: Tensor, residual: Tensor, y: Tensor) -> None:
+    from fastres.kernels.add_relu import add_relu_forward
+
+    add_relu_forward(x, residual, y)
+
+
+def _triton_backward(dy: Tensor, y: Tensor, dx: Tensor) -> None:
+    from fastres.kernels.add_relu import add_relu_backward
+
+    add_relu_backward(dy, y, dx)
+
+
+OPERATOR = register(Operator("add_relu", order={"cpu": ("cpu",), "cuda": ("triton",)}))
+OPERATOR.add(Backend(REFERENCE, why_not_reference, _reference_forward, _reference_backward))
+OPERATOR.add(Backend("cpu", why_not_cpu, _cpu_forward, _cpu_backward))
+OPERATOR.add(Backend("triton", why_not_triton, _triton_forward, _triton_backward))
+
+
+# ---- public function -------------------------------------------------------------------------------------------------
+
+
+def add_relu(x: Tensor, residual: Tensor, *, backend: str = AUTO) -> Tensor:
+    """y = relu(x + residual), in one pass.
+
+    Gradient: dx = dresidual = dy where y > 0 (or y is NaN), 0 elsewhere; any order of differentiation.
+
+    Args:
+        x: any shape, float32, float16, bfloat16 or float64; any strides.
+        residual: x's shape, dtype and device; may be x itself.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        y, x's shape and dtype, with the strides that eager gives `x + residual`.
+
+    Raises:
+        ValueError: shapes or devices differ, unknown backend.
+        TypeError: not a tensor, dtypes differ or are not floating.
+        BackendError: the named backend refuses; the message says why.
+
+    Source: He et al. 2016, section 3.2, equation (1).
+
+    Example:
+        >>> import torch
+        >>> from fastres.functional import add_relu
+        >>> add_relu(torch.tensor([-2.0, 1.0]), torch.tensor([1.0, 1.0]))
+        tensor([0., 2.])
+    """
+    if not (isinstance(x, Tensor) and isinstance(residual, Tensor)):
+        _check(x, residual)
+    y: Tensor = torch.ops.fastres.add_relu.default(x, residual, backend)
+    return y

@@ -1,0 +1,562 @@
+"""bn_act: batch normalisation with the residual addition and the ReLU that follow it.
+
+    formula    x_hat = (x - mean) * rstd                    rstd = 1 / sqrt(var + eps), per channel
+               z     = weight * x_hat + bias [+ residual]
+               y     = max(z, 0)                            act="relu", NaN passes; y = z for act="none"
+               mean, var: of the batch (biased) in training, the running statistics in eval mode
+    gradient   g        = 0 where y <= 0, else dy           act="relu"; g = dy for act="none"
+               dbias    = sum g                             over N, H, W
+               dweight  = sum g * x_hat
+               dx       = weight * rstd * (g - dbias / n - x_hat * dweight / n)      training, n = N * H * W
+               dx       = weight * rstd * g                                          eval
+               dresidual = g
+    update     running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
+
+Statistics and per-channel arithmetic are float32 whatever the activations are (float64 for float64). Saved for backward:
+x, mean, var and y for its sign; no normalised copy. The statistics are returned, and the running ones updated after the
+operator, in the public function: nothing has moved when a call raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
+from fastres.ops._tensors import (
+    check_activation,
+    empty_elementwise,
+    is_channels_last,
+    memory_format,
+    stats_dtype,
+    why_not_cpu,
+    why_not_reference,
+    why_not_triton,
+)
+
+ACTS = ("relu", "none")
+
+_LIB = torch.library.Library("fastres", "FRAGMENT")
+_LIB.define(
+    "bn_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? residual, "
+    'bool training, float eps, str act, str backend="auto") -> (Tensor, Tensor, Tensor)'
+)
+_LIB.define(
+    "bn_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, bool training, float eps, "
+    'str act, bool[] needs, str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)'
+)
+_LIB.define(
+    "_bn_act_native(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!) y, Tensor(b!) mean, "
+    "Tensor(c!) var, bool channels_last, bool training, float eps, str act) -> ()"
+)
+_LIB.define(
+    "_bn_act_backward_native(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, Tensor(a!)? dx, "
+    "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dresidual, bool channels_last, bool training, float eps, "
+    "str act) -> ()"
+)
+
+
+# ---- reference: eager's own kernels, so its error is eager's error ---------------------------------------------------
+
+
+def _reference_forward(
+    x: Tensor,  # [N, C, H, W]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    residual: Tensor | None,  # [N, C, H, W]
+    y: Tensor,  # [N, C, H, W], filled
+    mean: Tensor,  # [C], filled in training
+    var: Tensor,  # [C], filled in training
+    *,
+    channels_last: bool,
+    training: bool,
+    eps: float,
+    act: str,
+) -> None:
+    saved = torch.empty_like(mean), torch.empty_like(var)
+    if training:  # momentum 1 leaves the batch's mean and unbiased variance in the "running" tensors
+        torch.ops.aten.native_batch_norm.out(
+            x, weight, bias, mean.zero_(), var.zero_(), True, 1.0, eps, out=y, save_mean=saved[0], save_invstd=saved[1]
+        )
+        n = x.numel() // x.shape[1]
+        var.mul_((n - 1) / n)
+    else:
+        torch.ops.aten.native_batch_norm.out(
+            x, weight, bias, mean, var, False, 0.0, eps, out=y, save_mean=saved[0], save_invstd=saved[1]
+        )
+    if residual is not None:
+        y.add_(residual)
+    if act == "relu":
+        y.relu_()
+
+
+def _reference_backward(
+    dy: Tensor,  # [N, C, H, W]
+    x: Tensor,  # [N, C, H, W]
+    y: Tensor | None,  # [N, C, H, W], None for act="none"
+    weight: Tensor | None,  # [C]
+    mean: Tensor,  # [C]
+    var: Tensor,  # [C]
+    dx: Tensor | None,  # [N, C, H, W], filled
+    dweight: Tensor | None,  # [C], filled
+    dbias: Tensor | None,  # [C], filled
+    dresidual: Tensor | None,  # [N, C, H, W], filled
+    *,
+    channels_last: bool,
+    training: bool,
+    eps: float,
+    act: str,
+) -> None:
+    g = dy if y is None else torch.ops.aten.threshold_backward.default(dy, y, 0)
+    if dresidual is not None:
+        dresidual.copy_(g)
+    if dx is None and dweight is None and dbias is None:
+        return
+    wanted = [dx is not None, dweight is not None or dbias is not None, dweight is not None or dbias is not None]
+    grads = torch.ops.aten.native_batch_norm_backward.default(
+        g, x, weight, mean, var, mean, torch.rsqrt(var + eps), training, eps, wanted
+    )
+    for out, grad in zip((dx, dweight, dbias), grads, strict=True):
+        if out is not None:
+            out.copy_(grad)
+
+
+def _composite_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradient formula in differentiable torch operations: what create_graph=True differentiates again."""
+    dims = (0, 2, 3)
+    g = (dy if y is None else torch.where(y.detach() <= 0, 0, dy)).to(mean.dtype)  # [N, C, H, W]
+    xs = x.to(mean.dtype)
+    if training:
+        var, mean = torch.var_mean(xs, dims, correction=0)  # functions of x here, so that second derivatives see them
+    rstd = torch.rsqrt(var + eps)[:, None, None]  # [C, 1, 1]
+    x_hat = (xs - mean[:, None, None]) * rstd
+    dbias, dweight = g.sum(dims), (g * x_hat).sum(dims)  # [C]
+    scale = rstd if weight is None else rstd * weight.to(mean.dtype)[:, None, None]
+    if training:
+        n = x.numel() // x.shape[1]
+        dx = scale * (g - dbias[:, None, None] / n - x_hat * dweight[:, None, None] / n)
+    else:
+        dx = scale * g
+    return dx.to(x.dtype), dweight, dbias, g.to(x.dtype)
+
+
+# ---- operator: checks, kernel, fake, autograd ------------------------------------------------------------------------
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    act: str,
+) -> None:
+    check_activation("bn_act", "x", x)
+    if x.ndim != 4:
+        raise ValueError(f"bn_act: x: got {x.ndim} dimensions {list(x.shape)}, expected 4: [N, C, H, W]")
+    channels = x.shape[1]
+    per_channel = ("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)
+    for name, t in per_channel:
+        if t is None:
+            continue
+        if t.ndim != 1 or t.shape[0] != channels:
+            raise ValueError(f"bn_act: {name}: got shape {list(t.shape)}, expected [{channels}], x's channels")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"bn_act: {name}: got dtype {t.dtype}, expected a floating dtype")
+        if t.device != x.device:
+            raise ValueError(f"bn_act: {name}: got device {t.device}, expected x's device {x.device}")
+    if residual is not None:
+        check_activation("bn_act", "residual", residual, like=x)
+    if act not in ACTS:
+        raise ValueError(f"bn_act: act: got {act!r}, expected one of {ACTS}")
+    if training:
+        if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            raise ValueError(f"bn_act: x: expected more than 1 value per channel when training, got {list(x.shape)}")
+    elif running_mean is None or running_var is None:
+        raise ValueError("bn_act: running_mean and running_var: got None, expected [C] tensors when training is False")
+
+
+def _is_empty(x: Tensor) -> bool:
+    return x.numel() == 0
+
+
+def _empty_output(x: Tensor, residual: Tensor | None, act: str, channels_last: bool) -> Tensor:
+    """Uninitialised y, with the strides that eager's batch_norm, addition and relu leave."""
+    if _is_empty(x):
+        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        return y if residual is None and act == "none" else torch.empty_like(y, memory_format=torch.contiguous_format)
+    y = torch.empty_like(x, memory_format=memory_format(channels_last))
+    return y if residual is None or residual.stride() == y.stride() else empty_elementwise(y, residual, act)
+
+
+def _dense(t: Tensor, channels_last: bool) -> Tensor:
+    return t.contiguous(memory_format=memory_format(channels_last))
+
+
+def _per_channel(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.detach().to(dtype).contiguous()
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+    backend: str = AUTO,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, bias, running_mean, running_var, residual, training, act)
+    chosen = choose(OPERATOR, backend, x)
+    channels_last = is_channels_last(x)
+    y = _empty_output(x, residual, act, channels_last)
+    dtype = stats_dtype(x)
+    if training:
+        mean = x.new_empty(x.shape[1], dtype=dtype)
+        var = torch.empty_like(mean)
+        if _is_empty(x):
+            return y, mean.zero_(), var.zero_()
+    else:  # copies: backward uses the statistics of this forward, whatever happens to the buffers in between
+        assert running_mean is not None and running_var is not None
+        mean = running_mean.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        var = running_var.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if _is_empty(x):
+            return y, mean, var
+    chosen.forward(
+        _dense(x, channels_last),
+        _per_channel(weight, dtype),
+        _per_channel(bias, dtype),
+        None if residual is None else _dense(residual, channels_last),
+        y,
+        mean,
+        var,
+        channels_last=channels_last,
+        training=training,
+        eps=eps,
+        act=act,
+    )
+    return y, mean, var
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+    backend: str = AUTO,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight, bias, running_mean, running_var, residual, training, act)
+    y = _empty_output(x, residual, act, is_channels_last(x))
+    mean = x.new_empty(x.shape[1], dtype=stats_dtype(x))
+    return y, mean, torch.empty_like(mean)
+
+
+def _empty_gradients(
+    x: Tensor, y: Tensor | None, mean: Tensor, needs: Sequence[bool], channels_last: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Uninitialised (dx, dweight, dbias, dresidual), None where not needed; dx in x's memory order, as eager's."""
+    dx = torch.empty_like(x, memory_format=memory_format(channels_last)) if needs[0] else None
+    dweight = torch.empty_like(mean) if needs[1] else None
+    dbias = torch.empty_like(mean) if needs[2] else None
+    dresidual = torch.empty_like(x, memory_format=memory_format(channels_last)) if needs[3] else None
+    return dx, dweight, dbias, dresidual
+
+
+def _filled(x: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A schema cannot return None: an empty tensor stands for a gradient that is not needed."""
+    dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
+    return dx, dweight, dbias, dresidual
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    act: str,
+    needs: Sequence[bool],
+    backend: str = AUTO,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = choose(OPERATOR, backend, x)
+    channels_last = is_channels_last(x)
+    grads = _empty_gradients(x, y, mean, needs, channels_last)
+    if _is_empty(x):
+        return _filled(x, [None if g is None else g.zero_() for g in grads])
+    chosen.backward(
+        _dense(dy, channels_last),
+        _dense(x, channels_last),
+        None if y is None else _dense(y, channels_last),
+        _per_channel(weight, mean.dtype),
+        mean,
+        var,
+        *grads,
+        channels_last=channels_last,
+        training=training,
+        eps=eps,
+        act=act,
+    )
+    return _filled(x, grads)
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    eps: float,
+    act: str,
+    needs: Sequence[bool],
+    backend: str = AUTO,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _filled(x, _empty_gradients(x, y, mean, needs, is_channels_last(x)))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, _, _, residual, ctx.training, ctx.eps, ctx.act, ctx.backend = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.param_dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    ctx.save_for_backward(
+        x if needs_x or needs_weight or needs_bias else None,
+        y if ctx.act == "relu" else None,
+        weight if needs_x else None,
+        mean,
+        var,
+    )
+
+
+def _autograd_backward(ctx: Any, dy: Tensor, _dmean: Any, _dvar: Any) -> tuple[Tensor | None, ...]:
+    x, y, weight, mean, var = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, _, _, needs_residual = ctx.needs_input_grad[:6]
+    needs = [needs_x, needs_weight, needs_bias, needs_residual and ctx.act == "relu"]
+    if x is None:  # the residual alone: nothing of the normalisation is needed
+        grads = [None, None, None, dy if y is None else torch.where(y.detach() <= 0, 0, dy)]
+        needs = [False, False, False, True]
+    elif torch.is_grad_enabled():
+        grads = list(_composite_backward(dy, x, y, weight, mean, var, ctx.training, ctx.eps))
+    else:
+        grads = list(
+            torch.ops.fastres.bn_act_backward.default(
+                dy, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.act, needs, ctx.backend
+            )
+        )
+    dx, dweight, dbias, dresidual = (g if need else None for g, need in zip(grads, needs, strict=True))
+    if needs_residual and dresidual is None:
+        dresidual = dy  # act="none": the addition passes dy on
+    if dweight is not None:
+        dweight = dweight.to(ctx.param_dtypes[0])
+    if dbias is not None:
+        dbias = dbias.to(ctx.param_dtypes[1])
+    return dx, dweight, dbias, None, None, dresidual, None, None, None, None
+
+
+for _key in ("CPU", "CUDA"):
+    _LIB.impl("bn_act", _forward, _key)
+    _LIB.impl("bn_act_backward", _backward, _key)
+torch.library.register_fake("fastres::bn_act", _fake_forward, lib=_LIB)
+torch.library.register_fake("fastres::bn_act_backward", _fake_backward, lib=_LIB)
+torch.library.register_autograd("fastres::bn_act", _autograd_backward, setup_context=_setup_context, lib=_LIB)
+
+
+# ---- backends --------------------------------------------------------------------------------------------------------
+
+
+def _cpu_forward(*tensors: Tensor | None, channels_last: bool, training: bool, eps: float, act: str) -> None:
+    torch.ops.fastres._bn_act_native.default(*tensors, channels_last, training, eps, act)
+
+
+def _cpu_backward(*tensors: Tensor | None, channels_last: bool, training: bool, eps: float, act: str) -> None:
+    torch.ops.fastres._bn_act_backward_native.default(*tensors, channels_last, training, eps, act)
+
+
+def _triton_forward(*tensors: Tensor | None, **attributes: Any) -> None:
+    from fastres.kernels.bn_act import bn_act_forward
+
+    bn_act_forward(*tensors, **attributes)
+
+
+def _triton_backward(*tensors: Tensor | None, **attributes: Any) -> None:
+    from fastres.kernels.bn_act import bn_act_backward
+
+    bn_act_backward(*tensors, **attributes)
+
+
+OPERATOR = register(Operator("bn_act", order={"cpu": ("cpu",), "cuda": ("triton",)}))
+OPERATOR.add(Backend(REFERENCE, why_not_reference, _reference_forward, _reference_backward))
+OPERATOR.add(Backend("cpu", why_not_cpu, _cpu_forward, _cpu_backward))
+OPERATOR.add(Backend("triton", why_not_triton, _triton_forward, _triton_backward))
+
+
+# ---- public functions ------------------------------------------------------------------------------------------------
+
+
+def bn_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    act: str = "relu",
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    num_batches_tracked: Tensor | None = None,
+    backend: str = AUTO,
+) -> Tensor:
+    """y = act(batch_norm(x) [+ residual]), in one pass over each tensor after the statistics.
+
+    Gradients flow to x, weight, bias and residual (formulas above), to any order. In training, the running statistics
+    and the counter are updated in place after the operator; nothing has changed when the call raises.
+
+    Args:
+        x: [N, C, H, W], float32, float16, bfloat16 or float64; any strides, channels_last is the fast path.
+        running_mean, running_var: [C], updated in training; None in training to track nothing.
+        weight, bias: [C], any floating dtype; None stands for 1 and 0.
+        residual: [N, C, H, W], x's dtype and device, added before the activation; may be x itself.
+        act: "relu" or "none".
+        training: normalise by the batch's statistics (biased variance) instead of the running ones.
+        momentum: weight of the new statistics in the running ones; None for the cumulative average, which needs
+            num_batches_tracked.
+        eps: added to the variance.
+        num_batches_tracked: int64 scalar, incremented in training.
+        backend: "auto", "reference", "cpu" or "triton".
+
+    Returns:
+        y: [N, C, H, W], x's dtype, with the strides that eager's batch_norm, add and relu give.
+
+    Raises:
+        ValueError: wrong rank, shape or device, one value per channel in training, missing running statistics in eval
+            mode, unknown act or backend.
+        TypeError: not a tensor, dtypes not floating or different between x and residual.
+        BackendError: the named backend refuses; the message says why.
+
+    Source: Ioffe and Szegedy 2015; He et al. 2016, section 3.4 (BN after each convolution, before the activation).
+
+    Example:
+        >>> import torch
+        >>> from fastres.functional import bn_act
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> y = bn_act(x, torch.zeros(3), torch.ones(3), residual=x, training=True)
+        >>> y.shape, bool((y >= 0).all())
+        (torch.Size([2, 3, 4, 4]), True)
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"bn_act: x: got {type(x).__name__}, expected a Tensor")
+    if momentum is None and training and running_mean is not None and num_batches_tracked is None:
+        raise ValueError("bn_act: num_batches_tracked: got None, expected a scalar tensor when momentum is None")
+    y, mean, var = torch.ops.fastres.bn_act.default(
+        x, weight, bias, running_mean, running_var, residual, training, eps, act, backend
+    )
+    if training and not _is_empty(x):
+        _update_running(running_mean, running_var, num_batches_tracked, mean, var, momentum, x)
+    out: Tensor = y
+    return out
+
+
+@torch.no_grad()
+def _update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float | None,
+    x: Tensor,
+) -> None:
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    n = x.shape[0] * x.shape[2] * x.shape[3]
+    unbiased = n / (n - 1)
+    if momentum is None:  # the counter stays on its device: no synchronisation
+        assert num_batches_tracked is not None
+        factor = 1.0 / num_batches_tracked.to(mean.dtype)
+        if running_mean is not None:
+            running_mean.lerp_(mean.to(running_mean.dtype), factor.to(running_mean.dtype))
+        if running_var is not None:
+            running_var.lerp_((var * unbiased).to(running_var.dtype), factor.to(running_var.dtype))
+        return
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    if running_var is not None:
+        running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
+
+
+def bn_act_module(
+    x: Tensor, bn: nn.BatchNorm2d, residual: Tensor | None = None, act: str = "relu", backend: str = AUTO
+) -> Tensor:
+    """`bn_act` with a BatchNorm2d's tensors and settings, by exactly the rules of its own forward.
+
+    Args:
+        x, residual, act, backend: as for `bn_act`.
+        bn: its `training` flag, `momentum`, `eps`, `affine` and `track_running_stats` are followed; its buffers are
+            updated in training.
+
+    Returns:
+        y: [N, C, H, W].
+
+    Raises:
+        TypeError: `bn` is not a BatchNorm2d; and as `bn_act`.
+
+    Example:
+        >>> import torch
+        >>> from fastres.functional import bn_act_module
+        >>> bn = torch.nn.BatchNorm2d(3)
+        >>> bn_act_module(torch.randn(2, 3, 4, 4), bn).shape, int(bn.num_batches_tracked)
+        (torch.Size([2, 3, 4, 4]), 1)
+    """
+    if not isinstance(bn, nn.BatchNorm2d):
+        raise TypeError(f"bn_act_module: bn: got {type(bn).__name__}, expected a torch.nn.BatchNorm2d")
+    arguments = batch_norm_arguments(bn)
+    return bn_act(x, residual=residual, act=act, backend=backend, **arguments)
+
+
+def batch_norm_arguments(bn: nn.BatchNorm2d) -> dict[str, Any]:
+    """`bn_act`'s arguments that mean what `bn.forward` would do now (torch.nn.modules.batchnorm._BatchNorm.forward)."""
+    mean, var = bn.running_mean, bn.running_var
+    tracks = bn.training and bn.track_running_stats
+    use_buffers = not bn.training or bn.track_running_stats
+    momentum = bn.momentum
+    if momentum is None and bn.num_batches_tracked is None:
+        momentum = 0.0  # as in _BatchNorm.forward: without a counter there is no cumulative average
+    return {
+        "running_mean": mean if use_buffers else None,
+        "running_var": var if use_buffers else None,
+        "weight": bn.weight,
+        "bias": bn.bias,
+        "training": bn.training or (mean is None and var is None),
+        "momentum": momentum,
+        "eps": bn.eps,
+        "num_batches_tracked": bn.num_batches_tracked if tracks else None,
+    }
