@@ -27,7 +27,7 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operator: `why_not(x)` lists its refusals, `forward` and `backward` fill preallocated outputs."""
+    """One way to run an operator: `why_not(x)` lists its refusals, its launches fill preallocated outputs."""
 
     name: str
     why_not: Callable[[Tensor], list[str]]

@@ -17,7 +17,7 @@ DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether eager calls this [N, C, H, W] tensor's layout channels_last; ambiguous strides count as NCHW, as there."""
+    """Whether eager calls the layout of x, [N, C, H, W], channels_last; ambiguous strides count as NCHW, as there."""
     smallest = 0
     shape, stride = x.shape, x.stride()
     if shape[0] * shape[2] * shape[3] == 1:  # eager's batch_norm answers in NCHW strides

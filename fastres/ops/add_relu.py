@@ -4,7 +4,8 @@
                y = max(z, 0)                    NaN passes, as torch.relu
     gradient   dx = dr = 0 where y <= 0, else dy
 
-One pass over memory instead of two: reads x and r, writes y; backward reads dy and y, writes one tensor for both inputs.
+One pass over memory instead of two: reads x and r, writes y; backward reads dy and y, and writes one tensor that
+serves both inputs.
 """
 
 from __future__ import annotations

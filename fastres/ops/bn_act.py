@@ -12,9 +12,9 @@
                dresidual = g
     update     running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 
-Statistics and per-channel arithmetic are float32 whatever the activations are (float64 for float64). Saved for backward:
-x, mean, var and y for its sign; no normalised copy. The statistics are returned, and the running ones updated after the
-operator, in the public function: nothing has moved when a call raises.
+Statistics and per-channel arithmetic are float32 whatever the activations are (float64 for float64). Saved for
+backward: x, mean, var and y for its sign; no normalised copy. The statistics are returned, and the running ones updated
+after the operator, in the public function: nothing has moved when a call raises.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ _LIB.define(
     'bool training, float eps, str act, str backend="auto") -> (Tensor, Tensor, Tensor)'
 )
 _LIB.define(
-    "bn_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, bool training, float eps, "
-    'str act, bool[] needs, str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)'
+    "bn_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, bool training, "
+    'float eps, str act, bool[] needs, str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)'
 )
 _LIB.define(
     "_bn_act_native(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!) y, Tensor(b!) mean, "

@@ -1,0 +1,30 @@
+"""Shared by all tests: which backends an operator test runs on, and the fp64 comparison of one operator's result.
+
+`FASTRES_TEST_BACKENDS` (comma-separated) picks the backends: the interpreter lane runs the same files with "triton".
+"""
+
+import os
+
+import pytest
+import torch
+
+from fastres import _dispatch
+
+DEFAULT_BACKENDS = "reference,cpu"
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        names = os.environ.get("FASTRES_TEST_BACKENDS", DEFAULT_BACKENDS).split(",")
+        metafunc.parametrize("backend", names)
+
+
+@pytest.fixture(autouse=True)
+def _usable(request):
+    """Skips, with its refusal, a backend that this machine cannot run; seeds torch for every test."""
+    torch.manual_seed(0)
+    name = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
+    if name is not None:
+        reasons = _dispatch.refusals(_dispatch.OPERATORS["bn_act"].backends[name], torch.empty(1, 1, 1, 1))
+        if reasons:
+            pytest.skip("; ".join(reasons))
