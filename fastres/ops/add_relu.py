@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
+from fastres.ops._autograd import register_autograd
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -107,7 +108,7 @@ for _key in ("CPU", "CUDA"):
     _LIB.impl("add_relu_backward", _backward, _key)
 torch.library.register_fake("fastres::add_relu", _fake_forward, lib=_LIB)
 torch.library.register_fake("fastres::add_relu_backward", _fake_backward, lib=_LIB)
-torch.library.register_autograd("fastres::add_relu", _autograd_backward, setup_context=_setup_context, lib=_LIB)
+register_autograd(_LIB, "add_relu", _setup_context, _autograd_backward)
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -133,6 +134,7 @@ def _triton_backward(dy: Tensor, y: Tensor, dx: Tensor) -> None:
     add_relu_backward(dy, y, dx)
 
 
+_OP = torch.ops.fastres.add_relu.default
 OPERATOR = register(Operator("add_relu", order={"cpu": ("cpu",), "cuda": ("triton",)}))
 OPERATOR.add(Backend(REFERENCE, why_not_reference, _reference_forward, _reference_backward))
 OPERATOR.add(Backend("cpu", why_not_cpu, _cpu_forward, _cpu_backward))
@@ -170,5 +172,5 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = AUTO) -> Tensor:
     """
     if not (isinstance(x, Tensor) and isinstance(residual, Tensor)):
         _check(x, residual)
-    y: Tensor = torch.ops.fastres.add_relu.default(x, residual, backend)
+    y: Tensor = _OP(x, residual, backend)
     return y

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
+from fastres.ops import _bn_reference
+from fastres.ops._autograd import register_autograd
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -57,99 +59,6 @@ _LIB.define(
     "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dresidual, bool channels_last, bool training, float eps, "
     "str act) -> ()"
 )
-
-
-# ---- reference: eager's own kernels, so its error is eager's error ---------------------------------------------------
-
-
-def _reference_forward(
-    x: Tensor,  # [N, C, H, W]
-    weight: Tensor | None,  # [C]
-    bias: Tensor | None,  # [C]
-    residual: Tensor | None,  # [N, C, H, W]
-    y: Tensor,  # [N, C, H, W], filled
-    mean: Tensor,  # [C], filled in training
-    var: Tensor,  # [C], filled in training
-    *,
-    channels_last: bool,
-    training: bool,
-    eps: float,
-    act: str,
-) -> None:
-    saved = torch.empty_like(mean), torch.empty_like(var)
-    if training:  # momentum 1 leaves the batch's mean and unbiased variance in the "running" tensors
-        torch.ops.aten.native_batch_norm.out(
-            x, weight, bias, mean.zero_(), var.zero_(), True, 1.0, eps, out=y, save_mean=saved[0], save_invstd=saved[1]
-        )
-        n = x.numel() // x.shape[1]
-        var.mul_((n - 1) / n)
-    else:
-        torch.ops.aten.native_batch_norm.out(
-            x, weight, bias, mean, var, False, 0.0, eps, out=y, save_mean=saved[0], save_invstd=saved[1]
-        )
-    if residual is not None:
-        y.add_(residual)
-    if act == "relu":
-        y.relu_()
-
-
-def _reference_backward(
-    dy: Tensor,  # [N, C, H, W]
-    x: Tensor,  # [N, C, H, W]
-    y: Tensor | None,  # [N, C, H, W], None for act="none"
-    weight: Tensor | None,  # [C]
-    mean: Tensor,  # [C]
-    var: Tensor,  # [C]
-    dx: Tensor | None,  # [N, C, H, W], filled
-    dweight: Tensor | None,  # [C], filled
-    dbias: Tensor | None,  # [C], filled
-    dresidual: Tensor | None,  # [N, C, H, W], filled
-    *,
-    channels_last: bool,
-    training: bool,
-    eps: float,
-    act: str,
-) -> None:
-    g = dy if y is None else torch.ops.aten.threshold_backward.default(dy, y, 0)
-    if dresidual is not None:
-        dresidual.copy_(g)
-    if dx is None and dweight is None and dbias is None:
-        return
-    wanted = [dx is not None, dweight is not None or dbias is not None, dweight is not None or dbias is not None]
-    grads = torch.ops.aten.native_batch_norm_backward.default(
-        g, x, weight, mean, var, mean, torch.rsqrt(var + eps), training, eps, wanted
-    )
-    for out, grad in zip((dx, dweight, dbias), grads, strict=True):
-        if out is not None:
-            out.copy_(grad)
-
-
-def _composite_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    training: bool,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradient formula in differentiable torch operations: what create_graph=True differentiates again."""
-    dims = (0, 2, 3)
-    g = (dy if y is None else torch.where(y.detach() <= 0, 0, dy)).to(mean.dtype)  # [N, C, H, W]
-    xs = x.to(mean.dtype)
-    if training:
-        var, mean = torch.var_mean(xs, dims, correction=0)  # functions of x here, so that second derivatives see them
-    rstd = torch.rsqrt(var + eps)[:, None, None]  # [C, 1, 1]
-    x_hat = (xs - mean[:, None, None]) * rstd
-    dbias, dweight = g.sum(dims), (g * x_hat).sum(dims)  # [C]
-    scale = rstd if weight is None else rstd * weight.to(mean.dtype)[:, None, None]
-    if training:
-        n = x.numel() // x.shape[1]
-        dx = scale * (g - dbias[:, None, None] / n - x_hat * dweight[:, None, None] / n)
-    else:
-        dx = scale * g
-    return dx.to(x.dtype), dweight, dbias, g.to(x.dtype)
 
 
 # ---- operator: checks, kernel, fake, autograd ------------------------------------------------------------------------
@@ -363,7 +272,7 @@ def _autograd_backward(ctx: Any, dy: Tensor, _dmean: Any, _dvar: Any) -> tuple[T
         grads = [None, None, None, dy if y is None else torch.where(y.detach() <= 0, 0, dy)]
         needs = [False, False, False, True]
     elif torch.is_grad_enabled():
-        grads = list(_composite_backward(dy, x, y, weight, mean, var, ctx.training, ctx.eps))
+        grads = list(_bn_reference.composite_backward(dy, x, y, weight, mean, var, ctx.training, ctx.eps))
     else:
         grads = list(
             torch.ops.fastres.bn_act_backward.default(
@@ -385,7 +294,7 @@ for _key in ("CPU", "CUDA"):
     _LIB.impl("bn_act_backward", _backward, _key)
 torch.library.register_fake("fastres::bn_act", _fake_forward, lib=_LIB)
 torch.library.register_fake("fastres::bn_act_backward", _fake_backward, lib=_LIB)
-torch.library.register_autograd("fastres::bn_act", _autograd_backward, setup_context=_setup_context, lib=_LIB)
+register_autograd(_LIB, "bn_act", _setup_context, _autograd_backward)
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -411,8 +320,9 @@ def _triton_backward(*tensors: Tensor | None, **attributes: Any) -> None:
     bn_act_backward(*tensors, **attributes)
 
 
+_OP = torch.ops.fastres.bn_act.default
 OPERATOR = register(Operator("bn_act", order={"cpu": ("cpu",), "cuda": ("triton",)}))
-OPERATOR.add(Backend(REFERENCE, why_not_reference, _reference_forward, _reference_backward))
+OPERATOR.add(Backend(REFERENCE, why_not_reference, _bn_reference.forward, _bn_reference.backward))
 OPERATOR.add(Backend("cpu", why_not_cpu, _cpu_forward, _cpu_backward))
 OPERATOR.add(Backend("triton", why_not_triton, _triton_forward, _triton_backward))
 
@@ -476,7 +386,7 @@ def bn_act(
         raise TypeError(f"bn_act: x: got {type(x).__name__}, expected a Tensor")
     if momentum is None and training and running_mean is not None and num_batches_tracked is None:
         raise ValueError("bn_act: num_batches_tracked: got None, expected a scalar tensor when momentum is None")
-    y, mean, var = torch.ops.fastres.bn_act.default(
+    y, mean, var = _OP(
         x, weight, bias, running_mean, running_var, residual, training, eps, act, backend
     )
     if training and not _is_empty(x):
@@ -485,7 +395,6 @@ def bn_act(
     return out
 
 
-@torch.no_grad()
 def _update_running(
     running_mean: Tensor | None,
     running_var: Tensor | None,
