@@ -1,0 +1,107 @@
+# Every target sets up what it needs: .venv, the pinned lock, the package, the compiled extension. Stamps make a second
+# call instant. `make PYTHON=python3.12` chooses the interpreter of a new .venv; `make help` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+PYTHON ?= python3.11
+LOCK := requirements/dev.lock
+VPY := $(VENV)/bin/python
+PIP := $(VPY) -m pip --disable-pip-version-check -q
+
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(VPY) -m pytest -q -n $(WORKERS)
+
+STAMP_PYTHON := $(VENV)/.stamp-python
+STAMP_LOCK := $(VENV)/.stamp-lock
+STAMP_PACKAGE := $(VENV)/.stamp-package
+STAMP_EXTENSION := $(VENV)/.stamp-extension
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+PACKAGE_LOG := build/package.log
+BUILD_LOG := build/extension.log
+
+comma := ,
+say = @printf 'fastres: %s\n' "$(1)"
+
+.PHONY: help setup demo test test-full bench lint wheel docs clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+setup: $(STAMP_EXTENSION)  ## create .venv, install the lock and the package, build the extension
+
+demo: $(STAMP_EXTENSION)  ## train on real digits, freeze, and compare ResNet-50 with eager on real photographs
+	@$(VENV)/bin/fastres demo $(ARGS)
+
+test: $(STAMP_EXTENSION)  ## the default tests (ARGS="tests/test_bn_act.py" to choose)
+	$(PYTEST) $(ARGS)
+
+test-full: $(STAMP_EXTENSION)  ## every test, also those that take minutes or build and install packages
+	$(PYTEST) -m "full or not full" $(ARGS)
+
+bench: $(STAMP_EXTENSION)  ## the benchmarks beside every installed peer
+	$(VPY) -m pytest benchmarks/ $(ARGS)
+
+lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict
+	$(VPY) -m ruff check .
+	$(VPY) -m ruff format --check .
+	$(VPY) -m mypy --strict fastres
+
+wheel: $(STAMP_LOCK)  ## a wheel for this Python in dist/
+	$(call say,building the wheel)
+	@$(PIP) wheel --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+docs:  ## where the documentation is
+	@echo 'README.md and docs/ are the documentation of this release; a docs site comes with release 0.3.'
+
+clean:  ## remove what was built (not .venv)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fastres/*.so
+	@rm -f $(STAMP_EXTENSION) $(STAMP_PACKAGE)
+	@find fastres kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP_PYTHON):
+	@if ! $(PYTHON) -c '' 2>/dev/null; then \
+	  echo 'fastres: $(PYTHON) was not found. On Debian or Ubuntu: apt-get install python3.11 python3.11-venv python3.11-dev;' >&2; \
+	  echo 'fastres: or choose another one, 3.11 or newer: make PYTHON=python3.12' >&2; exit 1; fi
+	@if ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	  echo "fastres: $(PYTHON) is $$($(PYTHON) -V), the pinned lock needs Python 3.11 or newer (make PYTHON=python3.11)" >&2; \
+	  exit 1; fi
+	@if [ ! -x $(VPY) ]; then \
+	  echo "fastres: creating $(VENV) with $$($(PYTHON) -V)"; \
+	  if ! $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null; then \
+	    v=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	    echo "fastres: $(PYTHON) has no venv. On Debian or Ubuntu: apt-get install python$$v-venv" >&2; exit 1; fi; \
+	  $(PYTHON) -m venv $(VENV); fi
+	@touch $@
+
+$(STAMP_LOCK): $(LOCK) | $(STAMP_PYTHON)
+	$(call say,installing $(LOCK) (torch and the rest$(comma) about 6 GB on disk; a few minutes the first time))
+	@$(PIP) install -r $(LOCK)
+	@touch $@
+
+# The package is mapped in place; the extension is built apart, so that an edit recompiles only what it touches.
+$(STAMP_PACKAGE): pyproject.toml setup.py | $(STAMP_LOCK)
+	$(call say,installing fastres in place)
+	@mkdir -p build
+	@if ! FASTRES_BUILD_EXT=0 $(PIP) install --no-deps --no-build-isolation -e . >$(PACKAGE_LOG) 2>&1; then \
+	  tail -n 60 $(PACKAGE_LOG) >&2; echo 'fastres: the package was not installed ($(PACKAGE_LOG))' >&2; exit 1; fi
+	@touch $@
+
+# Where a compiler and Python.h are there, a failed compilation is an error; where they are not, setup.py says so and
+# the stamp stays away, so that the next call tries again.
+$(STAMP_EXTENSION): $(CSRC) setup.py $(STAMP_LOCK) | $(STAMP_PACKAGE)
+	@mkdir -p build
+	@include=$$($(VPY) -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
+	if [ -z "$${FASTRES_BUILD_EXT:-}" ] && [ -f "$$include/Python.h" ] && command -v $${CXX:-c++} >/dev/null; then \
+	  export FASTRES_BUILD_EXT=1; fi; \
+	echo 'fastres: building the extension'; \
+	if ! $(VPY) setup.py build_ext --inplace >$(BUILD_LOG) 2>&1; then \
+	  tail -n 60 $(BUILD_LOG) >&2; \
+	  echo 'fastres: the extension was not built ($(BUILD_LOG)); FASTRES_BUILD_EXT=0 goes on without it' >&2; exit 1; fi; \
+	grep '^fastres: ' $(BUILD_LOG); \
+	if ! grep -q 'left out' $(BUILD_LOG); then touch $@; fi

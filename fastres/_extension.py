@@ -1,0 +1,127 @@
+"""The compiled extension modules, each loaded once: `fastres._C` (CPU) and `fastres._C_cuda` where a build has it.
+
+Importing one registers its kernels with torch; the modules themselves hold no operator, only `build_info()` and
+`kernel_attributes()`. Both are optional: when one is not there, or was built for other operator schemas than these
+sources declare, `why_not_cpu` and `why_not_cuda` say so in a sentence and nothing raises. Loading is lazy,
+thread-safe, prints nothing and creates no CUDA context.
+
+Environment: `FASTRES_DISABLE` (comma-separated), read until a module is loaded: "ext" leaves out both, "cpu" and
+"cuda" one each, "all" both.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from importlib import import_module
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from types import ModuleType
+
+import torch  # noqa: F401  (loads the shared libraries that the extension modules link to)
+
+# Raised by one whenever a schema of an `_<op>_native` operator changes; csrc/module.cpp carries the same number.
+SCHEMA_VERSION = 1
+
+REBUILD = "pip install --no-build-isolation ."
+
+
+class _Native:
+    """One extension module: loaded on first use, or the reason why it is not."""
+
+    def __init__(self, name: str, backend: str) -> None:
+        self.name = name
+        self.backend = backend
+        self._lock = threading.Lock()
+        self._settled = False
+        self._module: ModuleType | None = None
+        self._reason: str | None = None
+
+    def module(self) -> ModuleType | None:
+        """The loaded module, or None (then `why_not` tells why)."""
+        if not self._settled and self._disabled() is None:
+            self._load()
+        return self._module
+
+    def why_not(self) -> str | None:
+        """Why the module is not loaded, as a sentence; None when it is."""
+        if not self._settled:
+            disabled = self._disabled()
+            if disabled is not None:  # not remembered: the setting may change before the first load
+                return disabled
+            self._load()
+        return self._reason
+
+    def build_info(self) -> dict[str, object]:
+        """How the module was built; empty when it is not loaded."""
+        module = self.module()
+        return {} if module is None else dict(module.build_info())
+
+    def _disabled(self) -> str | None:
+        names = {part.strip() for part in os.environ.get("FASTRES_DISABLE", "").split(",")}
+        return f"{self.name} is disabled by FASTRES_DISABLE" if names & {"ext", "all", self.backend} else None
+
+    def _load(self) -> None:
+        with self._lock:
+            if self._settled:
+                return
+            self._module, self._reason = self._import()
+            self._settled = True
+
+    def _import(self) -> tuple[ModuleType | None, str | None]:
+        try:
+            module = import_module(self.name)
+        except ModuleNotFoundError as error:
+            if error.name != self.name:
+                return None, f"{self.name} could not be loaded: {error}"
+            return None, self._not_built()
+        except (ImportError, OSError) as error:  # an undefined symbol, a missing shared library
+            return None, f"{self.name} could not be loaded ({error}); build it again: {REBUILD}"
+        found = module.build_info().get("schema_version")
+        if found != SCHEMA_VERSION:
+            return None, (
+                f"{self.name} is stale: built for operator schemas {found}, these sources declare {SCHEMA_VERSION}; "
+                f"build it again: {REBUILD}"
+            )
+        return module, None
+
+    def _not_built(self) -> str:
+        stem = self.name.rpartition(".")[2]
+        others = sorted(path.name for path in Path(__file__).parent.glob(f"{stem}.*.so"))
+        if others:
+            return (
+                f"{self.name} was built for another Python ({', '.join(others)}, this one loads "
+                f"{stem}{EXTENSION_SUFFIXES[0]}); build it again: {REBUILD}"
+            )
+        if self.backend == "cuda":
+            return f"{self.name} is not part of this build"
+        return f"{self.name} is not built: install a C++ compiler and Python's headers, then {REBUILD}"
+
+
+_CPU = _Native("fastres._C", "cpu")
+_CUDA = _Native("fastres._C_cuda", "cuda")
+
+
+def native_cpu() -> ModuleType | None:
+    """`fastres._C`, loaded on the first call, or None; `why_not_cpu` tells why not."""
+    return _CPU.module()
+
+
+def why_not_cpu() -> str | None:
+    """Why `fastres._C` is not loaded, as a sentence; None when it is."""
+    return _CPU.why_not()
+
+
+def native_cuda() -> ModuleType | None:
+    """`fastres._C_cuda`, loaded on the first call, or None; `why_not_cuda` tells why not."""
+    return _CUDA.module()
+
+
+def why_not_cuda() -> str | None:
+    """Why `fastres._C_cuda` is not loaded, as a sentence; None when it is."""
+    return _CUDA.why_not()
+
+
+def build_info() -> dict[str, object]:
+    """How `fastres._C` was built (compiler, flags, torch target, schema version); empty when it is not loaded."""
+    return _CPU.build_info()
