@@ -1,0 +1,139 @@
+"""Tile sizes and warps of every kernel: one table, by kernel, architecture and shape class.
+
+No entry was tuned on a GPU: each follows from the compiled code (registers decide how many programs an SM holds) and
+from the bytes a GPU needs in flight, and the compile lane of the tests compiles every one of them. A kernel sees
+`tile` elements at a time, 16 per thread or less, so that a thread has two or more 16-byte loads of each tensor under
+way. `programs` of a reduction is about what the GPU holds at once; it comes from this table and not from the device, so
+that how a tensor is partitioned, and with it the last bit of every sum, depends on its shape alone.
+
+Shape classes: "large" and "small" of flat arrays; "rows" (channels_last) and "planes" (NCHW) of images, alone, with
+"_small", or with "_odd" where lines cannot be read in vectors; "many" and "few" partial results of a merge.
+"""
+
+from dataclasses import dataclass
+from math import gcd
+
+SMALL = 1 << 20  # elements: below, tiles shrink so that the tensor still spreads over the whole GPU
+ARCHITECTURES = (80, 90, 100)
+
+
+@dataclass(frozen=True)
+class Config:
+    tile: int  # elements of a tile, BLOCK_R * BLOCK_L
+    num_warps: int
+    line: int = 0  # BLOCK_L at most, along the contiguous axis; the rest of the tile goes to BLOCK_R rows
+    programs: int = 0  # reductions: programs wanted in all
+
+
+def _flat(sm_count: int) -> dict[str, Config]:
+    return {"large": Config(tile=2048, num_warps=4), "small": Config(tile=512, num_warps=4)}
+
+
+def _elementwise(sm_count: int) -> dict[str, Config]:
+    return {
+        "rows": Config(tile=2048, num_warps=4, line=512),
+        "rows_small": Config(tile=512, num_warps=4, line=256),
+        "planes": Config(tile=2048, num_warps=4, line=1024),
+        "planes_small": Config(tile=512, num_warps=4, line=256),
+        # an address per element and not per vector: half the elements per thread, or registers run out
+        "rows_odd": Config(tile=1024, num_warps=4, line=256),
+        "planes_odd": Config(tile=1024, num_warps=4, line=256),
+    }
+
+
+# Lines of 128 channels in reductions: wider tiles would write more partial results, narrower ones read less than two
+# 128-byte lines a row in fp32. `programs` is what the GPU's registers hold at once: one wave, nothing queues behind it.
+
+
+def _statistics(sm_count: int) -> dict[str, Config]:
+    return {
+        "rows": Config(tile=2048, num_warps=4, line=128, programs=6 * sm_count),
+        "rows_small": Config(tile=1024, num_warps=4, line=64, programs=2 * sm_count),
+        "rows_odd": Config(tile=1024, num_warps=4, line=128, programs=6 * sm_count),
+        "planes": Config(tile=2048, num_warps=4, line=1024, programs=6 * sm_count),
+        "planes_small": Config(tile=1024, num_warps=4, line=512, programs=2 * sm_count),
+        "planes_odd": Config(tile=1024, num_warps=4, line=512, programs=6 * sm_count),
+    }
+
+
+def _sums(sm_count: int) -> dict[str, Config]:
+    # Up to five tensors at a time: half the elements per thread that the statistics take.
+    return {
+        "rows": Config(tile=2048, num_warps=8, line=128, programs=3 * sm_count),
+        "rows_small": Config(tile=1024, num_warps=4, line=64, programs=2 * sm_count),
+        "rows_odd": Config(tile=1024, num_warps=8, line=128, programs=3 * sm_count),
+        "planes": Config(tile=2048, num_warps=8, line=1024, programs=3 * sm_count),
+        "planes_small": Config(tile=1024, num_warps=4, line=512, programs=2 * sm_count),
+        "planes_odd": Config(tile=1024, num_warps=8, line=512, programs=3 * sm_count),
+    }
+
+
+def _merge(sm_count: int) -> dict[str, Config]:
+    # 8 channels are one 32-byte sector: few channels a program, so that a 64-channel tensor still uses 8 SMs.
+    return {"many": Config(tile=1024, num_warps=4, line=8), "few": Config(tile=512, num_warps=4, line=64)}
+
+
+_KERNELS = {
+    "add_relu_forward_kernel": _flat,
+    "add_relu_backward_kernel": _flat,
+    "bn_statistics_kernel": _statistics,
+    "bn_statistics_merge_kernel": _merge,
+    "bn_act_forward_kernel": _elementwise,
+    "bn_act_backward_sums_kernel": _sums,
+    "bn_act_backward_merge_kernel": _merge,
+    "bn_act_backward_kernel": _elementwise,
+}
+_SM_COUNT = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
+
+# (kernel, architecture) -> shape class -> configuration
+TABLE: dict[tuple[str, int], dict[str, Config]] = {
+    (kernel, arch): rows(_SM_COUNT[arch]) for kernel, rows in _KERNELS.items() for arch in ARCHITECTURES
+}
+
+
+def config(kernel: str, arch: int, shape_class: str) -> Config:
+    """The entry of the newest known architecture that is not newer than `arch` (the oldest one for anything older)."""
+    known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
+    return TABLE[kernel, known][shape_class]
+
+
+def size_class(numel: int) -> str:
+    return "small" if numel < SMALL else "large"
+
+
+def image_class(numel: int, length: int, channels_last: bool) -> str:
+    suffix = "_odd" if alignment_unit(length) < 4 else "_small" if numel < SMALL else ""
+    return ("rows" if channels_last else "planes") + suffix
+
+
+def merge_class(parts: int) -> str:
+    return "few" if parts <= 8 else "many"
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def alignment_unit(length: int) -> int:
+    """The largest power of two up to 16 that divides the length of a line: given to the kernel as a constant, it lets
+    lines of 196 or 24 elements be read in vectors too, where Triton by itself knows multiples of 16 alone."""
+    return gcd(length, 16)
+
+
+def blocks(config: Config, rows: int | None, length: int) -> tuple[int, int]:
+    """(BLOCK_R, BLOCK_L) for lines of `length` elements; `rows` caps BLOCK_R where more rows are never there.
+
+    A line longer than the tile is cut where least of the last block is left empty. BLOCK_R * length stays below 2^31,
+    because offsets within a tile are int32.
+    """
+    if length <= config.line:
+        block_l = next_power_of_2(length)
+    else:
+        candidates = [max(config.line >> shift, 1) for shift in range(3)]
+        block_l = min(candidates, key=lambda b: (-(-length // b) * b, -b))
+    block_r = max(config.tile // block_l, 1)
+    if rows is not None:
+        block_r = min(block_r, next_power_of_2(rows))
+    while block_r > 1 and block_r * length >= 2**31:
+        block_r //= 2
+    return block_r, block_l

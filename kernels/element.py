@@ -1,0 +1,24 @@
+"""The maths of one element, shared by every kernel: the device twin of csrc/element.h."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def relu(z):
+    """max(z, 0) as torch.relu: NaN and -0.0 pass. A select, because a plain max drops NaN in compiled code and
+    max.NaN turns -0.0 into +0.0; the second instruction is free in a kernel that waits for memory."""
+    return tl.where(z < 0, 0.0, z)
+
+
+@triton.jit
+def relu_gradient(dy, y):
+    """g = dy where y > 0 or y is NaN, else 0 (threshold_backward)."""
+    return tl.where(y <= 0, 0.0, dy)
+
+
+@triton.jit
+def reciprocal_std(var, eps):
+    """rstd = 1 / sqrt(var + eps), correctly rounded twice: rsqrt.approx is 2 ulp off and flushes subnormals, and this
+    runs once per channel and tile."""
+    return tl.div_rn(1.0, tl.sqrt_rn(var + eps))

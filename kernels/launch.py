@@ -1,0 +1,22 @@
+"""What every launch needs from the host: the tensor's device, its architecture, its shape class."""
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+
+import torch
+
+
+def device_guard(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device and on its current stream: make that the tensor's own device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@lru_cache(maxsize=None)
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def architecture(x: torch.Tensor) -> int:
+    """Compute capability as 80, 90, 100, ...; 0 on a CPU, where kernels run in Triton's interpreter."""
+    return _capability(x.device.index) if x.is_cuda else 0

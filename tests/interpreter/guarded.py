@@ -1,0 +1,114 @@
+"""For the interpreter lanes: tensors between guard bands, small tiles, and bn_act's formula in fp64.
+
+The interpreter neither faults nor complains out of bounds, so every tensor lies between two bands of one particular
+NaN: a read outside shows in the result, a write outside changes the band, even where it writes another NaN.
+"""
+
+import torch
+
+from fastres.kernels import configs
+
+GUARD = 2048  # elements on either side: more than a tile with its strides reaches in these tests
+BITS = {torch.float32: (torch.int32, 0x7FC0BEEF), torch.float16: (torch.int16, 0x7E55)}
+EPS32 = torch.finfo(torch.float32).eps
+
+
+class Arena:
+    """Makes guarded tensors; `check()` asserts that every band and every input is as it was."""
+
+    def __init__(self):
+        self.buffers, self.inputs = [], []
+
+    def _place(self, shape, dtype, channels_last, offset):
+        numel = torch.Size(shape).numel()
+        bits, nan = BITS[dtype]
+        raw = torch.full((2 * GUARD + numel + offset,), nan, dtype=bits)
+        start = GUARD + offset  # an odd offset misaligns the tensor
+        self.buffers.append((raw, start, start + numel, nan))
+        flat = raw.view(dtype)[start : start + numel]
+        if channels_last:
+            n, c, h, w = shape
+            return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        return flat.view(shape)
+
+    def input(self, values, channels_last=False, offset=0):
+        if values is None:
+            return None
+        tensor = self._place(values.shape, values.dtype, channels_last, offset)
+        tensor.copy_(values)
+        self.inputs.append((tensor, tensor.clone()))
+        return tensor
+
+    def output(self, shape, dtype, channels_last=False, offset=0):
+        return self._place(shape, dtype, channels_last, offset)  # every element still that NaN: unwritten shows
+
+    def check(self):
+        for raw, start, stop, nan in self.buffers:
+            assert (raw[:start] == nan).all(), "written before the beginning"
+            assert (raw[stop:] == nan).all(), "written past the end"
+        for tensor, before in self.inputs:
+            bits = BITS[tensor.dtype][0]
+            flat = [t.permute(0, 2, 3, 1).contiguous() if t.dim() == 4 else t for t in (tensor, before)]
+            assert torch.equal(flat[0].view(bits), flat[1].view(bits)), "an input was changed"
+
+
+def small_tiles(monkeypatch, tile=32, line=8, programs=12):
+    """Tiles so small that tiny tensors need several programs on each axis."""
+
+    def config(kernel, arch, shape_class):
+        if "merge" in kernel:
+            return configs.Config(tile=16, num_warps=4, line=4)
+        return configs.Config(tile=tile, num_warps=4, line=line, programs=programs)
+
+    monkeypatch.setattr(configs, "config", config)
+
+
+def per_channel(vector):
+    return vector.double().view(1, -1, 1, 1)
+
+
+def statistics64(x):
+    return x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), unbiased=False)
+
+
+def forward64(x, weight, bias, residual, mean, var, eps, act):
+    """-> y and the sum of the absolute values of its terms, in fp64."""
+    x_hat = (x.double() - per_channel(mean)) / (per_channel(var) + eps).sqrt()
+    z = x_hat if weight is None else x_hat * per_channel(weight)
+    magnitude = z.abs()
+    for term in (None if bias is None else per_channel(bias), None if residual is None else residual.double()):
+        if term is not None:
+            z, magnitude = z + term, magnitude + term.abs()
+    return torch.where(z < 0, 0.0, z) if act == "relu" else z, magnitude
+
+
+def backward64(dy, x, y, weight, mean, var, training, eps, act):
+    """-> {name: (gradient, sum of the absolute values of its terms)}, in fp64."""
+    rstd = 1 / (per_channel(var) + eps).sqrt()
+    x_hat = (x.double() - per_channel(mean)) * rstd
+    g = torch.where(y.double() <= 0, 0.0, dy.double()) if act == "relu" else dy.double()
+    scale = rstd if weight is None else rstd * per_channel(weight)
+    axes, n = (0, 2, 3), x.numel() // x.shape[1]
+    dbias, dweight = g.sum(axes), (g * x_hat).sum(axes)
+    dbias_magnitude, dweight_magnitude = g.abs().sum(axes), (g * x_hat).abs().sum(axes)
+    dx, dx_magnitude = scale * g, (scale * g).abs()
+    if training:
+        dx = scale * (g - per_channel(dbias) / n - x_hat * per_channel(dweight) / n)
+        spread = per_channel(dbias_magnitude) / n + x_hat.abs() * per_channel(dweight_magnitude) / n
+        dx_magnitude = dx_magnitude + scale.abs() * spread
+    return {
+        "dx": (dx, dx_magnitude),
+        "dweight": (dweight, dweight_magnitude),
+        "dbias": (dbias, dbias_magnitude),
+        "dresidual": (g, torch.zeros_like(g)),  # moved, never computed: exact
+    }
+
+
+def assert_close64(ours, exact, magnitude, what):
+    """Half an ulp for the one rounding to the tensor's dtype, and 6 ulp of fp32 of the terms for the arithmetic."""
+    error = (ours.double() - exact).abs()
+    rounding = 0.51 * torch.finfo(ours.dtype).eps * exact.abs() if ours.dtype != torch.float32 else 0.0
+    tiny = 0.5 * torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps  # fp16's subnormals
+    bound = rounding + 6 * EPS32 * magnitude + (tiny if ours.dtype != torch.float32 else 0.0)
+    worst = (error - bound).amax()
+    assert error.isfinite().all() and worst <= 0, f"{what}: error {error.amax():.3e}, {worst:.3e} above its bound"
