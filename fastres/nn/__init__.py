@@ -1,0 +1,23 @@
+"""Drop-in modules that call the fused operators, with torchvision's constructor arguments, child names and state_dict.
+
+A step whose norm is not exactly `nn.BatchNorm2d` (SyncBatchNorm after conversion, FrozenBatchNorm2d, a parametrised or
+hooked child) runs its stock modules instead, with the same result.
+"""
+
+from fastres.nn.blocks import BasicBlock, Bottleneck
+from fastres.nn.checkpoint import bn_once
+from fastres.nn.layers import AddReLU, BNAddReLU, BNReLU, ConvBNReLU
+from fastres.nn.steps import bn_step, norm_act, run_sequence
+
+__all__ = [
+    "AddReLU",
+    "BNAddReLU",
+    "BNReLU",
+    "BasicBlock",
+    "Bottleneck",
+    "ConvBNReLU",
+    "bn_once",
+    "bn_step",
+    "norm_act",
+    "run_sequence",
+]

@@ -1,0 +1,128 @@
+"""The steps that fused modules are made of: BN, then the residual, then ReLU, in one operator call.
+
+    norm_act       BN [+ residual] [+ ReLU] given as modules: fused when both modules are stock and bare
+    bn_step        the same once the modules are known to be stock and bare
+    run_sequence   a chain of modules, each BN fused with the ReLU behind it
+
+Nothing is cached: every call reads the modules' own tensors and flags, so a replaced Parameter, `load_state_dict(...,
+assign=True)`, `.to()` and a child switched to eval alone are followed. The operator call is one leaf under torch.fx: it
+takes tensors and scalars only, and nothing here branches on a value that a tracer replaces by a proxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fastres.ops import add_relu, bn_act
+from fastres.ops.bn_act import batch_norm_arguments
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward and nothing else: no hooks, no forward of its own."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def is_plain(module: Any, cls: type[M]) -> TypeGuard[M]:
+    """Whether `module` is exactly a `cls` (a parametrised one is not) and bare: a fused step may stand for it."""
+    return type(module) is cls and is_bare(module)
+
+
+def fused_bn_act(x: Tensor, residual: Tensor | None, act: str, backend: str, **batch_norm: Any) -> Tensor:
+    """The operator call. A residual that the operator refuses but eager's `out += residual` takes is added apart.
+
+    Args:
+        x: [N, C, H, W].
+        residual: broadcastable to x's shape, any dtype that eager adds to x's.
+        act: "relu" or "none".
+        backend: as for `fastres.functional.bn_act`.
+        batch_norm: what `batch_norm_arguments` returns.
+
+    Returns:
+        y: [N, C, H, W], x's dtype.
+    """
+    if residual is None or (residual.dtype == x.dtype and residual.shape == x.shape):
+        return bn_act(x, residual=residual, act=act, backend=backend, **batch_norm)
+    y = bn_act(x, act="none", backend=backend, **batch_norm)
+    y = (y + residual.expand_as(y)).to(y.dtype)
+    return torch.relu(y) if act == "relu" else y
+
+
+def fused_add_relu(x: Tensor, residual: Tensor, backend: str) -> Tensor:
+    """relu(x + residual); shapes or dtypes that only eager's addition takes run there."""
+    if residual.dtype == x.dtype and residual.shape == x.shape:
+        return add_relu(x, residual, backend=backend)
+    return torch.relu(x + residual)
+
+
+torch.fx.wrap("fused_bn_act")
+
+
+def bn_step(
+    x: Tensor,  # [N, C, H, W]
+    bn: nn.BatchNorm2d,
+    residual: Tensor | None = None,  # [N, C, H, W]
+    act: str = "relu",
+    backend: str = "auto",
+) -> Tensor:
+    """act(bn(x) [+ residual]) as one operator call, by `bn`'s own flags. `bn` must be plain (see `is_plain`).
+
+    Returns:
+        y: [N, C, H, W].
+    """
+    return fused_bn_act(x, residual, act, backend, **batch_norm_arguments(bn))
+
+
+def norm_act(
+    x: Tensor,  # [N, C, H, W]
+    norm: nn.Module,
+    act: nn.Module | None = None,
+    residual: Tensor | None = None,  # [N, C, H, W]
+    backend: str = "auto",
+) -> Tensor:
+    """act(norm(x) [+ residual]), fused when `norm` is a plain BatchNorm2d and `act` a plain ReLU or None.
+
+    Returns:
+        y: [N, C, H, W].
+
+    Example:
+        >>> import torch
+        >>> from fastres.nn import norm_act
+        >>> x = torch.randn(2, 3, 4, 4)
+        >>> norm_act(x, torch.nn.BatchNorm2d(3), torch.nn.ReLU(), residual=x).shape
+        torch.Size([2, 3, 4, 4])
+    """
+    if is_plain(norm, nn.BatchNorm2d) and (act is None or is_plain(act, nn.ReLU)):
+        return bn_step(x, norm, residual, "none" if act is None else "relu", backend)
+    x = norm(x)
+    if residual is not None:
+        x = x + residual
+    return x if act is None else act(x)
+
+
+def run_sequence(modules: Iterable[nn.Module], x: Any, backend: str = "auto") -> Any:
+    """`nn.Sequential`'s forward, each plain BatchNorm2d fused with the plain ReLU behind it, if any."""
+    chain = tuple(modules)
+    last = len(chain) - 1
+    index = 0
+    while index <= last:
+        module = chain[index]
+        if is_plain(module, nn.BatchNorm2d):
+            relu = index < last and is_plain(chain[index + 1], nn.ReLU)
+            x = bn_step(x, module, None, "relu" if relu else "none", backend)
+            index += 2 if relu else 1
+        else:
+            x = module(x)
+            index += 1
+    return x

@@ -1,0 +1,242 @@
+"""The block classes known by name: torchvision, timm and Hugging Face ResNets, plain sequences, our own modules.
+
+The libraries are not imported: a model made of their classes has them loaded already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.nn.steps import bn_step, is_bare, is_plain, run_sequence
+from fastres.swap.adapters import (
+    BlockAdapter,
+    Refusal,
+    refuse_act,
+    refuse_extra,
+    refuse_norm,
+    register_library,
+    stock_class,
+)
+
+HF = "transformers.models.resnet.modeling_resnet"
+
+# ---- sequences -------------------------------------------------------------------------------------------------------
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _is_act(module: nn.Module) -> bool:
+    return type(module).__module__ == "torch.nn.modules.activation"
+
+
+class SequenceAdapter(BlockAdapter):
+    """Any chain that holds a BN; its forward decides at every call what to fuse, so it is always ready."""
+
+    def ready(self, block: nn.Module) -> bool:
+        return True
+
+    def refusal(self, block: nn.Module) -> Refusal | None:
+        chain = list(block._modules.items())
+        reasons: list[Refusal] = []
+        for index, (name, module) in enumerate(chain):
+            if module is None or not _is_norm(module):
+                continue
+            behind = chain[index + 1] if index + 1 < len(chain) else None
+            reason = refuse_norm(name, module)
+            if reason is None and behind is not None and behind[1] is not None and _is_act(behind[1]):
+                reason = refuse_act(*behind)
+            if reason is None:
+                return None
+            reasons.append(reason)
+        return reasons[0] if reasons else Refusal("NOT_MATCHED", "holds no BatchNorm2d")
+
+
+def _sequence(block: Any, input: Any) -> Any:
+    return run_sequence(block, input, block.fastres_backend)
+
+
+# ---- residual blocks: torchvision, timm ------------------------------------------------------------------------------
+
+
+def _basic(block: Any, x: Tensor) -> Tensor:
+    backend = block.fastres_backend
+    out = bn_step(block.conv1(x), block.bn1, None, "relu", backend)  # [N, planes, H/s, W/s]
+    out = block.conv2(out)
+    residual = x if block.downsample is None else block.downsample(x)
+    return bn_step(out, block.bn2, residual, "relu", backend)
+
+
+def _bottleneck(block: Any, x: Tensor) -> Tensor:
+    backend = block.fastres_backend
+    out = bn_step(block.conv1(x), block.bn1, None, "relu", backend)  # [N, width, H, W]
+    out = bn_step(block.conv2(out), block.bn2, None, "relu", backend)  # [N, width, H/s, W/s]
+    out = block.conv3(out)  # [N, planes * 4, H/s, W/s]
+    residual = x if block.downsample is None else block.downsample(x)
+    return bn_step(out, block.bn3, residual, "relu", backend)
+
+
+# ---- stems -----------------------------------------------------------------------------------------------------------
+
+
+class StemAdapter(BlockAdapter):
+    """The BN and ReLU between a ResNet's first convolution and its pool, inside the network's own forward."""
+
+    def ready(self, block: nn.Module) -> bool:
+        return super().ready(block) and not getattr(block, "grad_checkpointing", False)
+
+    def probe(self, block: nn.Module) -> nn.Module:
+        children = block._modules
+        stem = (children[name] for name in ("conv1", *self.norms, *self.acts))
+        return nn.Sequential(*(module for module in stem if module is not None))
+
+
+def _stem(net: Any, x: Tensor) -> Tensor:
+    x = net.conv1(x)  # [N, 64, H/2, W/2]
+    x = bn_step(x, net.bn1, None, "relu", net.fastres_backend)
+    x = net.maxpool(x)  # [N, 64, H/4, W/4]
+    return net.layer4(net.layer3(net.layer2(net.layer1(x))))  # type: ignore[no-any-return]
+
+
+def _torchvision_net(net: Any, x: Tensor) -> Tensor:
+    x = net.avgpool(_stem(net, x))  # [N, C, 1, 1]
+    return net.fc(torch.flatten(x, 1))  # type: ignore[no-any-return]
+
+
+# ---- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+class HFConvAdapter(BlockAdapter):
+    """ResNetConvLayer: convolution, BN, and ReLU or Identity."""
+
+    def ready(self, block: nn.Module) -> bool:
+        children = block._modules
+        act = children["activation"]
+        return is_plain(children["normalization"], nn.BatchNorm2d) and (
+            is_plain(act, nn.ReLU) or is_plain(act, nn.Identity)
+        )
+
+    def refusal(self, block: nn.Module) -> Refusal | None:
+        act = block.activation
+        reason = refuse_norm("normalization", block.normalization)
+        if reason is None and not is_plain(act, nn.Identity):
+            reason = refuse_act("activation", act)
+        return reason
+
+
+def _hf_conv(block: Any, hidden_state: Tensor) -> Tensor:
+    act = "relu" if type(block.activation) is nn.ReLU else "none"
+    return bn_step(block.convolution(hidden_state), block.normalization, None, act, block.fastres_backend)
+
+
+def _hf_shortcut(block: Any, input: Tensor) -> Tensor:
+    return bn_step(block.convolution(input), block.normalization, None, "none", block.fastres_backend)
+
+
+def _is_hf_conv(module: nn.Module) -> bool:
+    cls = stock_class(type(module))
+    return cls.__module__ == HF and cls.__qualname__ == "ResNetConvLayer"
+
+
+class HFResidualAdapter(BlockAdapter):
+    """ResNetBasicLayer and ResNetBottleNeckLayer: the last conv layer's BN takes the shortcut and the ReLU."""
+
+    def ready(self, block: nn.Module) -> bool:
+        layer = block._modules["layer"]
+        if not (is_plain(layer, nn.Sequential) and is_plain(block._modules["activation"], nn.ReLU)):
+            return False
+        last = layer[-1]
+        children = last._modules
+        return (
+            _is_hf_conv(last)
+            and is_bare(last)
+            and is_plain(children["normalization"], nn.BatchNorm2d)
+            and is_plain(children["activation"], nn.Identity)
+        )
+
+    def refusal(self, block: nn.Module) -> Refusal | None:
+        layer: Any = block.layer
+        last: Any = layer[-1] if isinstance(layer, nn.Sequential) and len(layer) else None
+        if type(layer) is not nn.Sequential or last is None or not _is_hf_conv(last):
+            return Refusal("SUBCLASS_FORWARD", "layer is not a Sequential that ends with a ResNetConvLayer")
+        if not (is_bare(layer) and is_bare(last)):
+            return Refusal("HAS_HOOKS", "layer or its last module has hooks or a forward patched on the instance")
+        return (
+            refuse_norm("layer[-1].normalization", last.normalization)
+            or refuse_extra("layer[-1].activation", last.activation)
+            or refuse_act("activation", block.activation)
+        )
+
+
+def _hf_residual(block: Any, hidden_state: Tensor) -> Tensor:
+    *head, last = block.layer
+    out = hidden_state
+    for module in head:
+        out = module(out)
+    out = last.convolution(out)  # [N, C, H/s, W/s]
+    return bn_step(out, last.normalization, block.shortcut(hidden_state), "relu", block.fastres_backend)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def _reads(names: Iterable[str], *more: str) -> frozenset[str]:
+    return frozenset((*names, *more))
+
+
+def _register() -> None:
+    for module, name in (
+        ("torch.nn.modules.container", "Sequential"),
+        ("torchvision.ops.misc", "ConvNormActivation"),
+        ("torchvision.ops.misc", "Conv2dNormActivation"),
+    ):
+        register_library(module, name, SequenceAdapter(_sequence, pattern="sequence"))
+
+    basic, bottleneck = ("bn1", "bn2"), ("bn1", "bn2", "bn3")
+    convs = ("conv1", "conv2", "downsample")
+    vision, timm, slots = "torchvision.models.resnet", "timm.models.resnet", ("drop_block", "aa", "se", "drop_path")
+    for module, name, forward, norms, acts, absent in (
+        (vision, "BasicBlock", _basic, basic, ("relu",), ()),
+        (vision, "Bottleneck", _bottleneck, bottleneck, ("relu",), ()),
+        (timm, "BasicBlock", _basic, basic, ("act1", "act2"), slots),
+        (timm, "Bottleneck", _bottleneck, bottleneck, ("act1", "act2", "act3"), slots),
+    ):
+        more = ("conv3",) if norms is bottleneck else ()
+        reads = _reads(convs, *more, *norms, *acts, *absent)
+        pattern = "basic" if norms is basic else "bottleneck"
+        register_library(module, name, BlockAdapter(forward, norms, acts, absent, pattern, reads=reads))
+
+    stages = ("conv1", "bn1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    register_library(
+        vision,
+        "ResNet",
+        StemAdapter(
+            _torchvision_net, ("bn1",), ("relu",), (), "stem", "_forward_impl", _reads(stages, "relu", "avgpool", "fc")
+        ),
+    )
+    register_library(
+        timm,
+        "ResNet",
+        StemAdapter(
+            _stem, ("bn1",), ("act1",), (), "stem", "forward_features", _reads(stages, "act1", "grad_checkpointing")
+        ),
+    )
+
+    unit = _reads(("convolution", "normalization"))
+    register_library(
+        HF, "ResNetConvLayer", HFConvAdapter(_hf_conv, pattern="conv-bn-relu", reads=unit | {"activation"})
+    )
+    register_library(
+        HF, "ResNetShortCut", BlockAdapter(_hf_shortcut, ("normalization",), pattern="conv-bn", reads=unit)
+    )
+    residual = _reads(("layer", "shortcut", "activation"))
+    for name, pattern in (("ResNetBasicLayer", "basic"), ("ResNetBottleNeckLayer", "bottleneck")):
+        register_library(HF, name, HFResidualAdapter(_hf_residual, pattern=pattern, reads=residual))
+
+
+_register()
