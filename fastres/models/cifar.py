@@ -1,0 +1,95 @@
+"""The paper's CIFAR-10 networks (section 4.2): 6n + 2 layers of 3x3 convolutions.
+
+    one 3x3 convolution to 16; 2n layers each at 32x32 with 16 channels, 16x16 with 32, 8x8 with 64;
+    global average pooling; fc
+
+n = 3, 5, 7, 9, 18, 200 give the 20, 32, 44, 56, 110 and 1202 layers of Table 6; the paper uses shortcut A throughout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.nn import BasicBlock, norm_act
+
+from .shortcut import Block, Init, PlainBlock, Shortcut, Zeros, initialise, make_stage, one_of, positive
+
+
+class CifarResNet(nn.Module):
+    """``x [N, in_channels, H, W] -> logits [N, num_classes]``; 32x32 in the paper, any size of at least 1x1 here.
+
+    Args:
+        block: ``fastres.nn.BasicBlock`` or ``fastres.models.PlainBlock``.
+        depth: 6n + 2 layers: 20, 32, 44, 56, 110, 1202, or any other n >= 1.
+        shortcut, num_classes, in_channels, zero_init_residual, zeros, init: as in :class:`fastres.models.ResNet`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, before anything is built.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        depth: int,
+        num_classes: int = 10,
+        *,
+        in_channels: int = 3,
+        shortcut: Shortcut = "A",
+        zero_init_residual: bool = False,
+        zeros: Zeros = "end",
+        init: Init = "fan_out",
+    ) -> None:
+        super().__init__()
+        one_of("shortcut", shortcut, ("A", "B", "C"))
+        one_of("zeros", zeros, ("end", "both"))
+        positive("depth", depth)
+        positive("num_classes", num_classes)
+        positive("in_channels", in_channels)
+        n, rest = divmod(depth - 2, 6)
+        if rest or n < 1:
+            raise ValueError(f"depth: got {depth}, expected 6n + 2 with n >= 1, such as 20, 32, 44, 56 or 110")
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU(inplace=True)
+        self.layer1 = make_stage(block, 16, 16, n, 1, shortcut, zeros)
+        self.layer2 = make_stage(block, 16, 32, n, 2, shortcut, zeros)
+        self.layer3 = make_stage(block, 32, 64, n, 2, shortcut, zeros)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, num_classes)
+        initialise(self, init, zero_init_residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = norm_act(self.conv1(x), self.bn1, self.relu)  # [N, 16, H, W]
+        x = self.layer1(x)
+        x = self.layer2(x)  # [N, 32, H / 2, W / 2]
+        x = self.layer3(x)  # [N, 64, H / 4, W / 4]
+        x = torch.flatten(self.avgpool(x), 1)  # [N, 64]
+        logits: Tensor = self.fc(x)  # [N, num_classes]
+        return logits
+
+
+def cifar_resnet(
+    depth: int, shortcut: Shortcut = "A", num_classes: int = 10, in_channels: int = 3, **options: Any
+) -> CifarResNet:
+    """The residual network of ``depth`` = 6n + 2 layers: 269,722 parameters at depth 20, 1,727,962 at 110 (shortcut A).
+
+    Args:
+        depth: 20, 32, 44, 56, 110, 1202, or any 6n + 2.
+        shortcut: ``"A"`` (the paper's), ``"B"`` or ``"C"``.
+        num_classes, in_channels: of the data.
+        options: ``zeros``, ``init``, ``zero_init_residual`` as in :class:`CifarResNet`.
+
+    Example:
+        >>> import fastres.models
+        >>> sum(p.numel() for p in fastres.models.cifar_resnet(20).parameters())
+        269722
+    """
+    return CifarResNet(BasicBlock, depth, num_classes, in_channels=in_channels, shortcut=shortcut, **options)
+
+
+def cifar_plain(depth: int, num_classes: int = 10, in_channels: int = 3, **options: Any) -> CifarResNet:
+    """The plain network of ``depth`` = 6n + 2 layers: no shortcuts, otherwise (and in parameters) the same."""
+    return CifarResNet(PlainBlock, depth, num_classes, in_channels=in_channels, **options)

@@ -1,0 +1,155 @@
+"""The floor below which an error is nobody's fault: how far 4 ulp in the data move the exact result.
+
+A result is as good as exact when it is the exact result for data that differ by rounding. The floor of a tensor is
+therefore measured: the float64 reference runs twice more with every floating input, parameter and buffer multiplied by
+``1 + 4 eps * U(-1, 1)``; its differences from the unperturbed run give the floor's RMS and maximum. To first order
+
+    floor_i = 4 eps * sqrt(sum_j (df_i / dx_j * x_j)^2 / 3)
+
+which is the formula on the sizes of its terms, added as independent roundings add. It holds for one operator and for
+a whole network, forward and backward alike, and costs two float64 runs. 4 ulp of the result itself are always allowed,
+and tensors of few elements get a wider floor, ``1 + 3 / sqrt(samples)``, because two samples of one number say little.
+
+A ReLU whose input lies within rounding of 0 may pass its gradient or not: both are right, and a whole gradient apart.
+Where such gates are few (at most three), each is switched alone in one more run, and a result is judged against
+whichever setting of them it took; the perturbed runs hold every gate as the reference has it. Where they are many, as
+in half precision, they are part of the floor: of the two perturbed runs, one opens the nearest gates of every ReLU and
+the other closes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ULPS = 4.0
+FEW = 3
+WIDTH = 2.0  # of the band around 0 in which gates count, in units of the perturbation
+_NEAREST = 4
+
+_aten = torch.ops.aten
+_RELUS = (_aten.relu.default, _aten.relu_.default)
+_CLAMPS = (_aten.clamp_min.default, _aten.clamp_min_.default)
+
+Index = tuple[Tensor, ...]
+
+
+class Gate(NamedTuple):
+    """One element of one ReLU call whose input is within rounding of 0."""
+
+    call: int
+    where: Index
+
+
+class _Relus(TorchDispatchMode):
+    """Sees every ReLU, ours included, and may change its result.
+
+    Autograd takes a ReLU's mask from its result, so a tiny positive number there opens a gate and a 0 closes it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = -1
+
+    def result(self, z: Tensor, y: Tensor) -> None:
+        """Called with a copy of each ReLU's input ``z`` and its result ``y``, which may be written to."""
+        raise NotImplementedError
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        statistics: list[Tensor] = []
+        if func in _RELUS or (func in _CLAMPS and args[1] == 0):
+            z = args[0].clone()
+            y = func(*args, **kwargs)
+        elif func is torch.ops.fastres.add_relu.default:
+            z = args[0] + args[1]
+            y = z.relu()
+        elif func is torch.ops.fastres.bn_act.default and args[8] == "relu":
+            z, *statistics = func(*args[:8], "none", *args[9:], **kwargs)
+            y = z.relu()
+        else:
+            return func(*args, **kwargs)
+        self.calls += 1
+        if z.numel():
+            self.result(z, y)
+        return (y, *statistics) if statistics else y
+
+
+class FindGates(_Relus):
+    """Finds the gates within ``width`` of 0, relative to the RMS of the ReLU's input; changes nothing.
+
+    ``found`` holds the nearest four of each call, ``count`` is how many there are, ``masks`` every gate of every call.
+    """
+
+    def __init__(self, width: float) -> None:
+        super().__init__()
+        self.width = width
+        self.count = 0
+        self.found: list[Gate] = []
+        self.masks: dict[int, Tensor] = {}
+
+    def result(self, z: Tensor, y: Tensor) -> None:
+        where, _ = self.near(z)
+        self.found += [Gate(self.calls, tuple(i[n : n + 1] for i in where)) for n in range(len(where[0]))]
+        self.masks[self.calls] = y > 0
+
+    def near(self, z: Tensor) -> tuple[Index, Tensor]:
+        """The indices of this call's nearest gates, and their distances."""
+        size = z.abs().flatten()
+        size = torch.where(size == 0, torch.inf, size)  # an exact 0 is a value, not a rounding
+        width = self.width * float(z.square().mean().sqrt()) * (self.calls + 1) ** 0.5  # errors grow with depth
+        self.count += int((size < width).sum())
+        near, index = size.topk(min(_NEAREST, size.numel()), largest=False)
+        return torch.unravel_index(index[near < width], z.shape), near[near < width]
+
+
+class NearestGates(FindGates):
+    """Opens, or closes, all the gates that FindGates would find."""
+
+    def __init__(self, width: float, opens: bool) -> None:
+        super().__init__(width)
+        self.opens = opens
+
+    def result(self, z: Tensor, y: Tensor) -> None:
+        where, size = self.near(z)
+        y[where] = size if self.opens else torch.zeros_like(size)
+
+
+class HoldGates(_Relus):
+    """Holds every gate as it was found, except ``switched``, which is the other way."""
+
+    def __init__(self, found: FindGates, switched: Gate | None = None) -> None:
+        super().__init__()
+        self.masks = dict(found.masks)
+        if switched is not None:
+            mask = self.masks[switched.call].clone()
+            mask[switched.where] = ~mask[switched.where]
+            self.masks[switched.call] = mask
+
+    def result(self, z: Tensor, y: Tensor) -> None:
+        y.copy_(torch.where(self.masks[self.calls], z.clamp_min(torch.finfo(z.dtype).tiny), 0))
+
+
+def settings(exact: Tensor, switched: list[Tensor]) -> list[Tensor]:
+    """The exact result under every setting of the gates; ``switched`` has each gate alone the other way."""
+    results = [exact]
+    for one in switched:
+        results += [result + (one - exact) for result in results]
+    return results
+
+
+def floors(exact: Tensor, perturbed: list[Tensor], eps: float, ulps: float) -> tuple[float, float]:
+    """(RMS, maximum) of the floor of one tensor. ``exact`` and ``perturbed`` are float64 and of one shape."""
+    if not exact.numel() or not ulps:
+        return 0.0, 0.0
+    own = exact.abs() * (ulps * eps)
+    rms, worst = float(own.square().mean().sqrt()), float(own.amax())
+    if perturbed:
+        moved = torch.stack([(p - exact).abs() for p in perturbed])
+        widen = 1 + 3 / moved.numel() ** 0.5
+        rms = max(rms, float(moved.square().mean().sqrt()) * widen)
+        worst = max(worst, float(moved.amax()) * widen)
+    return rms, worst
