@@ -57,7 +57,8 @@ struct Moments {
 
   // Of the values x_i, from a = sum(x_i - shift) and b = sum((x_i - shift)^2).
   static FASTRES_HD Moments shifted(double count, double shift, double a, double b) {
-    const double m2 = b - a * a / count;
+    const double inverse_count = 1 / count;  // leaves a loop over channels
+    const double m2 = b - a * a * inverse_count;
     return {count, count * shift + a, m2 < 0 ? 0 : m2};  // rounding may leave -1e-20; NaN passes
   }
 

@@ -1,0 +1,114 @@
+"""torchvision's residual blocks, swapped and eager, in both layouts: the blocks of ResNet-18 and ResNet-50, batch 8.
+
+The ratio is over the faster of eager NCHW and eager channels_last. Training is forward and backward, the gradients of
+the input and of every parameter; torch.compile stands beside it with --peers all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+import torchvision
+from torch import nn
+
+import fastres
+from judge import judge_module
+from measure import Case, Prepared
+from peers import forward_only, module_variants
+from shapes import BATCH
+
+MODES = {"train": "training, forward+backward", "eval": "eval, forward, no grad"}
+BLOCKS = ("layer1.1", "layer2.0", "layer2.1", "layer3.1", "layer4.1")  # one of each stage, and one with a projection
+JUDGED = 2  # images, of the batch, that the referee sees
+
+
+@cache
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return getattr(torchvision.models, name)(weights=None)
+
+
+@dataclass(frozen=True)
+class BlockCase(Case):
+    what: ClassVar[str] = "blocks"
+    weight: ClassVar[float] = 2.0
+    baselines: ClassVar[tuple[str, ...]] = ("eager", "eager_channels_last")
+    ours: ClassVar[tuple[str, ...]] = ("swapped", "swapped_channels_last")
+    compiled: ClassVar[tuple[str, ...]] = ("compile_channels_last",)
+    network: str
+    block: str
+    kind: str  # a key of MODES
+    batch: int = BATCH
+
+    @property
+    def id(self) -> str:
+        return f"{self.kind}-{self.network}-{self.block}"
+
+    @property
+    def mode(self) -> str:
+        return MODES[self.kind]
+
+    @property
+    def size(self) -> int:
+        """Height and width of the block's input."""
+        stage, index = int(self.block[5]), int(self.block[7])
+        return 56 >> (stage - 1 - (index == 0 and stage > 1))
+
+    def facts(self) -> dict[str, Any]:
+        channels = network(self.network).get_submodule(self.block).conv1.in_channels
+        return {
+            "network": self.network,
+            "block": self.block,
+            "shape": [self.batch, channels, self.size, self.size],
+            "layout": "both",
+            "dtype": "fp32",
+        }
+
+    def images(self) -> int:
+        return self.batch
+
+    def prepare(self, device: torch.device, peers: tuple[str, ...]) -> Prepared:
+        training = self.kind == "train"
+        block = network(self.network).get_submodule(self.block).to(device)
+        block = block.train(training)
+        x = torch.randn(self.facts()["shape"], device=device)
+        variants = module_variants(block, x, peers)
+        calls = {}
+        for name, (module, images) in variants.items():
+            if training:
+                calls[name] = _training_call(module, images)
+            else:
+                calls[name] = forward_only(module, (images,), grad=False)
+
+        def judge(results):
+            verdicts = {}
+            for name in results:
+                if name.startswith("swapped"):
+                    module, images = variants[name]
+                    reference = variants[name.replace("swapped", "eager")][0]
+                    verdicts[name] = judge_module(reference, module, images[:JUDGED], training)
+            return verdicts
+
+        return Prepared(calls, judge, backend=fastres.explain("bn_act", x).chosen)
+
+
+def _training_call(module: nn.Module, x: torch.Tensor):
+    x.requires_grad_()
+    inputs = (x, *module.parameters())
+    with torch.no_grad():
+        dy = torch.randn_like(module(x))  # [N, C, H/s, W/s], in the layout of the output
+
+    def call() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(module(x), inputs, dy)
+
+    return call
+
+
+CASES = [BlockCase(name, block, kind) for kind in MODES for name in ("resnet18", "resnet50") for block in BLOCKS]
+
+
+def test_blocks(case, peer, beside):
+    beside(case, peer)

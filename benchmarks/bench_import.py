@@ -1,0 +1,88 @@
+"""`import fastres` beyond `import torch`: fresh processes in turn, each timed from its first line to its last import.
+
+`fastres_beyond_torch` is the difference inside one process, which the noise of importing torch does not touch. The verdict:
+fastres imports no Triton and creates no CUDA context.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from measure import Case, Prepared, Verdict
+
+SCRIPT = """
+import json, sys, time
+start = time.perf_counter()
+import torch
+torch_s = time.perf_counter() - start
+before = set(sys.modules)
+if {fastres}:
+    import fastres
+both_s = time.perf_counter() - start
+new = set(sys.modules) - before
+print(json.dumps({{
+    "torch": torch_s, "both": both_s, "beyond": both_s - torch_s, "new": len(new), "cuda": torch.cuda.is_initialized(),
+    "triton": sorted(name for name in new if name.partition(".")[0] == "triton"),
+}}))
+"""
+
+
+def imported(fastres: bool) -> dict[str, Any]:
+    """Times the imports in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(fastres=fastres)], capture_output=True, text=True, timeout=120, check=True
+    )
+    return json.loads(done.stdout)
+
+
+@dataclass(frozen=True)
+class ImportCase(Case):
+    what: ClassVar[str] = "import"
+    baselines: ClassVar[tuple[str, ...]] = ("torch",)
+    ours: ClassVar[tuple[str, ...]] = ("torch_and_fastres",)
+    compiled: ClassVar[tuple[str, ...]] = ()
+    alone: ClassVar[tuple[str, ...]] = ("fastres_beyond_torch",)
+
+    @property
+    def id(self) -> str:
+        return "import"
+
+    @property
+    def mode(self) -> str:
+        return "a fresh process"
+
+    def facts(self) -> dict[str, Any]:
+        return {"layout": None, "dtype": None}
+
+    def prepare(self, device: torch.device, peers: tuple[str, ...]) -> Prepared:
+        last: dict[str, Any] = {}
+
+        def both() -> float:
+            last.update(imported(fastres=True))
+            return last["both"]
+
+        calls = {
+            "torch": lambda: imported(fastres=False)["torch"],
+            "torch_and_fastres": both,
+            "fastres_beyond_torch": lambda: imported(fastres=True)["beyond"],
+        }
+
+        def judge(results):
+            wrong = [f"imports {', '.join(last['triton'])}"] if last["triton"] else []
+            wrong += ["creates a CUDA context"] if last["cuda"] else []
+            return {"torch_and_fastres": Verdict(not wrong, None, "; ".join(wrong))}
+
+        return Prepared(calls, judge, timer=lambda call: call())
+
+
+CASES = [ImportCase()]
+
+
+def test_import(case, peer, beside):
+    beside(case, peer)

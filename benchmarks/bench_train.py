@@ -1,0 +1,91 @@
+"""A training step of torchvision's ResNet-18 and ResNet-50, swapped and eager, in both layouts: batch 8 at 224x224.
+
+The step is zero_grad, forward, cross-entropy, backward and SGD with momentum. The ratio is over the faster of eager NCHW
+and eager channels_last; torch.compile stands beside it with --peers all (a network takes minutes to compile).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import fastres
+from judge import judge_module
+from measure import Case, Prepared
+from peers import module_variants
+from shapes import BATCH
+
+
+@dataclass(frozen=True)
+class TrainCase(Case):
+    what: ClassVar[str] = "train"
+    weight: ClassVar[float] = 40.0
+    baselines: ClassVar[tuple[str, ...]] = ("eager", "eager_channels_last")
+    ours: ClassVar[tuple[str, ...]] = ("swapped", "swapped_channels_last")
+    compiled: ClassVar[tuple[str, ...]] = ("compile_channels_last",)
+    network: str
+    size: int = 224
+    batch: int = BATCH
+    judged: tuple[int, int] = (4, 128)  # images and their size for the referee, which runs in float64
+
+    @property
+    def id(self) -> str:
+        return f"{self.network}-{self.batch}x3x{self.size}x{self.size}"
+
+    @property
+    def mode(self) -> str:
+        return "training step"
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "network": self.network,
+            "shape": [self.batch, 3, self.size, self.size],
+            "layout": "both",
+            "dtype": "fp32",
+        }
+
+    def images(self) -> int:
+        return self.batch
+
+    def prepare(self, device: torch.device, peers: tuple[str, ...]) -> Prepared:
+        net = getattr(torchvision.models, self.network)(weights=None).to(device)
+        images = torch.randn(self.facts()["shape"], device=device)
+        labels = torch.randint(1000, (self.batch,), device=device)
+        variants = module_variants(net, images, peers)
+        calls = {name: _step(module, x, labels) for name, (module, x) in variants.items()}
+        few, size = self.judged
+
+        def judge(results):
+            ours = [name for name in results if name.startswith("swapped")]
+            if not ours:
+                return {}
+            fresh = module_variants(net, torch.randn(few, 3, size, size, device=device), tuple(ours))
+            return {name: judge_module(net, module, x, training=True) for name, (module, x) in fresh.items()}
+
+        return Prepared(calls, judge, backend=fastres.explain("bn_act", images).chosen)
+
+
+def _step(module: nn.Module, images: torch.Tensor, labels: torch.Tensor):
+    module.train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
+
+    def call() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(module(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return call
+
+
+CASES = [TrainCase("resnet18"), TrainCase("resnet50")]
+
+
+def test_train(case, peer, beside):
+    beside(case, peer)

@@ -1,0 +1,166 @@
+"""Benchmarks under pytest-benchmark: peers side by side in its tables, timed in interleaved rounds.
+
+The first test of a case judges and times all its peers together; every test of the case then hands its own samples to
+pytest-benchmark through a replaying timer. At the end the session's results are printed and written (see report.py).
+
+    pytest benchmarks/                                  about ten minutes on two cores
+    pytest benchmarks/bench_bn_act.py -k "train and residual"
+    pytest benchmarks/ --budget tiny --peers eager      proves that it runs
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastres.lab.devices import pick_device
+from fastres.lab.errors import DeviceError, OutputError
+from fastres.lab.results import prepare_folder
+from measure import JUDGE_ONLY, TINY, Effort, Replay, Result, bandwidth, measure
+from peers import LEVELS
+from report import document, lines, machine, write
+
+REPLAY = Replay()
+RESULTS = pytest.StashKey[dict]()  # case id -> Result, or the exception that its measurement raised
+COLUMNS = ["median", "iqr", "min", "max", "rounds", "iterations"]
+
+
+def _budget(text: str) -> float | str:
+    if text == "tiny":
+        return text
+    seconds = float(text)
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(text)
+    return seconds
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastres benchmarks")
+    group.addoption(
+        "--budget",
+        type=_budget,
+        default=2.0,
+        metavar="SECONDS",
+        help="timed seconds of one operator's case, all peers together; blocks get 2x, training steps 40x (default 2); "
+        "'tiny' runs everything twice and says nothing about speed",
+    )
+    group.addoption("--rounds", type=_positive, default=25, metavar="N", help="most rounds of a case (default 25)")
+    group.addoption(
+        "--peers",
+        choices=LEVELS,
+        default="quick",
+        help="torch.compile beside eager: eager, nowhere; quick, at a few operator shapes (default); all, everywhere, which "
+        "takes minutes for a network",
+    )
+    group.addoption("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
+    group.addoption(
+        "--results", type=Path, default=Path("out/bench"), metavar="DIR", help="where results go (default out/bench)"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    config.stash[RESULTS] = {}
+    if config.option.benchmark_columns is None:
+        config.option.benchmark_columns = COLUMNS
+    if config.option.collectonly:
+        return
+    try:
+        _device(config)
+        prepare_folder(config.option.results, [])
+    except (DeviceError, OutputError) as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def _device(config) -> torch.device:
+    return pick_device(config.option.device)
+
+
+def _effort(config) -> Effort:
+    budget = config.option.budget
+    return TINY if budget == "tiny" else Effort(budget, config.option.rounds, min(6, config.option.rounds))
+
+
+def pytest_report_header(config):
+    option = config.option
+    where = f"device {_device(config)}, {torch.get_num_threads()} threads"
+    return f"fastres: {where}, budget {option.budget} s a case, peers {option.peers}, results in {option.results}"
+
+
+def pytest_generate_tests(metafunc):
+    if {"case", "peer"} <= set(metafunc.fixturenames):
+        level = metafunc.config.option.peers
+        rows = []
+        for case in metafunc.module.CASES:
+            mark = pytest.mark.benchmark(timer=REPLAY, group=case.title)
+            rows += [pytest.param(case, peer, id=f"{case.id}-{peer}", marks=mark) for peer in case.peers(level)]
+        metafunc.parametrize(("case", "peer"), rows)
+
+
+@pytest.fixture
+def beside(benchmark, pytestconfig):
+    """Reports one peer of a case; the case's first test measures all of them."""
+    results = pytestconfig.stash[RESULTS]
+
+    def run(case, peer):
+        key = case.title
+        if key not in results:
+            effort = _effort(pytestconfig) if benchmark.enabled else JUDGE_ONLY
+            try:
+                results[key] = measure(case, _device(pytestconfig), effort, case.peers(pytestconfig.option.peers))
+            except Exception as error:
+                results[key] = error
+                raise
+        result = results[key]
+        if isinstance(result, Exception):
+            pytest.fail(f"{key} could not be measured: {type(result).__name__}: {result}", pytrace=False)
+        if peer in result.left_out:
+            pytest.skip(result.left_out[peer])
+        _replay(benchmark, result, peer)
+        verdict = result.verdicts.get(peer)
+        if verdict is not None and not verdict.passed:
+            pytest.fail(f"{key}: {peer} gives wrong answers: {verdict.message}", pytrace=False)
+
+    return run
+
+
+def _replay(benchmark, result: Result, peer: str) -> None:
+    verdict, case = result.verdicts.get(peer), result.case
+    benchmark.extra_info.update(peer=peer, backend=result.backend, verdict=verdict.to_dict() if verdict else None)
+    if not result.samples:  # pytest-benchmark is disabled: judged, not timed
+        benchmark.pedantic(lambda: None)
+        return
+    benchmark.extra_info["samples"] = result.samples[peer]
+    if peer != result.baseline and peer not in case.alone:
+        benchmark.extra_info.update(baseline=result.baseline, speedup=result.speedup(peer).to_dict())
+    REPLAY.load(result.samples[peer])
+    benchmark.pedantic(lambda: None, rounds=len(result.samples[peer]), iterations=result.iterations)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    measured = [r for r in config.stash[RESULTS].values() if isinstance(r, Result) and r.samples]
+    if not measured:
+        return
+    device = _device(config)
+    data = document(measured, device, _effort(config), config.option.peers, bandwidth(device))
+    terminalreporter.section("fastres: speed-up over eager")
+    terminalreporter.write_line(machine(data))
+    for line in lines(data):
+        terminalreporter.write_line(line)
+    try:
+        paths, why_not = write(data, config.option.results, complete="deselected" not in terminalreporter.stats)
+    except OutputError as error:
+        terminalreporter.write_line(str(error), red=True)
+        return
+    for line in [*(f"wrote {path}" for path in paths), *([why_not] if why_not else [])]:
+        terminalreporter.write_line(line)

@@ -1,0 +1,125 @@
+"""Draws a result file: every case's speed-up over eager with its 95 % interval, losses in the same picture.
+
+python benchmarks/plot.py out/bench/all-cpu-torch2.11.0.json [picture.png]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastres.lab.errors import MissingExtra
+from fastres.lab.results import write_atomically
+
+COLORS = {"channels_last": "#1f6fb4", "nchw": "#d98c1f", "compile": "#7a7f85"}
+
+
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Writes the PNG: one panel for each operator and mode, one row for each shape.
+
+    Raises MissingExtra where matplotlib is not installed, OutputError where `path` cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+    except ImportError as missing:
+        raise MissingExtra('the plot needs matplotlib, which is not installed: pip install "fastres[viz]"') from missing
+    panels = _panels(data)
+    columns = min(3, len(panels))
+    height = [
+        max(len(_labels(panels[i + j])) for j in range(columns) if i + j < len(panels))
+        for i in range(0, len(panels), columns)
+    ]
+    figure = Figure(figsize=(5.6 * columns, sum(1.3 + 0.3 * h for h in height) + 0.8), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(height), columns, height_ratios=[1.3 + 0.3 * h for h in height])
+    for i, panel in enumerate(panels):
+        _draw_panel(figure.add_subplot(grid[i // columns, i % columns]), *panel)
+    handles = [Line2D([], [], marker="o", linestyle="", color=color, label=name) for name, color in COLORS.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
+    where = data["environment"]
+    device = where["gpu"]["name"] if where["gpu"] else where["cpu"]["model"]
+    figure.suptitle(
+        f"Speed-up over eager PyTorch, median and 95 % interval, right of the line is faster\n"
+        f"{device}, {where['threads']} threads, torch {where['versions']['torch']}, {where['time'][:10]}",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fastres"}))
+
+
+Panel = tuple[str, list[tuple[str, str, dict[str, float]]]]  # title; (label, colour's name, ratio)
+
+
+def _panels(data: dict[str, Any]) -> list[Panel]:
+    panels: dict[str, list[tuple[str, str, dict[str, float]]]] = {}
+    for case in data["cases"]:
+        dtype = f", {case['dtype']}" if case["dtype"] else ""
+        form = f" {case['form']}" if "form" in case and case["what"] != "overhead" else ""
+        title = case["what"] if case["what"] == "overhead" else f"{case['what']}{form}, {case['mode']}{dtype}"
+        for name, peer in case["peers"].items():
+            ratio = peer["speedup"].get(case["baseline"])
+            if ratio is None or name in ("eager", "eager_channels_last"):
+                continue
+            color = "channels_last" if "channels_last" in f"{name} {case['layout']}" else "nchw"
+            color = "compile" if name.startswith("compile") else color
+            panels.setdefault(title, []).append((_label(case), color, ratio))
+    return list(panels.items())
+
+
+def _label(case: dict[str, Any]) -> str:
+    if case["what"] in ("bn_act", "add_relu"):
+        return "x".join(map(str, case["shape"][1:]))
+    if case["what"] == "blocks":
+        return f"{case['network']} {case['block']}"
+    return case.get("network") if case["what"] == "train" else case["id"]
+
+
+def _labels(panel: Panel) -> list[str]:
+    return list(dict.fromkeys(label for label, _, _ in panel[1]))
+
+
+def _draw_panel(axes: Any, title: str, points: list[tuple[str, str, dict[str, float]]]) -> None:
+    labels = _labels((title, points))
+    for label, color, ratio in points:
+        place = labels.index(label) + {"channels_last": -0.16, "nchw": 0.16, "compile": 0.0}[color]
+        axes.plot([ratio["low"], ratio["high"]], [place, place], color=COLORS[color], linewidth=1.6)
+        axes.plot(ratio["median"], place, "o", color=COLORS[color], markersize=4.5)
+    axes.axvline(1.0, color="#c8452f", linewidth=1)
+    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    lows, highs = zip(*((ratio["low"], ratio["high"]) for _, _, ratio in points), strict=True)
+    axes.set_xlim(min(0.8, *lows) - 0.05, max(1.2, *highs) + 0.1)
+    axes.set_title(title, loc="left", fontsize=8.5, fontweight="bold")
+    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def main(arguments: list[str]) -> int:
+    from report import validate
+
+    if not 1 <= len(arguments) <= 2:
+        print("usage: python benchmarks/plot.py RESULT.json [PICTURE.png]", file=sys.stderr)
+        return 2
+    source = Path(arguments[0])
+    target = Path(arguments[1]) if len(arguments) == 2 else source.with_suffix(".png")
+    try:
+        data = json.loads(source.read_text())
+        validate(data)
+        draw(data, target)
+    except (OSError, ValueError, MissingExtra) as error:
+        print(f"plot: {source}: {error}", file=sys.stderr)
+        return 1
+    print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,342 @@
+"""What a benchmark session leaves behind: one JSON with every sample, a Markdown table, a plot; and what it prints.
+
+`SCHEMA` is the JSON's shape; `validate` holds a file to it, and a reader of results calls it first. A loss is a row like
+any other.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastres.lab.errors import MissingExtra
+from fastres.lab.results import environment, write_atomically, write_json
+from measure import Effort, Result
+from shapes import BLOCK_END
+
+SCHEMA_NAME, SCHEMA_VERSION = "fastres.benchmarks", 1
+EVERYTHING = ("add_relu", "blocks", "bn_act", "import", "overhead", "train")
+ENVIRONMENT = tuple("FASTRES_ OMP_ MKL_ KMP_ GOMP_ TORCH PYTORCH_ TRITON_ CUDA_ MALLOC_ LD_PRELOAD".split())
+
+_RATIO = {"median": float, "low": float, "high": float, "n": int, "coverage": float}
+_VERDICT = {"passed": bool, "error_ratio": (float, None), "message": str}
+_PEER = {
+    "samples": [float],  # seconds of `iterations` calls, round by round
+    "median": float,  # seconds of one call
+    "q1": float,
+    "q3": float,
+    "bytes_per_s": (float, None),  # the bytes the fused kernels have to move, over the median
+    "of_bandwidth": (float, None),
+    "images_per_s": (float, None),
+    "peak_bytes": (int, None),
+    "verdict": (_VERDICT, None),  # None for a baseline, which is the yardstick
+    "speedup": {str: _RATIO},  # over every peer that is not fastres; entry `baseline` is the headline
+}
+_CASE = {
+    "id": str,
+    "what": str,
+    "mode": str,
+    "layout": (str, None),
+    "dtype": (str, None),
+    "backend": (str, None),
+    "iterations": int,
+    "rounds": int,
+    "bytes_moved": (int, None),
+    "baseline": str,
+    "ours": [str],
+    "peers": {str: _PEER},
+    "left_out": {str: str},
+}
+_BAR = {"name": str, "aim": str, "measured": str, "value": float, "n": int}
+SCHEMA = {
+    "schema": str,
+    "schema_version": int,
+    "environment": dict,
+    "settings": {"budget_s": float, "rounds": int, "peers": str, "bandwidth_bytes_per_s": float},
+    "cases": [_CASE],
+    "bars": [_BAR],
+}
+
+
+def validate(data: Any, schema: Any = SCHEMA, where: str = "result") -> None:
+    """Raises ValueError naming the place where `data` is not what `schema` says; more keys than it names are allowed."""
+    if isinstance(schema, tuple):  # (schema, None): may be null
+        if data is not None:
+            validate(data, schema[0], where)
+    elif isinstance(schema, list):
+        _expect(isinstance(data, list), where, "a list", data)
+        for i, entry in enumerate(data):
+            validate(entry, schema[0], f"{where}[{i}]")
+    elif isinstance(schema, dict) and str in schema:
+        _expect(isinstance(data, dict), where, "an object", data)
+        for key, entry in data.items():
+            validate(entry, schema[str], f"{where}[{key!r}]")
+    elif isinstance(schema, dict):
+        _expect(isinstance(data, dict), where, "an object", data)
+        for key, entry in schema.items():
+            _expect(key in data, where, f"the key {key!r}", sorted(data))
+            validate(data[key], entry, f"{where}.{key}")
+    else:
+        allowed = (int, float) if schema is float else schema
+        right = isinstance(data, allowed) and not (isinstance(data, bool) and schema is not bool)
+        _expect(right, where, f"{schema.__name__}", data)
+
+
+def _expect(right: bool, where: str, expected: str, got: Any) -> None:
+    if not right:
+        raise ValueError(f"{where}: got {got!r}, expected {expected}")
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def document(
+    results: Sequence[Result], device: torch.device, effort: Effort, peers: str, bandwidth: float
+) -> dict[str, Any]:
+    """The result file of a session."""
+    where = environment(device, " ".join(["pytest", *sys.argv[1:]]))
+    where["environment"] = {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)}
+    where["cpu"]["flags"] = _cpu_flags()
+    where["load"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
+    cases = [case_data(result, bandwidth) for result in results]
+    return {
+        "schema": SCHEMA_NAME,
+        "schema_version": SCHEMA_VERSION,
+        "environment": where,
+        "settings": {
+            "budget_s": effort.budget_s,
+            "rounds": effort.rounds,
+            "peers": peers,
+            "bandwidth_bytes_per_s": bandwidth,
+        },
+        "cases": cases,
+        "bars": bars(cases),
+    }
+
+
+def case_data(result: Result, bandwidth: float) -> dict[str, Any]:
+    case = result.case
+    return {
+        "id": case.id,
+        "what": case.what,
+        "mode": case.mode,
+        **case.facts(),
+        "backend": result.backend,
+        "iterations": result.iterations,
+        "rounds": len(next(iter(result.samples.values()))),
+        "bytes_moved": case.bytes_moved(),
+        "baseline": result.baseline,
+        "ours": list(case.ours),
+        "peers": {name: _peer_data(result, name, bandwidth) for name in result.samples},
+        "left_out": result.left_out,
+    }
+
+
+def _peer_data(result: Result, name: str, bandwidth: float) -> dict[str, Any]:
+    case, seconds = result.case, result.seconds(name)
+    calls = sorted(sample / result.iterations for sample in result.samples[name])
+    moved, images, verdict = case.bytes_moved(), case.images(), result.verdicts.get(name)
+    others = [n for n in result.samples if n != name and n not in case.ours + case.alone and name not in case.alone]
+    return {
+        "samples": result.samples[name],
+        "median": seconds,
+        "q1": calls[len(calls) // 4],
+        "q3": calls[(3 * len(calls)) // 4],
+        "bytes_per_s": moved / seconds if moved else None,
+        "of_bandwidth": moved / seconds / bandwidth if moved else None,
+        "images_per_s": images / seconds if images else None,
+        "peak_bytes": result.memory.get(name),
+        "verdict": verdict.to_dict() if verdict else None,
+        "speedup": {other: result.speedup(name, other).to_dict() for other in others},
+    }
+
+
+def bars(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the project holds itself to, as measured: nothing here passes or fails."""
+    cases, found = list(cases), []
+
+    def bar(name: str, aim: str, measured: str, value: float, n: int) -> None:
+        found.append({"name": name, "aim": aim, "measured": measured, "value": value, "n": n})
+
+    def share(name: str, aim: str, ratios: list[float], least: float) -> None:
+        if ratios:
+            good, n = sum(ratio >= least for ratio in ratios), len(ratios)
+            spread = f"{min(ratios):.2f} to {max(ratios):.2f}, median {statistics.median(ratios):.2f}"
+            bar(name, aim, f"{good} of {n} at {least}x or more ({spread})", good / n, n)
+
+    residual = [c for c in cases if c["what"] == "bn_act" and c["mode"].startswith("training") and c["dtype"] == "fp32"]
+    residual = [c for c in residual if c["form"] == "residual-relu" and c["backend"] != "reference"]
+    aim = "1.3x eager at 80 % of the shapes"
+    for layout in ("channels_last", "nchw"):
+        here = [c for c in residual if c["layout"] == layout]
+        ends = [_headline(c) for c in here if c["role"] == BLOCK_END]
+        share(f"bn_act + residual, forward+backward, {layout}: every shape", aim, [_headline(c) for c in here], 1.3)
+        share(f"bn_act + residual, forward+backward, {layout}: block ends", aim, ends, 1.3)
+    chosen = [_headline(c) for c in cases if c["what"] in ("bn_act", "add_relu")]
+    share("operators, every case", "0.97x eager or more everywhere", chosen, 0.97)
+    for case in (c for c in cases if c["what"] == "train"):
+        best = min(case["ours"], key=lambda name: case["peers"][name]["median"])
+        ratio = case["peers"][best]["speedup"][case["baseline"]]
+        measured = f"{best} {_interval(ratio)} over {case['baseline']}"
+        aim = "0.97x the faster eager or more, hoped for 1.1x"
+        bar(f"training step, {case['network']}", aim, measured, ratio["median"], ratio["n"])
+    for case in (c for c in cases if c["what"] == "import"):
+        beyond = case["peers"]["fastres_beyond_torch"]
+        measured = f"{1e3 * beyond['median']:.0f} ms ({1e3 * beyond['q1']:.0f} to {1e3 * beyond['q3']:.0f})"
+        bar("import fastres beyond import torch", "under 100 ms", measured, beyond["median"], case["rounds"])
+    return found
+
+
+def _headline(case: dict[str, Any]) -> float:
+    return max(case["peers"][name]["speedup"][case["baseline"]]["median"] for name in case["ours"])
+
+
+def _cpu_flags() -> list[str]:
+    """The vector instructions of this CPU, as Linux names them."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
+    except OSError:  # not Linux: the environment's "isa" says what torch uses
+        return []
+    return sorted(flag for flag in flags if flag.startswith(("avx", "amx", "fma", "f16c", "sse4", "vnni")))
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("case", "peer", "time", "IQR", "speed-up over", "95 % interval", "rate", "answers")
+
+
+def rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row for every peer of every case, in COLUMNS; a baseline's row shows no speed-up."""
+    table = []
+    for case in data["cases"]:
+        for name, peer in case["peers"].items():
+            ratio = peer["speedup"].get(case["baseline"])
+            low, high = (f"{_seconds(peer[q])}" for q in ("q1", "q3"))
+            if ratio is None:
+                speedup, interval = "", ""
+            else:
+                speedup = f"{ratio['median']:.2f}x {case['baseline']}"
+                interval = f"{ratio['low']:.2f}-{ratio['high']:.2f}" + ("" if ratio["coverage"] >= 0.95 else " (range)")
+            row = (_seconds(peer["median"]), f"{low}-{high}", speedup, interval, _rate(peer), _answers(peer))
+            table.append((f"{case['what']} {case['id']}", name, *row))
+        for name, reason in case["left_out"].items():
+            table.append((f"{case['what']} {case['id']}", name, "left out", "", "", "", "", reason))
+    return table
+
+
+def _answers(peer: dict[str, Any]) -> str:
+    verdict = peer["verdict"]
+    if verdict is None:
+        return ""
+    ratio = "" if verdict["error_ratio"] is None else f" ({verdict['error_ratio']:.2f} of 2)"
+    return (f"ok{ratio}" if verdict["passed"] else f"WRONG {verdict['message']}").strip()
+
+
+def _rate(peer: dict[str, Any]) -> str:
+    if peer["images_per_s"] is not None:
+        return f"{peer['images_per_s']:.4g} images/s"
+    if peer["bytes_per_s"] is not None:
+        return f"{peer['bytes_per_s'] / 1e9:.3g} GB/s, {100 * peer['of_bandwidth']:.0f} %"
+    return ""
+
+
+def _seconds(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def _interval(ratio: dict[str, Any]) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"
+
+
+def machine(data: dict[str, Any]) -> str:
+    """Where it ran, in one line."""
+    where = data["environment"]
+    device = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']['model']}, {where['cpu']['isa']}"
+    versions = where["versions"]
+    commit, measured = (where["commit"] or "unknown")[:10], data["settings"]["bandwidth_bytes_per_s"] / 1e9
+    return (
+        f"{device}, {where['threads']} threads, {measured:.3g} GB/s measured bandwidth, torch {versions['torch']}, "
+        f"fastres {versions['fastres']}, commit {commit}"
+    )
+
+
+def lines(data: dict[str, Any]) -> list[str]:
+    """The table for a terminal: the rows that have a ratio or stand alone, and the bars. Baselines are in the files."""
+    shown = [row for row in rows(data) if row[4] or row[2] == "left out" or not _is_baseline(data, row)]
+    return [*aligned([COLUMNS, *shown]), "", *aligned([("bar", "aim", "measured"), *_bar_rows(data)])]
+
+
+def _is_baseline(data: dict[str, Any], row: tuple[str, ...]) -> bool:
+    return any(row[0] == f"{case['what']} {case['id']}" and row[1] == case["baseline"] for case in data["cases"])
+
+
+def _bar_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
+    return [(bar["name"], bar["aim"], bar["measured"]) for bar in data["bars"]]
+
+
+def aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+
+
+def markdown(data: dict[str, Any]) -> str:
+    """The whole session as a Markdown page."""
+
+    def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
+        cells = [header, ["---"] * len(header), *body]
+        return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
+
+    where = data["environment"]
+    return "\n".join(
+        [
+            "# Benchmarks",
+            "",
+            f"{machine(data)}. {where['time']}. Command: `{where['command']}`.",
+            "",
+            "Times are medians of interleaved rounds; a speed-up is the median of the paired ratios, with its 95 % interval.",
+            "GB/s counts the bytes that the fused kernels have to move, and % is of the bandwidth measured in this session:",
+            "data in cache can exceed it. Answers: the error against float64 over eager's, at most 2.",
+            "",
+            *table(("bar", "aim", "measured"), _bar_rows(data)),
+            "",
+            *table(COLUMNS, rows(data)),
+            "",
+        ]
+    )
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def stem(data: dict[str, Any], complete: bool) -> str:
+    """`<what>-<device>-torch<version>`: what is "all" for the whole suite, else what ran, with "-part" for a selection."""
+    what = sorted({case["what"] for case in data["cases"]})
+    name = "all" if tuple(what) == EVERYTHING else "+".join(what)
+    device = data["environment"]["gpu"]["name"].replace(" ", "_") if data["environment"]["gpu"] else "cpu"
+    return f"{name}{'' if complete else '-part'}-{device}-torch{torch.__version__.partition('+')[0]}"
+
+
+def write(data: dict[str, Any], folder: Path, complete: bool) -> tuple[list[Path], str | None]:
+    """Writes JSON, Markdown and, where matplotlib is installed, the PNG; the paths, and why there is no PNG."""
+    from plot import draw
+
+    name = stem(data, complete)
+    paths = [folder / f"{name}{suffix}" for suffix in (".json", ".md", ".png")]
+    validate(data)
+    write_json(paths[0], data)
+    write_atomically(paths[1], lambda file: file.write(markdown(data).encode()))
+    try:
+        draw(data, paths[2])
+    except MissingExtra as missing:
+        return paths[:2], str(missing)
+    return paths, None

@@ -1,0 +1,25 @@
+"""fastres: residual networks at the speed of the hardware, in training and inference, with the answers proven the same."""
+
+from fastres import functional, models, nn
+from fastres._dispatch import BackendError, explain
+from fastres._info import info
+from fastres.swap import SwapReport, SwapRow, register_block, swap, swapped
+from fastres.verify import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "SwapReport",
+    "SwapRow",
+    "Verification",
+    "explain",
+    "functional",
+    "info",
+    "models",
+    "nn",
+    "register_block",
+    "swap",
+    "swapped",
+    "verify",
+]

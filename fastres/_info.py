@@ -1,0 +1,262 @@
+"""What this installation can do, and what it is missing: `fastres.info()` and `fastres info`.
+
+Nothing here creates a CUDA context unless asked to: GPUs are counted through NVML and named by nvidia-smi.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import torch
+
+from fastres import _dispatch, _extension
+
+ENVIRONMENT = (
+    "FASTRES_BACKEND",
+    "FASTRES_DISABLE",
+    "FASTRES_LOG",
+    "FASTRES_CACHE_DIR",
+    "FASTRES_BUILD_EXT",
+    "TRITON_INTERPRET",
+    "TRITON_CACHE_DIR",
+    "TORCH_CUDA_ARCH_LIST",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)
+PACKAGES = ("torch", "triton", "torchvision", "safetensors", "scikit-learn", "matplotlib", "typer", "rich")
+_EXTRA = {"torchvision": "train", "scikit-learn": "train", "matplotlib": "viz", "typer": "cli", "rich": "cli"}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Info(dict[str, Any]):
+    """A dictionary of plain data, ready for JSON, that prints as a page of text."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary of the same data."""
+        return dict(self)
+
+    def __str__(self) -> str:
+        cpu, lines = self["cpu"], [f"fastres {self['fastres']}"]
+
+        def section(title: str, rows: list[tuple[str, str]]) -> None:
+            width = max((len(name) for name, _ in rows), default=0)
+            lines.append(f"\n{title}")
+            for name, text in rows:
+                lines.extend(_wrapped(f"  {name:<{width}}  ", text))
+
+        versions = {"python": self["python"], **self["versions"]}
+        section("versions", [(name, version or "not installed") for name, version in versions.items()])
+        bf16 = "native" if cpu["native_bf16"] else "emulated (slow)"
+        section(
+            "machine",
+            [
+                ("cpu", cpu["model"]),
+                ("isa", f"{cpu['isa']}, bf16 convolutions {bf16}"),
+                ("cores", f"{cpu['cores']} usable, {cpu['threads']} torch threads"),
+                *((f"gpu {i}", _gpu_line(gpu)) for i, gpu in enumerate(self["gpus"])),
+                *([] if self["gpus"] else [("gpu", self["cuda"]["reason"])]),
+            ],
+        )
+        extension = self["extension"]
+        built = ", ".join(f"{key} {value}" for key, value in extension["build"].items())
+        section("extension", [("fastres._C", extension["why_not"] or f"loaded: {built}")])
+        for device, operators in self["operators"].items():
+            rows = []
+            for operator, backends in operators.items():
+                for i, (backend, reasons) in enumerate(backends.items()):
+                    rows.append((f"{operator if i == 0 else '':<12}{backend}", "; ".join(reasons) or "available"))
+            section(f"operators on {device} ({', '.join(self['dtypes'])})", rows)
+        section("environment", list(self["environment"].items()) or [("", "none of fastres' variables is set")])
+        if self["fixes"]:
+            lines.append("\nto fix")
+            for fix in self["fixes"]:
+                lines.extend(_wrapped("  - ", fix))
+        return "\n".join(lines)
+
+
+def info(*, init_cuda: bool = False) -> Info:
+    """What is installed, what the machine has, and which backend of each operator can run and why not.
+
+    Args:
+        init_cuda: also asks the operators about the GPU, which creates a CUDA context in this process. Without it they
+            are asked about the GPU only where a context exists already.
+
+    Returns:
+        A dictionary with the keys fastres, python, platform, versions, cpu, gpus, cuda, extension, dtypes, operators
+        (device -> operator -> backend -> refusals, empty where it can run), environment and fixes. `str()` of it is
+        a page of text.
+
+    Example:
+        >>> import fastres
+        >>> fastres.info()["operators"]["cpu"]["add_relu"]["reference"]
+        []
+    """
+    gpus, cuda = _gpus(), _cuda()
+    devices = ["cpu"]
+    if gpus and (init_cuda or torch.cuda.is_initialized()):
+        try:
+            torch.cuda.init()
+            devices.append("cuda")
+        except RuntimeError as error:  # a driver older than torch's CUDA, most often
+            cuda["reason"] = str(error).splitlines()[0]
+    info = Info(
+        fastres=version("fastres") or _source_version(),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions={name: version(name) for name in PACKAGES},
+        cpu=cpu(),
+        gpus=gpus,
+        cuda=cuda,
+        extension=_extension_info(),
+        dtypes=[str(dtype).removeprefix("torch.") for dtype in _DTYPES],
+        operators={device: _operators(device) for device in devices},
+        environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    )
+    info["fixes"] = _fixes(info)
+    return info
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution, without importing it; None where it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu() -> dict[str, Any]:
+    """The CPU's model, instruction set, usable cores and torch's threads; whether oneDNN convolves bf16 natively."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "model": _cpu_model(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": native_bf16(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def native_bf16() -> bool:
+    """Whether oneDNN has bf16 instructions to use on this CPU (avx512_bf16, amx); without, bf16 is emulated."""
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _wrapped(head: str, text: str, width: int = 79) -> list[str]:
+    """`text` behind `head` in lines of at most `width`, the later ones indented to where the text began."""
+    lines = textwrap.wrap(text, width - len(head), break_long_words=False, break_on_hyphens=False) or [""]
+    return [(head + lines[0]).rstrip(), *(" " * len(head) + line for line in lines[1:])]
+
+
+def _source_version() -> str | None:
+    return getattr(sys.modules.get("fastres"), "__version__", None)
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _cuda() -> dict[str, Any]:
+    """torch's CUDA version and, where there is no GPU to use, the reason."""
+    reason = None
+    if torch.version.cuda is None:
+        reason = "none: this torch is built without CUDA"
+    elif torch.cuda.device_count() == 0:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = f"none visible: CUDA_VISIBLE_DEVICES={hidden!r}" if hidden is not None else "none: no NVIDIA GPU found"
+    return {"version": torch.version.cuda, "initialized": torch.cuda.is_initialized(), "reason": reason}
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """Name, memory and compute capability of the GPUs that torch may use; from nvidia-smi until CUDA is initialised."""
+    count = torch.cuda.device_count() if torch.version.cuda else 0
+    if count == 0:
+        return []
+    if torch.cuda.is_initialized():
+        properties = [torch.cuda.get_device_properties(i) for i in range(count)]
+        return [
+            {"name": p.name, "memory_mib": p.total_memory >> 20, "capability": f"{p.major}.{p.minor}"}
+            for p in properties
+        ]
+    listed = _nvidia_smi()
+    unknown = {"name": "unknown until CUDA is initialised", "memory_mib": None, "capability": None}
+    return listed if len(listed) == count else [dict(unknown) for _ in range(count)]  # else some are hidden
+
+
+def _nvidia_smi() -> list[dict[str, Any]]:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return []
+    query = [command, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):  # no driver behind it: the count above is what torch can use
+        return []
+    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 2]
+    return [
+        {"name": name, "memory_mib": int(memory) if memory.isdigit() else None, "capability": capability}
+        for name, memory, capability in rows
+    ]
+
+
+def _gpu_line(gpu: dict[str, Any]) -> str:
+    memory = f", {gpu['memory_mib'] / 1024:.0f} GiB" if gpu["memory_mib"] else ""
+    capability = f", compute capability {gpu['capability']}" if gpu["capability"] else ""
+    return f"{gpu['name']}{memory}{capability}"
+
+
+def _extension_info() -> dict[str, Any]:
+    why_not = _extension.why_not_cpu() or None
+    return {"why_not": why_not, "build": {} if why_not else dict(_extension.build_info())}
+
+
+def _operators(device: str) -> dict[str, dict[str, list[str]]]:
+    """Operator -> backend -> refusals of an ordinary call in each dtype, named by dtype where only some refuse."""
+    table: dict[str, dict[str, list[str]]] = {}
+    for name, operator in _dispatch.OPERATORS.items():
+        table[name] = {}
+        for backend in operator.backends.values():
+            probes = {dtype: torch.empty(2, 8, 4, 4, dtype=dtype, device=device) for dtype in _DTYPES}
+            reasons = {dtype: _dispatch.refusals(backend, probe) for dtype, probe in probes.items()}
+            common = [reason for reason in reasons[_DTYPES[0]] if all(reason in other for other in reasons.values())]
+            own = [
+                f"{str(dtype).removeprefix('torch.')}: {reason}"
+                for dtype, listed in reasons.items()
+                for reason in listed
+                if reason not in common
+            ]
+            table[name][backend.name] = common + own
+    return table
+
+
+def _fixes(info: Info) -> list[str]:
+    fixes = []
+    if info["extension"]["why_not"]:
+        fixes.append(
+            "fastres._C: install a C++ compiler, Python's headers and ninja (Debian: apt install g++ python3-dev), then"
+            " in the source tree: pip install --no-build-isolation ."
+        )
+    if info["gpus"] and info["versions"]["triton"] is None:
+        fixes.append("triton: pip install triton")
+    if info["cuda"]["version"] is None and shutil.which("nvidia-smi"):
+        fixes.append("torch: this machine has NVIDIA's driver but torch has no CUDA: pip install torch, the CUDA build")
+    missing = sorted({_EXTRA[name] for name, found in info["versions"].items() if found is None and name in _EXTRA})
+    if missing:
+        fixes.append(f'optional packages: pip install "fastres[{",".join(missing)}]"')
+    if info["environment"].get("FASTRES_DISABLE"):
+        fixes.append("FASTRES_DISABLE is set: unset it to use the backends it names")
+    return fixes

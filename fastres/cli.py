@@ -1,0 +1,139 @@
+"""The command line: fastres demo | info | bench. Needs typer and rich; `main` says so where they are missing.
+
+Exit codes: 0 done, 1 a result short of what it must be, 2 bad input, 130 interrupted.
+"""
+
+# Annotations are evaluated here, not kept as strings: typer reads them from functions that import it locally.
+
+import importlib.util
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+if TYPE_CHECKING:
+    from typer import Typer
+
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs `fastres` with `arguments` (default: the process's) and returns its exit code; one line per user error."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        names = " and ".join(missing)
+        print(f'fastres: the command line needs {names}: pip install "fastres[cli]"', file=sys.stderr)
+        return 2
+    import typer
+
+    from fastres.lab.errors import AccuracyError, LabError, RefereeError
+
+    usage_error: type[Exception] = next(
+        base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
+    )
+    try:
+        code = _app(arguments)(arguments or ["--help"], prog_name="fastres", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except (AccuracyError, RefereeError) as error:
+        return _fail(str(error), 1)
+    except LabError as error:
+        return _fail(str(error), 2)
+    except BrokenPipeError:  # the reader went away, as in `fastres info | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except usage_error as error:  # an unknown command or option, a value of the wrong type
+        return _fail(f"{error.format_message()} (see fastres --help)", 2)  # type: ignore[attr-defined]
+    return _fail("interrupted", INTERRUPTED) if code == INTERRUPTED else int(code)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fastres: {message}", file=sys.stderr)
+    return code
+
+
+def _app(arguments: list[str]) -> "Typer":
+    import typer
+
+    app = typer.Typer(
+        help="fastres: residual networks at the speed of the hardware, with the answers proven the same.",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+
+    def show_version(value: bool) -> None:
+        if value:
+            import fastres
+
+            typer.echo(f"fastres {fastres.__version__}")
+            raise typer.Exit()
+
+    @app.callback()
+    def options(
+        version: Annotated[
+            bool, typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True)
+        ] = False,
+    ) -> None:
+        pass
+
+    @app.command()
+    def demo(
+        out: Annotated[Path, typer.Option(help="Folder for demo.json and demo.png.")] = Path("out/demo"),
+        weights: Annotated[
+            Path | None, typer.Option(help="A torchvision ResNet-50 checkpoint; random weights without it.")
+        ] = None,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+        threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice without it.")] = None,
+        quick: Annotated[bool, typer.Option("--quick", help="A smoke test: a few steps, small images.")] = False,
+    ) -> None:
+        """Train ResNet-20 on real digits, freeze it, then time ResNet-50 on real photographs.
+
+        Writes the table as JSON and as a chart. Under four minutes on two cores; uses a GPU where there is one.
+        """
+        from fastres.lab.demo import run
+
+        run(out, weights, device, threads, quick, shlex.join(["fastres", *arguments]))
+
+    @app.command()
+    def info(
+        as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+    ) -> None:
+        """Show versions, the machine, each operator's backends and why not, and how to fix what is missing."""
+        from fastres._info import info as collect
+
+        found = collect(init_cuda=True)
+        typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
+
+    @app.command(context_settings={"ignore_unknown_options": True})
+    def bench(
+        pytest_arguments: Annotated[list[str] | None, typer.Argument(help="Passed on to pytest.")] = None,
+    ) -> int:
+        """Run the benchmarks of a source checkout: pytest benchmarks/, with whatever options follow."""
+        from fastres.lab.errors import MissingExtra
+
+        folder = _benchmarks()
+        if importlib.util.find_spec("pytest_benchmark") is None:
+            raise MissingExtra('bench: needs pytest-benchmark, which is not installed: pip install "fastres[bench]"')
+        command = [sys.executable, "-m", "pytest", str(folder), *(pytest_arguments or [])]
+        return subprocess.run(command, cwd=folder.parent).returncode
+
+    return app
+
+
+def _benchmarks() -> Path:
+    """The benchmarks/ of the checkout around this file or around the working directory."""
+    from fastres.lab.errors import LabError
+
+    for root in (Path(__file__).resolve().parents[1], Path.cwd()):
+        if (root / "benchmarks").is_dir() and (root / "csrc").is_dir():
+            return root / "benchmarks"
+    raise LabError(
+        f"bench: found no source checkout around {Path(__file__).parent} or in {Path.cwd()}; the benchmarks are not in"
+        " the installed package: git clone the repository and run it there"
+    )

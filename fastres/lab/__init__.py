@@ -1,0 +1,1 @@
+"""The experiments: data, training loop, timing, figures, and the demo built of them. It draws, but never prints."""

@@ -1,0 +1,66 @@
+"""Checkpoints from outside: read as tensors only, checked against the model before anything in it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastres.lab.errors import CheckpointError
+
+
+def load_checkpoint(path: Path, model: nn.Module, name: str) -> None:
+    """Loads a state_dict into `model`; one wrapped as {"model": ...} or {"state_dict": ...} too.
+
+    Args:
+        path: a file that `torch.save` wrote. It is read with weights_only=True: no code in it runs.
+        model: whose parameters and buffers the file must match, name for name and shape for shape. Checkpoints
+            from before PyTorch 0.4.1 hold no num_batches_tracked and are taken too.
+        name: what the model is called in messages, such as "torchvision resnet50".
+
+    Raises CheckpointError; the model is unchanged then.
+    """
+    wanted = f"expected a state_dict of {name}"
+    state = _tensors(path, wanted)
+    model_state = model.state_dict()
+    missing = [key for key in model_state if key not in state and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in state if key not in model_state]
+    if missing or unexpected:
+        lists = (("missing", missing), ("unknown", unexpected))
+        parts = [f"{len(keys)} {kind} such as {keys[0]!r}" for kind, keys in lists if keys]
+        raise CheckpointError(f"weights {path}: got other names ({', '.join(parts)}), {wanted}")
+    for key, tensor in state.items():
+        if tensor.shape != model_state[key].shape:
+            shapes = f"got shape {list(tensor.shape)} for {key!r}, expected {list(model_state[key].shape)}"
+            raise CheckpointError(f"weights {path}: {shapes} of {name}")
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
+            raise CheckpointError(f"weights {path}: got a {tensor.layout} {tensor.dtype} tensor for {key!r}, {wanted}")
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"weights {path}: got NaN or infinity in {key!r}, expected finite values")
+    model.load_state_dict(dict(state))
+
+
+def _tensors(path: Path, wanted: str) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "no such file"
+        raise CheckpointError(f"weights {path}: got {got}, {wanted}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+        reason = str(error).strip().splitlines()[0].removesuffix(".") if str(error).strip() else type(error).__name__
+        if "Weights only load failed" in reason:
+            reason = "objects other than tensors, or damaged bytes"
+        raise CheckpointError(f"weights {path}: cannot be read: got {reason}, {wanted}") from error
+    if isinstance(content, Mapping):
+        for wrapper in ("model", "state_dict"):
+            if isinstance(content.get(wrapper), Mapping):
+                content = content[wrapper]
+                break
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"weights {path}: got a {type(content).__name__}, {wanted}")
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"weights {path}: got a {type(value).__name__} under {key!r}, {wanted}")
+    return content

@@ -1,0 +1,247 @@
+"""Second half of the demo: torchvision's ResNet-50 on two photographs, eager, swapped and frozen, in one table.
+
+Everything is timed in the same interleaved rounds, so that each row's ratio to eager is paired, and judged by the fp64
+referee on the same images. Eager is timed in both memory layouts, and the faster one is what the others are compared
+with. Random weights say nothing about photographs but cost the same arithmetic; such a network explodes in eval mode,
+its BN statistics being those of no data, so they are first taken from the photographs.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastres
+from fastres._info import native_bf16
+from fastres.lab.checkpoints import load_checkpoint
+from fastres.lab.data import Photographs
+from fastres.lab.devices import channels_last
+from fastres.lab.errors import MissingExtra
+from fastres.lab.timing import Ratio, interleave, paired_ratio, timer_for
+from fastres.verify import Verification, calibrate
+
+GPU_BATCH = 64  # the two photographs repeated; alone they leave a GPU idle between launches
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    size: int = 224
+    rounds: int = 25
+    min_rounds: int = 6  # what a 95 % interval needs
+    warmup: int = 2
+    budget_s: float = 10.0  # a row
+
+
+QUICK = Effort(size=64, rounds=2, min_rounds=1, warmup=1, budget_s=1.0)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run the network. `ratio` is None for the row that the others are compared with."""
+
+    name: str
+    dtype: str
+    layout: str
+    ours: bool
+    seconds: list[float]  # one sample a round: the whole batch
+    batch: int
+    ratio: Ratio | None
+    verdict: Verification | None  # None for eager, which is what the referee compares with
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.seconds) * 1e3
+
+    @property
+    def images_per_s(self) -> float:
+        return self.batch / statistics.median(self.seconds)
+
+    def to_dict(self) -> dict[str, Any]:
+        verdict = None
+        if self.verdict is not None:
+            verdict = {
+                "passed": bool(self.verdict),
+                "error_ratio": self.verdict.to_dict()["error_ratio"],
+                "at_most": 2.0,
+            }
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "layout": self.layout,
+            "images_per_s": self.images_per_s,
+            "ms": self.ms,
+            "ratio_to_eager": self.ratio.to_dict() if self.ratio else None,
+            "verdict": verdict,
+            "samples_ms": [s * 1e3 for s in self.seconds],
+        }
+
+
+@dataclass(frozen=True)
+class Table:
+    rows: list[Row]
+    baseline: str  # the name of the row that the ratios are to
+    batch: int
+    size: int
+    swapped_blocks: int
+    weights: str  # the file, or "random, BN statistics calibrated on the photographs"
+    answers: dict[str, str]  # photograph -> the class the network names; empty for random weights
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "network": "torchvision resnet50",
+            "weights": self.weights,
+            "batch": self.batch,
+            "size": self.size,
+            "baseline": self.baseline,
+            "swapped_blocks": self.swapped_blocks,
+            "answers": self.answers,
+            "rows": [row.to_dict() for row in self.rows],
+            "notes": self.notes,
+        }
+
+
+def resnet50(weights: Path | None) -> nn.Module:
+    """torchvision's ResNet-50 in eval mode, with the weights of a checkpoint or random ones (seed 0).
+
+    Raises CheckpointError for a file that does not fit, MissingExtra where torchvision cannot be imported.
+    """
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        raise MissingExtra(f'ResNet-50 needs torchvision ({error}): pip install "fastres[train]"') from error
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = torchvision.models.resnet50(weights=None)
+    if weights is not None:
+        load_checkpoint(weights, model, "torchvision resnet50")
+    return model.eval()
+
+
+def compare_ways(
+    model: nn.Module,
+    photographs: Photographs,
+    device: torch.device,
+    weights: Path | None,
+    effort: Effort,
+    on_progress: Callable[[int, int, str], None],
+) -> Table:
+    """Builds, judges and times every way to run `model` on the photographs.
+
+    Args:
+        model: from `resnet50`; calibrated in place where its weights are random.
+        on_progress: called with (done, total, what is being done).
+    """
+    total = 4 + effort.rounds
+    model = model.to(device)
+    images = photographs.images.to(device)  # [2, 3, size, size]
+    on_progress(0, total, "preparing")
+    calibrated = weights is None and bool(calibrate(model, images))
+    batch = images if device.type == "cpu" else images.repeat(GPU_BATCH // len(images), 1, 1, 1)
+    nhwc = batch.contiguous(memory_format=torch.channels_last)  # the shape stays [batch, 3, size, size]
+    eager_nhwc = channels_last(copy.deepcopy(model))
+
+    timer = timer_for(device)
+    pilot = interleave(
+        {"NCHW": _forward(model, batch), "channels_last": _forward(eager_nhwc, nhwc)},
+        rounds=min(3, effort.rounds),
+        warmup=effort.warmup,
+        timer=timer,
+    )
+    layout = min(pilot, key=lambda name: statistics.median(pilot[name]))
+    eager, x = (model, batch) if layout == "NCHW" else (eager_nhwc, nhwc)
+
+    on_progress(1, total, "referee: swapped")
+    swapped = copy.deepcopy(eager)
+    report = fastres.swap(swapped)
+    blocks = sum(row.status == "swapped" for row in report.rows)
+    sample = x[: len(images)]
+    verdicts = {"swapped": fastres.verify(eager, swapped, sample, backward=False)}
+    frozen: dict[str, nn.Module] = {}
+    for done, dtype in enumerate((torch.float32, torch.bfloat16), start=2):
+        name = f"frozen {_short(dtype)}"
+        on_progress(done, total, f"referee: {name}")
+        frozen[name] = fastres.freeze(eager, sample, dtype=dtype)
+        verdicts[name] = fastres.verify(eager, frozen[name], sample, backward=False, dtype=dtype)
+
+    functions = {
+        "eager, NCHW": _forward(model, batch),
+        "eager, channels_last": _forward(eager_nhwc, nhwc),
+        "swapped": _forward(swapped, x),
+        "frozen fp32": _forward(frozen["frozen fp32"], x),
+        "frozen bf16": _forward(frozen["frozen bf16"], x),
+    }
+    samples = interleave(
+        functions,
+        effort.rounds,
+        effort.warmup,
+        effort.budget_s,
+        min_rounds=effort.min_rounds,
+        timer=timer,
+        on_round=lambda done: on_progress(4 + done, total, "timing in rounds"),
+    )
+    on_progress(total, total, "timed")
+    eager_names = ["eager, NCHW", "eager, channels_last"]
+    baseline = min(eager_names, key=lambda name: statistics.median(samples[name]))
+    rows = [
+        Row(
+            name=name,
+            dtype="bf16" if name == "frozen bf16" else "fp32",
+            layout="NCHW" if name == "eager, NCHW" else "channels_last" if name in eager_names else layout,
+            ours=name not in eager_names,
+            seconds=seconds,
+            batch=len(batch),
+            ratio=None if name == baseline else paired_ratio(samples[baseline], seconds),
+            verdict=verdicts.get(name),
+        )
+        for name, seconds in samples.items()
+    ]
+    source = str(weights) if weights else "random (seed 0)"
+    answers = _answers(functions["frozen fp32"], photographs.names) if weights else {}
+    notes = _notes(device, calibrated, effort, rows)
+    return Table(rows, baseline, len(batch), effort.size, blocks, source, answers, notes)
+
+
+def _forward(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    def forward() -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = model(x)  # [batch, 1000]
+            return logits
+
+    return forward
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def _answers(forward: Callable[[], Tensor], names: list[str]) -> dict[str, str]:
+    from torchvision.models import ResNet50_Weights
+
+    categories = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    probability, index = forward().float().softmax(1).max(1)  # [batch]
+    return {name: f"{categories[int(index[i])]} ({float(probability[i]):.0%})" for i, name in enumerate(names)}
+
+
+def _notes(device: torch.device, calibrated: bool, effort: Effort, rows: list[Row]) -> list[str]:
+    notes = []
+    if calibrated:
+        notes.append(
+            "The weights are random: BN statistics were first calibrated on the photographs, because a randomly"
+            " initialised network explodes in eval mode. Speed is that of trained weights; --weights FILE loads some."
+        )
+    if device.type == "cpu" and not native_bf16():
+        notes.append("This CPU has no bf16 instructions, so oneDNN emulates them: the bf16 row is slow here.")
+    short = [f"{row.name} {len(row.seconds)}" for row in rows if len(row.seconds) < max(len(r.seconds) for r in rows)]
+    if short:
+        notes.append(f"Rows that used up {effort.budget_s:.0f} s ran fewer rounds: {', '.join(short)}.")
+    return notes

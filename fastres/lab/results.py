@@ -1,0 +1,113 @@
+"""Result files: written whole or not at all, and carrying what is needed to repeat them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+import fastres
+from fastres._info import PACKAGES, cpu, version
+from fastres.lab.errors import OutputError
+
+
+def prepare_folder(folder: Path, files: list[str]) -> None:
+    """Makes `folder` and proves that `files` can be written in it, before any work is done.
+
+    Raises OutputError, naming the path and the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"output folder {folder}: cannot be written: {error.strerror or error}") from error
+    for name in files:
+        if (folder / name).is_dir():
+            raise OutputError(f"output file {folder / name}: got a folder, expected a file or nothing")
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Calls `write` on a temporary file beside `path` and renames it: readers see the old file or the whole new one.
+
+    Raises OutputError; the temporary file is gone, whatever happens.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(f"output file {path}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):  # renamed already, or never made
+            temporary.unlink()
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    """Strict JSON (no NaN), indented, written atomically."""
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def environment(device: torch.device, command: str) -> dict[str, Any]:
+    """The command, commit, versions, CPU, GPU, threads and flags of a result."""
+    return {
+        "command": command,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": {"fastres": fastres.__version__, **{name: version(name) for name in PACKAGES}},
+        "platform": platform.platform(),
+        "device": str(device),
+        "cpu": cpu(),
+        "gpu": _gpu(device),
+        "threads": torch.get_num_threads(),
+        "flags": {
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+            "cudnn.benchmark": torch.backends.cudnn.benchmark,
+            "cudnn.deterministic": torch.backends.cudnn.deterministic,
+            "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+            "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        },
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTRES_")},
+    }
+
+
+def _gpu(device: torch.device) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return {
+        "name": found.name,
+        "memory_mib": found.total_memory >> 20,
+        "capability": f"{found.major}.{found.minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+    }
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with "+" where files differ from it; None for an installed package."""
+    root = Path(fastres.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):  # no git here: the result says so with None
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")

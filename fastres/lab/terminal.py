@@ -1,0 +1,41 @@
+"""What the command line shows: styled text and a live bar on a terminal, plain lines in a file or a pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+Report = Callable[[int, int, str], None]  # (done, total, text)
+
+
+@contextmanager
+def progress(console: Console, title: str, every_s: float = 5.0) -> Iterator[Report]:
+    """A progress bar with its text and the time left; without a terminal, a line every `every_s` seconds."""
+    if console.is_interactive and console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=16),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(title, total=None, text="")
+            yield lambda done, total, text: bar.update(task, completed=done, total=total, text=text)
+        return
+
+    start = last = time.monotonic()
+
+    def report(done: int, total: int, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= every_s:
+            left = "" if done == total else f", {(now - start) / max(done, 1) * (total - done):.0f} s left"
+            console.print(f"{title} {done}/{total}, {text}{left}", highlight=False, markup=False)
+            last = now
+
+    yield report
