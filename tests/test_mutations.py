@@ -1,0 +1,175 @@
+"""The suite's own test: each planted bug must make it fail. Works on a copy of the sources; C++ mutants are compiled.
+
+`python tests/test_mutations.py` runs them with a line each; `make test-full` runs them as tests.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.full
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("csrc", "fastres", "kernels", "tests", "benchmarks")
+FILES = ("setup.py", "pyproject.toml", "LICENSE", "README.md")
+OPERATORS = ("tests/test_bn_act.py", "tests/test_bn_act_contract.py", "tests/test_add_relu.py")
+INTERPRETER = ("tests/test_triton_interpreter.py",)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    path: str
+    old: str  # must be there, or the mutant is stale and its test fails
+    new: str
+    tests: tuple[str, ...] = OPERATORS
+    backend: str = "cpu"
+
+    @property
+    def compiled(self) -> bool:
+        return self.path.startswith("csrc/")
+
+
+MUTANTS = [
+    Mutant(
+        "cpu-tail-dropped",
+        "csrc/cpu/bn_act.cpp",
+        "for (; k < n; ++k) map.template at<1>(i + k, map.template parameters<1, false>(c + k));",
+        "",
+    ),
+    Mutant("cpu-eps-omitted", "csrc/cpu/bn_act.cpp", "std::sqrt(var[c] + eps)", "std::sqrt(var[c] + 0 * eps)"),
+    Mutant(
+        "cpu-mask-from-the-input",
+        "csrc/cpu/bn_act.cpp",
+        "relu_gradient(g, load<W>(y + i))",
+        "relu_gradient(g, load<W>(x + i))",
+    ),
+    Mutant(
+        "cpu-residual-and-input-swapped",
+        "csrc/cpu/bn_act.cpp",
+        "affine(load<W>(x + i), p.mean, p.scale, p.bias);\n    if constexpr (kResidual) z += load<W>(residual + i);",
+        "affine(load<W>((kResidual ? residual : x) + i), p.mean, p.scale, p.bias);\n"
+        "    if constexpr (kResidual) z += load<W>(x + i);",
+    ),
+    Mutant(
+        "cpu-int32-offset",
+        "csrc/cpu/add_relu.cpp",
+        "int64_t i = begin * kBlock;",
+        "int64_t i = static_cast<int>(begin * kBlock);",
+        ("tests/test_large.py",),
+    ),
+    Mutant("biased-running-variance", "fastres/ops/bn_act.py", "unbiased = n / (n - 1)", "unbiased = 1.0"),
+    Mutant(
+        "statistics-updated-before-the-check",
+        "fastres/ops/bn_act.py",
+        "    y, mean, var = _OP(",
+        "    if num_batches_tracked is not None:\n        num_batches_tracked.add_(1)\n    y, mean, var = _OP(",
+    ),
+    Mutant(
+        "residual-and-input-swapped",
+        "fastres/ops/bn_act.py",
+        "x, weight, bias, running_mean, running_var, residual, training, eps, act, backend\n    )\n    if training",
+        "x if residual is None else residual, weight, bias, running_mean, running_var, None if residual is None else x, "
+        "training, eps, act, backend\n    )\n    if training",
+    ),
+    Mutant(
+        "triton-tail-mask-dropped",
+        "kernels/bn_act_forward.py",
+        "tl.store(y_ptr + base + local, z.to(y_ptr.dtype.element_ty), valid)",
+        "tl.store(y_ptr + base + local, z.to(y_ptr.dtype.element_ty))",
+        INTERPRETER,
+    ),
+    Mutant(
+        "triton-biased-or-wrong-count",
+        "kernels/bn_act_forward.py",
+        "tl.store(var_ptr + channel, tl.sum(m2, 0) / n.to(tl.float32)",
+        "tl.store(var_ptr + channel, tl.sum(m2, 0) / (n - 1).to(tl.float32)",
+        INTERPRETER,
+    ),
+    Mutant("triton-eps-omitted", "kernels/element.py", "tl.sqrt_rn(var + eps)", "tl.sqrt_rn(var)", INTERPRETER),
+    Mutant(
+        "triton-int32-offset",
+        "kernels/image.py",
+        "row = (tile // line_blocks).to(tl.int64) * BLOCK_R",
+        "row = (tile // line_blocks) * BLOCK_R",
+        INTERPRETER,
+    ),
+]
+
+
+def copy_sources(folder: Path) -> None:
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in FILES:
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, folder / name)
+    (folder / "fastres" / "kernels").symlink_to(folder / "kernels")  # the copy's own, before an installed package's
+
+
+def environment(backend: str) -> dict[str, str]:
+    return {**os.environ, "FASTRES_TEST_BACKENDS": backend, "OMP_NUM_THREADS": "1", "FASTRES_BUILD_EXT": "1"}
+
+
+def build(folder: Path) -> None:
+    """The extension, in place; ninja compiles only what a mutant touched."""
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=folder, env=environment("cpu"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def run_tests(folder: Path, tests: tuple[str, ...], backend: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "full or not full", *tests]
+    return subprocess.run(command, cwd=folder, env=environment(backend), capture_output=True, text=True)
+
+
+def plant(folder: Path, mutant: Mutant) -> str:
+    """Writes the bug and returns the file's sound text."""
+    path = folder / mutant.path
+    sound = path.read_text()
+    assert mutant.old in sound, f"{mutant.name}: {mutant.path} no longer holds {mutant.old!r}"
+    path.write_text(sound.replace(mutant.old, mutant.new))
+    return sound
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mutations")
+    copy_sources(folder)
+    build(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tests", [OPERATORS, INTERPRETER, ("tests/test_large.py",)], ids=lambda t: Path(t[0]).stem)
+def test_the_sound_copy_passes(checkout, tests):
+    done = run_tests(checkout, tests, "cpu")
+    assert done.returncode == 0, done.stdout[-3000:]
+    where = subprocess.run(
+        [sys.executable, "-c", "import fastres.kernels as k, fastres._C as c; print(k.__file__, c.__file__)"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert where.count(str(checkout)) == 2, where  # the copy is what was tested
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_planted_bug_is_caught(checkout, mutant):
+    sound = plant(checkout, mutant)
+    try:
+        if mutant.compiled:
+            build(checkout)
+        done = run_tests(checkout, mutant.tests, mutant.backend)
+        caught = done.returncode == 1 or done.returncode < 0  # a failed test, or a crash
+        assert caught, f"{mutant.name} survived: exit {done.returncode}\n{done.stdout[-3000:]}"
+    finally:
+        (checkout / mutant.path).write_text(sound)
+        if mutant.compiled:
+            build(checkout)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-v", "-m", "full", *sys.argv[1:]]))
