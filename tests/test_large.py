@@ -1,4 +1,4 @@
-"""Row 1: tensors of more than 2^31 elements. One fp16 tensor of 4 GB is written, its inputs are untouched zero pages."""
+"""Row 1: more than 2^31 elements. One fp16 tensor of 4 GB is written, the inputs are untouched zero pages."""
 
 import pytest
 import torch
