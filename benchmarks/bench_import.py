@@ -1,7 +1,7 @@
 """`import fastres` beyond `import torch`: fresh processes in turn, each timed from its first line to its last import.
 
-`fastres_beyond_torch` is the difference inside one process, which the noise of importing torch does not touch. The verdict:
-fastres imports no Triton and creates no CUDA context.
+`fastres_beyond_torch` is the difference inside one process, which the noise of importing torch does not touch. The
+verdict: fastres imports no Triton and creates no CUDA context.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a call costs beside the arithmetic: bn_act and add_relu on tensors so small that only the call is left.
 
-Seconds are of one call; the eager peers are F.batch_norm with an in-place ReLU, and an addition with one.
+Seconds are of one call, on one thread; eager is F.batch_norm with an in-place ReLU, and an addition with one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ SMALL = Activation(8, 4, 4, INNER, 0, 0)  # [2, 8, 4, 4]: 1 KiB
 @dataclass(frozen=True)
 class BnActOverhead(bench_bn_act.BnActCase):
     what: ClassVar[str] = "overhead"
+    threads: ClassVar[int | None] = 1
 
     @property
     def id(self) -> str:
@@ -33,6 +34,7 @@ class BnActOverhead(bench_bn_act.BnActCase):
 @dataclass(frozen=True)
 class AddReluOverhead(bench_add_relu.AddReluCase):
     what: ClassVar[str] = "overhead"
+    threads: ClassVar[int | None] = 1
 
     @property
     def id(self) -> str:

@@ -1,7 +1,7 @@
 """A training step of torchvision's ResNet-18 and ResNet-50, swapped and eager, in both layouts: batch 8 at 224x224.
 
-The step is zero_grad, forward, cross-entropy, backward and SGD with momentum. The ratio is over the faster of eager NCHW
-and eager channels_last; torch.compile stands beside it with --peers all (a network takes minutes to compile).
+The step is zero_grad, forward, cross-entropy, backward and SGD with momentum. The ratio is over the faster of eager
+NCHW and eager channels_last; torch.compile stands beside it with --peers all (a network takes minutes to compile).
 """
 
 from __future__ import annotations
@@ -61,10 +61,8 @@ class TrainCase(Case):
         few, size = self.judged
 
         def judge(results):
-            ours = [name for name in results if name.startswith("swapped")]
-            if not ours:
-                return {}
-            fresh = module_variants(net, torch.randn(few, 3, size, size, device=device), tuple(ours))
+            ours = tuple(name for name in results if name in self.ours)
+            fresh = module_variants(net, torch.randn(few, 3, size, size, device=device), ours)
             return {name: judge_module(net, module, x, training=True) for name, (module, x) in fresh.items()}
 
         return Prepared(calls, judge, backend=fastres.explain("bn_act", images).chosen)

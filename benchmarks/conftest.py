@@ -59,8 +59,8 @@ def pytest_addoption(parser):
         "--peers",
         choices=LEVELS,
         default="quick",
-        help="torch.compile beside eager: eager, nowhere; quick, at a few operator shapes (default); all, everywhere, which "
-        "takes minutes for a network",
+        help="where torch.compile stands beside eager: eager, nowhere; quick, at a few operator shapes (default); all, "
+        "everywhere, which takes minutes for a network",
     )
     group.addoption("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     group.addoption(
@@ -103,16 +103,17 @@ def pytest_generate_tests(metafunc):
         rows = []
         for case in metafunc.module.CASES:
             mark = pytest.mark.benchmark(timer=REPLAY, group=case.title)
-            rows += [pytest.param(case, peer, id=f"{case.id}-{peer}", marks=mark) for peer in case.peers(level)]
+            rows += [pytest.param(case.id, peer, id=f"{case.id}-{peer}", marks=mark) for peer in case.peers(level)]
         metafunc.parametrize(("case", "peer"), rows)
 
 
 @pytest.fixture
-def beside(benchmark, pytestconfig):
-    """Reports one peer of a case; the case's first test measures all of them."""
+def beside(benchmark, request, pytestconfig):
+    """Reports one peer of a case of the module's CASES; the case's first test measures all of them."""
     results = pytestconfig.stash[RESULTS]
 
-    def run(case, peer):
+    def run(name, peer):
+        case = next(case for case in request.module.CASES if case.id == name)
         key = case.title
         if key not in results:
             effort = _effort(pytestconfig) if benchmark.enabled else JUDGE_ONLY
@@ -147,6 +148,7 @@ def _replay(benchmark, result: Result, peer: str) -> None:
     benchmark.pedantic(lambda: None, rounds=len(result.samples[peer]), iterations=result.iterations)
 
 
+@pytest.hookimpl(trylast=True)  # below pytest-benchmark's tables
 def pytest_terminal_summary(terminalreporter, config):
     measured = [r for r in config.stash[RESULTS].values() if isinstance(r, Result) and r.samples]
     if not measured:

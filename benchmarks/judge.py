@@ -154,5 +154,7 @@ def judge_module(reference: nn.Module, candidate: nn.Module, inputs: Any, traini
     """fastres.verify's verdict on a block or a network."""
     found = fastres.verify(reference, candidate, inputs, training=training, backward=training)
     worst = found.worst
-    message = "" if found.passed or worst is None else f"{worst.name}: {worst.message}"
+    message = (
+        "" if found.passed or worst is None else f"{worst.name}: {worst.message}, ratio {worst.ratio:.3g}, at most 2"
+    )
     return Verdict(found.passed, found.error_ratio, message)

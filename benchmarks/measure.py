@@ -75,6 +75,7 @@ class Case(ABC):
     ours: ClassVar[tuple[str, ...]] = ("fastres",)
     compiled: ClassVar[tuple[str, ...]] = (COMPILE,)
     alone: ClassVar[tuple[str, ...]] = ()  # timed in the same rounds, compared with nothing
+    threads: ClassVar[int | None] = None  # None: torch's setting
 
     @property
     @abstractmethod
@@ -154,6 +155,15 @@ class Replay:
 
 def measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...]) -> Result:
     """Judges and times the peers of a case. An optional peer that raises is left out; any other's error is raised."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.threads or threads)
+    try:
+        return _measure(case, device, effort, peers)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...]) -> Result:
     torch.manual_seed(0)
     prepared = case.prepare(device, peers)
     result = Result(case, backend=prepared.backend)

@@ -38,7 +38,11 @@ def draw(data: dict[str, Any], path: Path) -> None:
     grid = figure.add_gridspec(len(height), columns, height_ratios=[1.3 + 0.3 * h for h in height])
     for i, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(grid[i // columns, i % columns]), *panel)
-    handles = [Line2D([], [], marker="o", linestyle="", color=color, label=name) for name, color in COLORS.items()]
+    names = {"nchw": "NCHW", "compile": "torch.compile"}
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=color, label=names.get(name, name))
+        for name, color in COLORS.items()
+    ]
     figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
     where = data["environment"]
     device = where["gpu"]["name"] if where["gpu"] else where["cpu"]["model"]

@@ -1,7 +1,7 @@
 """What a benchmark session leaves behind: one JSON with every sample, a Markdown table, a plot; and what it prints.
 
-`SCHEMA` is the JSON's shape; `validate` holds a file to it, and a reader of results calls it first. A loss is a row like
-any other.
+`SCHEMA` is the JSON's shape; `validate` holds a file to it, and a reader of results calls it first. A loss is a row
+like any other.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ _CASE = {
     "layout": (str, None),
     "dtype": (str, None),
     "backend": (str, None),
+    "threads": int,
     "iterations": int,
     "rounds": int,
     "bytes_moved": (int, None),
@@ -65,7 +66,7 @@ SCHEMA = {
 
 
 def validate(data: Any, schema: Any = SCHEMA, where: str = "result") -> None:
-    """Raises ValueError naming the place where `data` is not what `schema` says; more keys than it names are allowed."""
+    """Raises ValueError naming the place where `data` is not what `schema` says; it may hold more keys."""
     if isinstance(schema, tuple):  # (schema, None): may be null
         if data is not None:
             validate(data, schema[0], where)
@@ -128,6 +129,7 @@ def case_data(result: Result, bandwidth: float) -> dict[str, Any]:
         "mode": case.mode,
         **case.facts(),
         "backend": result.backend,
+        "threads": case.threads or torch.get_num_threads(),
         "iterations": result.iterations,
         "rounds": len(next(iter(result.samples.values()))),
         "bytes_moved": case.bytes_moved(),
@@ -140,14 +142,15 @@ def case_data(result: Result, bandwidth: float) -> dict[str, Any]:
 
 def _peer_data(result: Result, name: str, bandwidth: float) -> dict[str, Any]:
     case, seconds = result.case, result.seconds(name)
-    calls = sorted(sample / result.iterations for sample in result.samples[name])
+    calls = [sample / result.iterations for sample in result.samples[name]]
+    q1, _, q3 = statistics.quantiles(calls, n=4, method="inclusive") if len(calls) > 1 else calls * 3
     moved, images, verdict = case.bytes_moved(), case.images(), result.verdicts.get(name)
     others = [n for n in result.samples if n != name and n not in case.ours + case.alone and name not in case.alone]
     return {
         "samples": result.samples[name],
         "median": seconds,
-        "q1": calls[len(calls) // 4],
-        "q3": calls[(3 * len(calls)) // 4],
+        "q1": q1,
+        "q3": q3,
         "bytes_per_s": moved / seconds if moved else None,
         "of_bandwidth": moved / seconds / bandwidth if moved else None,
         "images_per_s": images / seconds if images else None,
@@ -235,7 +238,7 @@ def _answers(peer: dict[str, Any]) -> str:
     verdict = peer["verdict"]
     if verdict is None:
         return ""
-    ratio = "" if verdict["error_ratio"] is None else f" ({verdict['error_ratio']:.2f} of 2)"
+    ratio = "" if verdict["error_ratio"] is None else f" {verdict['error_ratio']:.2f}"
     return (f"ok{ratio}" if verdict["passed"] else f"WRONG {verdict['message']}").strip()
 
 
@@ -271,13 +274,11 @@ def machine(data: dict[str, Any]) -> str:
 
 
 def lines(data: dict[str, Any]) -> list[str]:
-    """The table for a terminal: the rows that have a ratio or stand alone, and the bars. Baselines are in the files."""
-    shown = [row for row in rows(data) if row[4] or row[2] == "left out" or not _is_baseline(data, row)]
-    return [*aligned([COLUMNS, *shown]), "", *aligned([("bar", "aim", "measured"), *_bar_rows(data)])]
-
-
-def _is_baseline(data: dict[str, Any], row: tuple[str, ...]) -> bool:
-    return any(row[0] == f"{case['what']} {case['id']}" and row[1] == case["baseline"] for case in data["cases"])
+    """The table for a terminal: every row but the baselines', without the IQR, which the files have; and the bars."""
+    baselines = {(f"{case['what']} {case['id']}", case["baseline"]) for case in data["cases"]}
+    shown = [row for row in rows(data) if row[:2] not in baselines]
+    table = [row[:3] + row[4:] for row in (COLUMNS, *shown)]
+    return [*aligned(table), "", *aligned([("bar", "aim", "measured"), *_bar_rows(data)])]
 
 
 def _bar_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -303,9 +304,9 @@ def markdown(data: dict[str, Any]) -> str:
             "",
             f"{machine(data)}. {where['time']}. Command: `{where['command']}`.",
             "",
-            "Times are medians of interleaved rounds; a speed-up is the median of the paired ratios, with its 95 % interval.",
-            "GB/s counts the bytes that the fused kernels have to move, and % is of the bandwidth measured in this session:",
-            "data in cache can exceed it. Answers: the error against float64 over eager's, at most 2.",
+            "Times are medians of interleaved rounds, speed-ups medians of the paired ratios with their 95 % interval.",
+            "GB/s counts the bytes that the fused kernels have to move, % is of the bandwidth measured in this session",
+            "(data in cache exceeds it). Answers: the error against float64 over eager's, where 2 is allowed.",
             "",
             *table(("bar", "aim", "measured"), _bar_rows(data)),
             "",
@@ -319,7 +320,7 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def stem(data: dict[str, Any], complete: bool) -> str:
-    """`<what>-<device>-torch<version>`: what is "all" for the whole suite, else what ran, with "-part" for a selection."""
+    """`<what>-<device>-torch<version>`: "all" for the whole suite, else what ran, with "-part" for a selection."""
     what = sorted({case["what"] for case in data["cases"]})
     name = "all" if tuple(what) == EVERYTHING else "+".join(what)
     device = data["environment"]["gpu"]["name"].replace(" ", "_") if data["environment"]["gpu"] else "cpu"

@@ -96,9 +96,11 @@ def _app(arguments: list[str]) -> "Typer":
 
         Writes the table as JSON and as a chart. Under four minutes on two cores; uses a GPU where there is one.
         """
+        from rich.console import Console
+
         from fastres.lab.demo import run
 
-        run(out, weights, device, threads, quick, shlex.join(["fastres", *arguments]))
+        run(Console(highlight=False), out, weights, device, threads, quick, shlex.join(["fastres", *arguments]))
 
     @app.command()
     def info(

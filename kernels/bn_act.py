@@ -55,7 +55,10 @@ def _statistics(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, view: Im
         x, scratch, view.outer, c, view.length // unit, plan.line_blocks, plan.splits, plan.parts, **plan.constants
     )
     grid, constants = _merge_blocks("bn_statistics_merge_kernel", arch, plan.parts, c)
-    bn_statistics_merge_kernel[grid](scratch, mean, var, plan.parts, c, view.per_channel, **constants)
+    channel_stride = 1 if view.channels_last else view.length
+    bn_statistics_merge_kernel[grid](
+        x, scratch, mean, var, channel_stride, plan.parts, c, view.per_channel, **constants
+    )
 
 
 def bn_act_forward(

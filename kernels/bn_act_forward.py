@@ -10,7 +10,7 @@ from .image import across_channels, along_channels, reduction_tiles, sweep_tile
 @triton.jit(do_not_specialize=["outer", "channels", "units", "line_blocks", "splits", "parts"])
 def bn_statistics_kernel(
     x_ptr,  # [R, L]
-    scratch_ptr,  # written: means [parts, C], m2 [parts, C], counts [parts]
+    scratch_ptr,  # written: means - first value [parts, C], m2 [parts, C], counts [parts]
     outer,
     channels,
     units,  # L / UNIT
@@ -25,9 +25,10 @@ def bn_statistics_kernel(
     """Count, mean and M2 = sum (x - mean)^2 of each channel over one program's tiles.
 
     Each lane of the tile runs its own Welford recurrence, so the loop has no reduction and no barrier; the lanes are
-    merged once, at the end. Everything is taken relative to the program's first element of the channel: with
-    |mean| >> std a running mean of fp32 stops moving long before the difference to a sample does, and a constant
-    channel has differences, and so a variance, of exactly 0.
+    merged once, at the end. Everything is relative to one value of the channel, its first: where |mean| >> std, fp32 can
+    hold neither the running mean nor the parts' means closely enough, but it can their differences to a sample; and a
+    constant channel has differences, and so a variance, of exactly 0. A first value far from the rest does no harm:
+    being one of the values, it makes the variance as large as what its distance costs in accuracy.
     """
     length = units * UNIT
     base, step, iterations, local, in_line, rows_left, row_step, part, channel, channel_valid = reduction_tiles(
@@ -35,15 +36,14 @@ def bn_statistics_kernel(
     )
     lane_r = tl.arange(0, BLOCK_R)
     if CHANNELS_LAST:
-        first = tl.arange(0, BLOCK_L)  # [BLOCK_L]: the first row
         count = tl.cdiv(tl.maximum(rows_left - lane_r, 0), row_step).to(tl.float32)  # [BLOCK_R]
+        first = x_ptr + channel
         AXIS: tl.constexpr = 0
     else:
-        first = lane_r * length  # [BLOCK_R]: the first column
         count = tl.where(in_line, iterations, 0).to(tl.float32)  # [BLOCK_L]
+        first = x_ptr + channel * length
         AXIS: tl.constexpr = 1
-    shift_c = tl.load(x_ptr + base + first, channel_valid, other=0.0).to(tl.float32)
-    shift = along_channels(shift_c, CHANNELS_LAST)
+    shift = along_channels(tl.load(first, channel_valid, other=0.0).to(tl.float32), CHANNELS_LAST)
 
     mean = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
     m2 = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
@@ -61,23 +61,25 @@ def bn_statistics_kernel(
     # Chan's merge of all lanes at once; a lane that never saw an element has count, mean and m2 of 0.
     n = tl.sum(count, 0)
     weight = across_channels(count, CHANNELS_LAST)
-    part_mean = tl.sum(weight * mean, AXIS) / n  # [BLOCK_L] or [BLOCK_R], relative to shift
+    part_mean = tl.sum(weight * mean, AXIS) / n  # [BLOCK_L] or [BLOCK_R]
     deviation = mean - along_channels(part_mean, CHANNELS_LAST)
     part_m2 = tl.sum(m2 + weight * deviation * deviation, AXIS)
     size = tl.cast(parts, tl.int64) * channels
     row = scratch_ptr + part.to(tl.int64) * channels
-    tl.store(row + channel, shift_c + part_mean, channel_valid)
+    tl.store(row + channel, part_mean, channel_valid)
     tl.store(row + size + channel, part_m2, channel_valid)
     # every channel of a part has the same count: the program of its channel 0 writes it
     if tl.min(channel, 0) == 0:
         tl.store(scratch_ptr + 2 * size + part, n)
 
 
-@triton.jit(do_not_specialize=["parts", "channels", "n"])
+@triton.jit(do_not_specialize=["channel_stride", "parts", "channels", "n"])
 def bn_statistics_merge_kernel(
-    scratch_ptr,  # means [parts, C], m2 [parts, C], counts [parts]
+    x_ptr,  # [R, L]: read for the first value of each channel alone
+    scratch_ptr,  # means - first value [parts, C], m2 [parts, C], counts [parts]
     mean_ptr,  # [C] fp32, written
     var_ptr,  # [C] fp32, written: biased
+    channel_stride,  # of x
     parts,
     channels,
     n,  # elements per channel
@@ -88,8 +90,6 @@ def bn_statistics_merge_kernel(
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     lane = tl.arange(0, BLOCK_P)
     size = tl.cast(parts, tl.int64) * channels
-    # relative to the first part's mean: equal means give exactly that mean and no variance between them
-    shift = tl.load(scratch_ptr + channel, channel < channels, other=0.0)
 
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, parts, BLOCK_P):
@@ -98,8 +98,8 @@ def bn_statistics_merge_kernel(
         row = part.to(tl.int64)[:, None] * channels + channel[None, :]  # [BLOCK_P, BLOCK_C]
         count = tl.load(scratch_ptr + 2 * size + part, part < parts, other=0.0)[:, None]
         part_mean = tl.load(scratch_ptr + row, valid, other=0.0)
-        total += tl.where(valid, count * (part_mean - shift[None, :]), 0.0)
-    mean = tl.sum(total, 0) / n.to(tl.float32)  # [BLOCK_C], relative to shift
+        total += count * part_mean
+    mean = tl.sum(total, 0) / n.to(tl.float32)  # [BLOCK_C], relative to the first value
 
     m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, parts, BLOCK_P):
@@ -107,10 +107,11 @@ def bn_statistics_merge_kernel(
         valid = (part < parts)[:, None] & (channel < channels)[None, :]
         row = part.to(tl.int64)[:, None] * channels + channel[None, :]
         count = tl.load(scratch_ptr + 2 * size + part, part < parts, other=0.0)[:, None]
-        deviation = tl.load(scratch_ptr + row, valid, other=0.0) - shift[None, :] - mean[None, :]
+        deviation = tl.load(scratch_ptr + row, valid, other=0.0) - mean[None, :]
         part_m2 = tl.load(scratch_ptr + size + row, valid, other=0.0)
-        m2 += tl.where(valid, part_m2 + count * deviation * deviation, 0.0)
-    tl.store(mean_ptr + channel, shift + mean, channel < channels)
+        m2 += part_m2 + count * deviation * deviation  # count and m2 are 0 where not valid
+    first = tl.load(x_ptr + channel * channel_stride, channel < channels, other=0.0).to(tl.float32)
+    tl.store(mean_ptr + channel, first + mean, channel < channels)
     tl.store(var_ptr + channel, tl.sum(m2, 0) / n.to(tl.float32), channel < channels)
 
 

@@ -1,6 +1,8 @@
 """What the swap tests share: small networks, what operators a call runs, equality of two models' steps."""
 
 import copy
+import os
+import sys
 from collections import Counter
 from collections import OrderedDict as Named
 
@@ -114,6 +116,13 @@ def assert_same_steps(net, stock, *inputs, modes=(True, False), tolerance=1e-10)
     """Training and eval steps of `net` and of `stock` agree, statistics included."""
     for train in modes:
         assert_same(step(net, *inputs, train=train), step(stock, *inputs, train=train), tolerance)
+
+
+def hugging_face_resnet():
+    """transformers' ResNet module. Transformers probes for a package `kernels`, which this checkout's folder is not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [p for p in sys.path if not os.path.isfile(os.path.join(p, "kernels", "bn_act.py"))])
+        return pytest.importorskip("transformers.models.resnet.modeling_resnet")
 
 
 def pair(build=tiny):

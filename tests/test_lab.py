@@ -109,6 +109,11 @@ def test_paired_ratio_interval_covers_the_median_as_often_as_it_says():
     assert covered == pytest.approx(ratios[0].coverage, abs=0.015)  # 3 standard errors are 0.013
 
 
+def test_ratio_as_text_claims_an_interval_only_at_95_percent():
+    assert str(paired_ratio([3.0] * 6, [2.0] * 6)) == "1.50x [1.50, 1.50]"
+    assert str(paired_ratio([3.0] * 5, [2.0] * 5)) == "1.50x (too few rounds)"
+
+
 def test_paired_ratio_needs_a_pair():
     with pytest.raises(ValueError, match="at least one pair"):
         paired_ratio([1.0], [])

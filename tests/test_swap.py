@@ -56,8 +56,8 @@ def test_stem_of_a_resnet_is_the_model_itself():
     report = swap(net)
     assert report.rows[0].name == "" and report.rows[0].pattern == "stem"
     assert isinstance(net, vision.ResNet) and "(model)" in str(report)
-    assert fused_calls(net, images(2, 32)) == 1 + 4 * 2 + 3
-    assert_same_steps(net, stock, images(2, 32), modes=(True,))
+    assert fused_calls(copy.deepcopy(net), images(2, 32)) == 1 + 4 * 2 + 3
+    assert_same_steps(net, stock, images(2, 64), modes=(True,))
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -121,7 +121,7 @@ def test_class_patched_by_another_tool_is_left_alone(monkeypatch):
         (lambda b: setattr(b, "relu", nn.ReLU6()), "ACT_TYPE"),
         (lambda b: b.bn1.register_forward_hook(lambda *a: None), "HAS_HOOKS"),
         (lambda b: b.bn2.register_forward_pre_hook(lambda *a: None), "HAS_HOOKS"),
-        (lambda b: b.bn2.register_full_backward_hook(lambda *a: None), "HAS_HOOKS"),
+        (lambda b: b.bn1.register_full_backward_hook(lambda *a: None), "HAS_HOOKS"),
         (lambda b: b.relu.register_full_backward_pre_hook(lambda *a: None), "HAS_HOOKS"),
         (lambda b: setattr(b.bn1, "forward", b.bn1.forward), "HAS_HOOKS"),
         (lambda b: setattr(b, "forward", b.forward), "HAS_HOOKS"),
@@ -203,7 +203,10 @@ def test_a_second_swap_changes_nothing():
         ({"include": "*.downsample"}, {"layer1.1.downsample", "layer2.1.downsample"}),
         ({"include": ["stem", "layer2.0"]}, {"stem", "layer2.0"}),
         ({"include": "layer*", "exclude": "layer2"}, {"layer1.0", "layer1.1", "layer1.1.downsample"}),
-        ({"exclude": lambda name, module: isinstance(module, nn.Sequential)}, {f"layer{i}.{j}" for i in "12" for j in "01"}),
+        (
+            {"exclude": lambda name, module: isinstance(module, nn.Sequential)},
+            {f"layer{i}.{j}" for i in "12" for j in "01"},
+        ),
         ({"include": lambda name, module: getattr(module, "stride", 1) == 2}, {"layer1.1", "layer2.1"}),
         ({"include": "layer3"}, set()),
         ({"include": []}, set()),

@@ -1,1 +1,1 @@
-"""The experiments: data, training loop, timing, figures, and the demo built of them. It draws, but never prints."""
+"""The experiments: data, training loop, timing, figures, and the demo built of them, shown on a given console."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def _tensors(path: Path, wanted: str) -> Mapping[str, Tensor]:
         got = "a folder" if path.is_dir() else "no such file"
         raise CheckpointError(f"weights {path}: got {got}, {wanted}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of damaged bytes
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         reason = str(error).strip().splitlines()[0].removesuffix(".") if str(error).strip() else type(error).__name__
         if "Weights only load failed" in reason:

@@ -30,8 +30,16 @@ from fastres.verify import Agreement
 SCHEMA = "fastres.demo/1"
 
 
-def run(out: Path, weights: Path | None, device_name: str, threads: int | None, quick: bool, command: str) -> None:
-    """The whole demo, printed as it goes.
+def run(
+    console: Console,
+    out: Path,
+    weights: Path | None,
+    device_name: str,
+    threads: int | None,
+    quick: bool,
+    command: str,
+) -> None:
+    """The whole demo, shown on `console` as it goes.
 
     Raises LabError: bad arguments before any work is done; a result that falls short (AccuracyError, RefereeError)
     once everything that could be measured has been shown, and for the referee also written.
@@ -44,7 +52,6 @@ def run(out: Path, weights: Path | None, device_name: str, threads: int | None, 
     network = demo_photographs.resnet50(weights)
     effort = demo_photographs.QUICK if quick else Effort()
     start = time.perf_counter()
-    console = Console(highlight=False)
     console.print(f"fastres {fastres.__version__} on {_machine(device)}, torch {torch.__version__}", soft_wrap=True)
 
     digits_result, agreement = _digits(console, device, quick)
@@ -94,7 +101,7 @@ def _digits(console: Console, device: torch.device, quick: bool) -> tuple[dict[s
 
     console.print("\n[bold]2  The frozen network gives the same answers[/]")
     agreement = demo_digits.freeze_and_compare(learned.model, data)
-    console.print(f"   {agreement}", soft_wrap=True, markup=False)
+    _indented(console, str(agreement))
     return {"held_out": n_test, **learned.to_dict(), "frozen": asdict(agreement)}, agreement
 
 
@@ -110,7 +117,7 @@ def _show(console: Console, table: Table) -> None:
         text.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in table.rows:
         name = Text(f"   {row.name}", "bold" if row.ours else "")
-        text.add_row(name, f"{row.images_per_s:.1f}", f"{row.ms:.1f}", _ratio(row), _verdict(row))
+        text.add_row(name, f"{row.images_per_s:.1f}", f"{row.ms:.1f}", str(row.ratio or "1.00x"), _verdict(row))
     console.print(text)
     notes = [
         f"Batch {table.batch}. Ratio: median of the paired rounds against {table.baseline}, the faster eager, and its"
@@ -119,14 +126,11 @@ def _show(console: Console, table: Table) -> None:
         *table.notes,
     ]
     for note in notes:
-        console.print(Padding(Text(note), (0, 0, 0, 3)))
+        _indented(console, note)
 
 
-def _ratio(row: Row) -> str:
-    if row.ratio is None:
-        return "1.00x"
-    interval = f"[{row.ratio.low:.2f}, {row.ratio.high:.2f}]" if row.ratio.coverage >= 0.95 else "(too few rounds)"
-    return f"{row.ratio.median:.2f}x {interval}"
+def _indented(console: Console, text: str) -> None:
+    console.print(Padding(Text(text), (0, 0, 0, 3), expand=False))
 
 
 def _verdict(row: Row) -> str:
@@ -136,16 +140,10 @@ def _verdict(row: Row) -> str:
 
 
 def _draw(table: Table, path: Path, device: torch.device) -> None:
-    bars = [
-        Bar(
-            row.name,
-            row.images_per_s,
-            f"{row.images_per_s:.1f}  ({_ratio(row).split(' ')[0]}{' WRONG ANSWERS' if _failed(row) else ''})",
-            row.ours,
-            not _failed(row),
-        )
-        for row in table.rows
-    ]
+    bars = []
+    for row in table.rows:
+        ratio = f"{row.ratio.median if row.ratio else 1.0:.2f}x{', WRONG ANSWERS' if _failed(row) else ''}"
+        bars.append(Bar(row.name, row.images_per_s, f"{row.images_per_s:.1f}  ({ratio})", row.ours, not _failed(row)))
     title = f"ResNet-50 on photographs, batch {table.batch}, {table.size}x{table.size}"
     footnote = f"{_machine(device)}; torch {torch.__version__}; ratios to {table.baseline}, the faster eager"
     throughput_chart(bars, path, title, footnote)
@@ -159,7 +157,8 @@ def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     found = cpu()
-    return f"{found['model']} ({found['isa']}, {found['threads']} threads)"
+    threads = f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}"
+    return f"{found['model']} ({found['isa']}, {threads})"
 
 
 def _require_extras() -> None:

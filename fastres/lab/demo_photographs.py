@@ -165,17 +165,17 @@ def compare_ways(
     report = fastres.swap(swapped)
     blocks = sum(row.status == "swapped" for row in report.rows)
     sample = x[: len(images)]
-    verdicts = {"swapped": fastres.verify(eager, swapped, sample, backward=False)}
+    verdicts = {"swapped": fastres.verify(eager, swapped, sample, backward=False, training=False)}
     frozen: dict[str, nn.Module] = {}
     for done, dtype in enumerate((torch.float32, torch.bfloat16), start=2):
         name = f"frozen {_short(dtype)}"
         on_progress(done, total, f"referee: {name}")
         frozen[name] = fastres.freeze(eager, sample, dtype=dtype)
-        verdicts[name] = fastres.verify(eager, frozen[name], sample, backward=False, dtype=dtype)
+        verdicts[name] = fastres.verify(eager, frozen[name], sample, backward=False, training=False, dtype=dtype)
 
     functions = {
-        "eager, NCHW": _forward(model, batch),
-        "eager, channels_last": _forward(eager_nhwc, nhwc),
+        "eager NCHW": _forward(model, batch),
+        "eager channels_last": _forward(eager_nhwc, nhwc),
         "swapped": _forward(swapped, x),
         "frozen fp32": _forward(frozen["frozen fp32"], x),
         "frozen bf16": _forward(frozen["frozen bf16"], x),
@@ -190,13 +190,13 @@ def compare_ways(
         on_round=lambda done: on_progress(4 + done, total, "timing in rounds"),
     )
     on_progress(total, total, "timed")
-    eager_names = ["eager, NCHW", "eager, channels_last"]
+    eager_names = ["eager NCHW", "eager channels_last"]
     baseline = min(eager_names, key=lambda name: statistics.median(samples[name]))
     rows = [
         Row(
             name=name,
             dtype="bf16" if name == "frozen bf16" else "fp32",
-            layout="NCHW" if name == "eager, NCHW" else "channels_last" if name in eager_names else layout,
+            layout="NCHW" if name == "eager NCHW" else "channels_last" if name in eager_names else layout,
             ours=name not in eager_names,
             seconds=seconds,
             batch=len(batch),

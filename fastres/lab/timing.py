@@ -36,6 +36,11 @@ class Ratio:
     n: int  # pairs
     coverage: float  # the probability that [low, high] covers the true median; 0.95 or more from six pairs on
 
+    def __str__(self) -> str:
+        """1.31x [1.24, 1.40], the interval only where it covers 95 %."""
+        interval = f"[{self.low:.2f}, {self.high:.2f}]" if self.coverage >= 0.95 else "(too few rounds)"
+        return f"{self.median:.2f}x {interval}"
+
     def to_dict(self) -> dict[str, float | int]:
         return asdict(self)
 

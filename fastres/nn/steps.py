@@ -17,8 +17,8 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastres.ops import add_relu, bn_act
-from fastres.ops.bn_act import batch_norm_arguments
+from fastres.ops.add_relu import add_relu
+from fastres.ops.bn_act import batch_norm_arguments, bn_act
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -7,8 +7,10 @@ therefore measured: the float64 reference runs twice more with every floating in
     floor_i = 4 eps * sqrt(sum_j (df_i / dx_j * x_j)^2 / 3)
 
 which is the formula on the sizes of its terms, added as independent roundings add. It holds for one operator and for
-a whole network, forward and backward alike, and costs two float64 runs. 4 ulp of the result itself are always allowed,
-and tensors of few elements get a wider floor, ``1 + 3 / sqrt(samples)``, because two samples of one number say little.
+a whole network, forward and backward alike, and costs two float64 runs. What is summed into statistics and parameter
+gradients (BN, sums, means, biases) is moved by ``4 eps |x|`` all one way besides, so that such a sum's floor is 4 ulp
+of the sum of absolute values whatever cancels in it. 4 ulp of the result itself are always allowed, and tensors of few
+elements get a wider floor, ``1 + 3 / sqrt(samples)``, because two samples of one number say little.
 
 A ReLU whose input lies within rounding of 0 may pass its gradient or not: both are right, and a whole gradient apart.
 Where such gates are few (at most three), each is switched alone in one more run, and a result is judged against
@@ -34,6 +36,32 @@ _aten = torch.ops.aten
 _RELUS = (_aten.relu.default, _aten.relu_.default)
 _CLAMPS = (_aten.clamp_min.default, _aten.clamp_min_.default)
 
+# Operators that sum their n-th argument over all but a few elements, and where their training flag is.
+_SUMS = {
+    "aten::sum": 0,
+    "aten::sum.dim_IntList": 0,
+    "aten::mean": 0,
+    "aten::mean.dim": 0,
+    "aten::var.correction": 0,
+    "aten::var_mean.correction": 0,
+    "aten::convolution_backward": 0,
+    "aten::native_batch_norm": 0,
+    "aten::_native_batch_norm_legit": 0,
+    "aten::_native_batch_norm_legit.no_stats": 0,
+    "aten::_batch_norm_with_update": 0,
+    "aten::cudnn_batch_norm": 0,
+    "aten::native_batch_norm_backward": 0,
+    "aten::batch_norm_backward": 0,
+    "aten::cudnn_batch_norm_backward": 1,
+    "fastres::bn_act": 0,
+    "fastres::bn_act_backward": 0,
+}
+_EVAL_MODE = {
+    "aten::native_batch_norm": 5,
+    "aten::cudnn_batch_norm": 5,
+    "fastres::bn_act": 6,
+}  # nothing is summed there
+
 Index = tuple[Tensor, ...]
 
 
@@ -45,13 +73,14 @@ class Gate(NamedTuple):
 
 
 class _Relus(TorchDispatchMode):
-    """Sees every ReLU, ours included, and may change its result.
+    """Sees every ReLU, ours included, and may change its result; moves what is summed by ``shift * |x|``.
 
     Autograd takes a ReLU's mask from its result, so a tiny positive number there opens a gate and a 0 closes it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shift: float = 0.0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.shift = shift
         self.calls = -1
 
     def result(self, z: Tensor, y: Tensor) -> None:
@@ -60,6 +89,8 @@ class _Relus(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.shift:
+            args = self._shifted(func.name(), args)
         statistics: list[Tensor] = []
         if func in _RELUS or (func in _CLAMPS and args[1] == 0):
             z = args[0].clone()
@@ -77,6 +108,12 @@ class _Relus(TorchDispatchMode):
             self.result(z, y)
         return (y, *statistics) if statistics else y
 
+    def _shifted(self, name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        n = _SUMS.get(name)
+        if n is None or (name in _EVAL_MODE and not args[_EVAL_MODE[name]]) or not args[n].is_floating_point():
+            return args
+        return (*args[:n], args[n] + self.shift * args[n].abs(), *args[n + 1 :])
+
 
 class FindGates(_Relus):
     """Finds the gates within ``width`` of 0, relative to the RMS of the ReLU's input; changes nothing.
@@ -84,8 +121,8 @@ class FindGates(_Relus):
     ``found`` holds the nearest four of each call, ``count`` is how many there are, ``masks`` every gate of every call.
     """
 
-    def __init__(self, width: float) -> None:
-        super().__init__()
+    def __init__(self, width: float, shift: float = 0.0) -> None:
+        super().__init__(shift)
         self.width = width
         self.count = 0
         self.found: list[Gate] = []
@@ -109,8 +146,8 @@ class FindGates(_Relus):
 class NearestGates(FindGates):
     """Opens, or closes, all the gates that FindGates would find."""
 
-    def __init__(self, width: float, opens: bool) -> None:
-        super().__init__(width)
+    def __init__(self, width: float, opens: bool, shift: float) -> None:
+        super().__init__(width, shift)
         self.opens = opens
 
     def result(self, z: Tensor, y: Tensor) -> None:
@@ -121,8 +158,8 @@ class NearestGates(FindGates):
 class HoldGates(_Relus):
     """Holds every gate as it was found, except ``switched``, which is the other way."""
 
-    def __init__(self, found: FindGates, switched: Gate | None = None) -> None:
-        super().__init__()
+    def __init__(self, found: FindGates, switched: Gate | None = None, shift: float = 0.0) -> None:
+        super().__init__(shift)
         self.masks = dict(found.masks)
         if switched is not None:
             mask = self.masks[switched.call].clone()

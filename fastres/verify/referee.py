@@ -78,7 +78,8 @@ def verify(
     _check(reference, candidate, inputs, training, dtype, floor_ulps)
     tensors = named_tensors(inputs, "input")
     notes: list[str] = []
-    with torch.random.fork_rng(devices_of(inputs, *(m for m in (reference, candidate) if isinstance(m, nn.Module)))):
+    devices = devices_of(inputs, *(m for m in (reference, candidate) if isinstance(m, nn.Module)))
+    with torch.random.fork_rng(devices), torch.inference_mode(False):
         theirs, ours = (_copy(name, f, training) for name, f in (("reference", reference), ("candidate", candidate)))
         if isinstance(theirs, nn.Module) and isinstance(ours, nn.Module) and theirs.training != ours.training:
             flags = f"reference.training is {theirs.training}, candidate.training {ours.training}"
@@ -160,9 +161,11 @@ def _reference(theirs: Any, run: Any, epsilons: list[float], ulps: float) -> Ref
         reference.switched = [attempt(mode=HoldGates(find, gate)) for gate in find.found]
     for eps in epsilons:
         size = ulps * eps
-        modes = [HoldGates(find) if few else NearestGates(WIDTH * size, opens) for opens in (True, False)]
-        runs = [attempt(mode=mode, amplitude=size, noise=noise) for noise, mode in enumerate(modes, 1)]
-        reference.perturbed[eps] = runs
+        reference.perturbed[eps] = []
+        for noise, sign in ((1, 1), (2, -1)):
+            shift = sign * size
+            mode = HoldGates(find, shift=shift) if few else NearestGates(WIDTH * size, sign > 0, shift)
+            reference.perturbed[eps].append(attempt(mode=mode, amplitude=size, noise=noise))
     return reference
 
 

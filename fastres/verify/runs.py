@@ -167,7 +167,7 @@ def evaluate(
         state = {name: t for name, t in passed.items() if not t.requires_grad}
         if module is not None:
             state |= dict(module.named_buffers())
-        before = {name: (id(t), t._version) for name, t in state.items()}
+        before = {name: t.detach().clone() for name, t in state.items()}  # batch_norm moves no version counters
         torch.manual_seed(seed)
         with mode if mode is not None else ExitStack():
             outputs = named_tensors(call(function, arguments), "output")
@@ -177,7 +177,7 @@ def evaluate(
     if module is not None:
         state |= dict(module.named_buffers())
     run.buffers = {name: t.detach() for name, t in state.items()}
-    run.moved = {name for name, t in state.items() if before.get(name) != (id(t), t._version)}
+    run.moved = {name for name, t in state.items() if name not in before or not torch.equal(before[name], t)}
     return run
 
 

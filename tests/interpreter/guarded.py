@@ -52,12 +52,13 @@ class Arena:
             assert torch.equal(flat[0].view(bits), flat[1].view(bits)), "an input was changed"
 
 
-def small_tiles(monkeypatch, tile=32, line=8, programs=12):
-    """Tiles so small that tiny tensors need several programs on each axis."""
+def small_tiles(monkeypatch, tile=128, line=8, programs=9):
+    """Tiles so small that tiny tensors need several programs on each axis. The interpreter takes some 20 ms a program,
+    however small: tests choose shapes of few programs."""
 
     def config(kernel, arch, shape_class):
         if "merge" in kernel:
-            return configs.Config(tile=16, num_warps=4, line=4)
+            return configs.Config(tile=32, num_warps=4, line=8)
         return configs.Config(tile=tile, num_warps=4, line=line, programs=programs)
 
     monkeypatch.setattr(configs, "config", config)

@@ -35,8 +35,8 @@ def backward(dy, y, offset=0):
 @pytest.mark.parametrize("offset", (0, 1))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_forward_and_backward_are_exact_with_every_tail(monkeypatch, dtype, offset):
-    small_tiles(monkeypatch)  # 32 elements a program
-    for numel in (1, 3, 31, 32, 33, 64, 96, 97, 127, 160):
+    small_tiles(monkeypatch, tile=32)
+    for numel in (1, 31, 32, 33, 96, 97, 127):
         x, residual, dy = (torch.randn(numel).to(dtype) for _ in range(3))
         y = forward(x, residual, offset)
         assert torch.equal(y, expected_forward(x, residual))
@@ -53,7 +53,7 @@ def test_shipped_tiles(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row10_nan_inf_and_signed_zero_at_every_lane(monkeypatch, dtype):
-    small_tiles(monkeypatch)
+    small_tiles(monkeypatch, tile=32)
     special = torch.tensor([NAN, INF, -INF, 0.0, -0.0, 6e-8, -6e-8, 60000.0, -60000.0]).to(dtype)
     for shift in range(len(special)):
         x = special.roll(shift).repeat(12)[:101]
@@ -69,14 +69,14 @@ def test_row10_nan_inf_and_signed_zero_at_every_lane(monkeypatch, dtype):
 
 
 def test_inf_minus_inf_is_nan(monkeypatch):
-    small_tiles(monkeypatch)
+    small_tiles(monkeypatch, tile=32)
     y = forward(torch.full((40,), INF), torch.full((40,), -INF))
     assert y.isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_row24_residual_is_x(monkeypatch, dtype):
-    small_tiles(monkeypatch)
+    small_tiles(monkeypatch, tile=32)
     x, arena = torch.randn(100).to(dtype), Arena()
     placed, y = arena.input(x), arena.output(x.shape, dtype)
     add_relu_forward(placed, placed, y)

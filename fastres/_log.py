@@ -1,0 +1,21 @@
+"""The logger `fastres`, and FASTRES_LOG: a level name that sends its records to stderr; unset, logging is left alone."""
+
+import logging
+import os
+
+logger = logging.getLogger("fastres")
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def configure_from_environment() -> None:
+    """Reads FASTRES_LOG once, at import. An unknown level is reported and changes nothing."""
+    level = os.environ.get("FASTRES_LOG", "").strip().lower()
+    if not level:
+        return
+    if level not in LEVELS:
+        logger.warning("FASTRES_LOG: got %r, expected one of %s", level, ", ".join(LEVELS))
+        return
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("fastres %(levelname)s: %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())

@@ -1,0 +1,106 @@
+"""Folding a batch normalisation into the convolution before it.
+
+    formula    y     = scale * (conv(x, w) + b - mean) + beta        scale = gamma / sqrt(var + eps), per output channel
+                     = conv(x, w') + b'
+               w'    = scale * w
+               b'    = scale * (b - mean) + beta
+
+Everything is computed in float64 and rounded once, to the frozen dtype. A missing bias, gamma or beta is 0, 1 or 0.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+# Classes of libraries that need not be installed. They have weight, bias, running_mean, running_var and eps (torchvision's
+# 1e-5, or what the model was given); timm's also end with a drop layer and an activation, which stay.
+_FROZEN = (("torchvision.ops.misc", "FrozenBatchNorm2d"),)
+_WITH_ACT = (("timm.layers.norm_act", "BatchNormAct2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
+
+
+class Refusal(NamedTuple):
+    """Why something stays as it is: a code and a sentence."""
+
+    code: str
+    message: str
+
+
+class Folded(NamedTuple):
+    weight: Tensor  # [C_out, C_in / groups, *kernel], the frozen dtype
+    bias: Tensor  # [C_out], the frozen dtype
+
+
+def _is_one_of(module: nn.Module, classes: tuple[tuple[str, str], ...]) -> bool:
+    return any(type(module) is getattr(sys.modules.get(where), name, None) for where, name in classes)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether folding knows what this module computes in eval mode: exactly one of the classes above, no subclass."""
+    return type(module) in NORMS or _is_one_of(module, _FROZEN) or _is_one_of(module, _WITH_ACT)
+
+
+def remainder(norm: nn.Module) -> nn.Module:
+    """What is left of a norm once it is folded: nothing, or timm's drop layer and activation."""
+    if not _is_one_of(norm, _WITH_ACT):
+        return nn.Identity()
+    rest = [m for m in (norm.get_submodule("drop"), norm.get_submodule("act")) if type(m) is not nn.Identity]
+    return nn.Sequential(*rest) if rest else nn.Identity()
+
+
+def refuse_norm(norm: nn.Module) -> Refusal | None:
+    """Why this norm cannot be folded whatever its numbers are."""
+    if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
+        return Refusal("BATCH_STATISTICS", "it keeps no running statistics and normalises by the batch's in eval mode too")
+    return None
+
+
+def fold(conv: Any, norm: Any, dtype: torch.dtype) -> Folded | Refusal:
+    """The convolution's weight and bias with ``norm`` folded in, rounded to ``dtype``; or why not.
+
+    Args:
+        conv: a Conv1d, Conv2d or Conv3d; weight [C_out, C_in / groups, *kernel], bias [C_out] or None.
+        norm: weight, bias [C_out] or None; running_mean, running_var [C_out]; eps, its own.
+        dtype: what the frozen network computes in.
+
+    Refused (codes): ``BAD_VARIANCE`` where var + eps is not a positive normal float32, the type that every BN computes
+    in; ``OVERFLOW`` and ``UNDERFLOW`` where the folded weights do not fit ``dtype``: infinite, or so small that
+    rounding them costs more than twice the rounding of ``dtype``.
+    """
+    refusal = refuse_norm(norm)
+    if refusal is not None:
+        return refusal
+    mean, var = norm.running_mean.double(), norm.running_var.double()  # [C_out]
+    if len(var) != len(conv.weight):
+        return Refusal("SHAPE", f"it has {len(var)} channels, the convolution {len(conv.weight)}")
+    spread = var + norm.eps
+    if not bool((spread >= torch.finfo(torch.float32).tiny).all()):  # NaN fails too
+        return Refusal("BAD_VARIANCE", f"its var + eps is {float(spread.min()):.3g} at the least, not a normal float32")
+    scale = spread.rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    weight = conv.weight.detach().double()
+    exact = weight * scale.view(-1, *[1] * (weight.ndim - 1))  # [C_out, C_in / groups, *kernel]
+    bias = -mean if conv.bias is None else conv.bias.detach().double() - mean
+    bias = bias * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias.detach().double()
+    folded = Folded(exact.to(dtype), bias.to(dtype))
+    for name, rounded, of in (("weight", folded.weight, exact), ("bias", folded.bias, bias)):
+        if bool((~torch.isfinite(rounded)).any()):
+            return Refusal("OVERFLOW", f"the folded {name} reaches {float(of.abs().max()):.3g}, too large for {short(dtype)}")
+    size, lost = exact.square().mean().sqrt(), (folded.weight.double() - exact).square().mean().sqrt()
+    if bool(lost > 2 * torch.finfo(dtype).eps * size):
+        return Refusal("UNDERFLOW", f"the folded weight's RMS is {float(size):.3g}, too small for {short(dtype)}")
+    return folded
+
+
+def short(dtype: torch.dtype) -> str:
+    """float16 for torch.float16."""
+    return str(dtype).removeprefix("torch.")
