@@ -14,13 +14,14 @@ VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check -q
 
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(VPY) -m pytest -q -n $(WORKERS)
+PYTEST := OMP_NUM_THREADS=1 $(VPY) -m pytest -q -n $(WORKERS) --dist loadgroup
 
 STAMP_PYTHON := $(VENV)/.stamp-python
 STAMP_LOCK := $(VENV)/.stamp-lock
 STAMP_PACKAGE := $(VENV)/.stamp-package
 STAMP_EXTENSION := $(VENV)/.stamp-extension
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+LOCK_LOG := $(VENV)/lock.log
 PACKAGE_LOG := build/package.log
 BUILD_LOG := build/extension.log
 
@@ -81,7 +82,8 @@ $(STAMP_PYTHON):
 
 $(STAMP_LOCK): $(LOCK) | $(STAMP_PYTHON)
 	$(call say,installing $(LOCK) (torch and the rest$(comma) about 6 GB on disk; a few minutes the first time))
-	@$(PIP) install -r $(LOCK)
+	@if ! $(PIP) install -r $(LOCK) >$(LOCK_LOG) 2>&1; then \
+	  tail -n 40 $(LOCK_LOG) >&2; echo 'fastres: the lock was not installed ($(LOCK_LOG))' >&2; exit 1; fi
 	@touch $@
 
 # The package is mapped in place; the extension is built apart, so that an edit recompiles only what it touches.

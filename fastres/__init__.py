@@ -3,6 +3,8 @@
 from fastres import functional, models, nn
 from fastres._dispatch import BackendError, explain
 from fastres._info import info
+from fastres._log import configure_from_environment
+from fastres.inference import FrozenModel, freeze
 from fastres.swap import SwapReport, SwapRow, register_block, swap, swapped
 from fastres.verify import Verification, verify
 
@@ -10,10 +12,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
+    "FrozenModel",
     "SwapReport",
     "SwapRow",
     "Verification",
     "explain",
+    "freeze",
     "functional",
     "info",
     "models",
@@ -23,3 +27,5 @@ __all__ = [
     "swapped",
     "verify",
 ]
+
+configure_from_environment()

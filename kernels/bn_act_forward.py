@@ -25,9 +25,9 @@ def bn_statistics_kernel(
     """Count, mean and M2 = sum (x - mean)^2 of each channel over one program's tiles.
 
     Each lane of the tile runs its own Welford recurrence, so the loop has no reduction and no barrier; the lanes are
-    merged once, at the end. Everything is relative to one value of the channel, its first: where |mean| >> std, fp32 can
-    hold neither the running mean nor the parts' means closely enough, but it can their differences to a sample; and a
-    constant channel has differences, and so a variance, of exactly 0. A first value far from the rest does no harm:
+    merged once, at the end. Everything is relative to one value of the channel, its first: where |mean| >> std, fp32
+    holds neither the running mean nor the parts' means closely enough, but it does their differences to a sample; and
+    a constant channel has differences, and so a variance, of exactly 0. A first value far from the rest does no harm:
     being one of the values, it makes the variance as large as what its distance costs in accuracy.
     """
     length = units * UNIT

@@ -100,7 +100,8 @@ def reduction(view: Image, kernel: str, arch: int) -> Reduction:
 
 def _splits(programs: int, tiles: int, most: int) -> int:
     splits = programs // tiles
-    if splits * tiles < 0.8 * programs:  # a wave that is partly empty, or one and a bit: several waves are nearer to even
+    if splits * tiles < 0.8 * programs:
+        # instead of one wave that leaves part of the GPU idle, several: their last is a smaller share of the work
         splits = triton.cdiv(4 * programs, tiles)
     return min(splits, most)
 

@@ -1,7 +1,7 @@
 """What every launch needs from the host: the tensor's device, its architecture, its shape class."""
 
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -11,7 +11,7 @@ def device_guard(x: torch.Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _capability(index: int) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import logging
+import pickle
 import weakref
 
 import pytest
@@ -305,6 +306,17 @@ def test_report_as_text_and_as_data(caplog):
     }
     assert report.raise_if_none() is report
     assert sum(record.levelno == logging.INFO for record in caplog.records) == 7
+
+
+def test_row37_report_as_an_attribute_of_the_model_copies_and_pickles():
+    net = tiny()
+    net.report = swap(net)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert twin.report.rows == net.report.rows
+        twin.report.revert()
+        assert fused_calls(twin, images()) == TINY_CALLS
+    net.report.revert()
+    assert fused_calls(net, images()) == 0
 
 
 def test_names_are_importable_beside_the_function():

@@ -82,7 +82,7 @@ struct GroupPasses {
     for (int64_t j = 0; j < width; ++j) {
       lanes[j] = LaneSums<W>{};
       total[j] = {0, 0, 0};
-      centre[j] = Term::kStatistics ? first_shift(c + j) : mean[c + j];
+      centre[j] = first_centre(c + j);
     }
     int64_t pending = 0, limit = Term::kStatistics ? kRun / 8 : kRun;  // the first shift is a guess: leave it early
     for (int64_t n = 0; n < planes.batch; ++n) {
@@ -124,12 +124,16 @@ struct GroupPasses {
     }
   }
 
-  FASTRES_HD float first_shift(int64_t c) const {
-    int64_t n = kShiftElements;
-    while (n > planes.size) n /= 2;
-    double sum = 0;
-    for (int64_t k = 0; k < n; ++k) sum += load<1>(term.x + planes.offset(0, c) + k);
-    return Term::template shift<1>(static_cast<float>(sum / static_cast<double>(n)));
+  FASTRES_HD float first_centre(int64_t c) const {
+    if constexpr (Term::kStatistics) {
+      int64_t n = kShiftElements;
+      while (n > planes.size) n /= 2;
+      double sum = 0;
+      for (int64_t k = 0; k < n; ++k) sum += load<1>(term.x + planes.offset(0, c) + k);
+      return Term::template shift<1>(static_cast<float>(sum / static_cast<double>(n)));
+    } else {
+      return mean[c];
+    }
   }
 };
 

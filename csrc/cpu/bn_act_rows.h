@@ -126,10 +126,10 @@ struct SumRows {
   template <int W, int R>
   FASTRES_HD void add_column(int64_t i, const float* m, float* fa, float* fb) const {
     const Float<W> centre = load<W>(m);
-    Float<W> va = load<W>(fa), vb = load<W>(fb);
+    Float<W> va{}, vb{};
     for (int r = 0; r < R; ++r) term.template add<W>(i + r * part.channels, centre, va, vb);
-    store<W>(fa, va);
-    store<W>(fb, vb);
+    store<W>(fa, load<W>(fa) + va);
+    store<W>(fb, load<W>(fb) + vb);
   }
 };
 

@@ -149,6 +149,14 @@ FASTRES_HD void store(T* p, Float<W> value) {
   }
 }
 
+// The value as T holds it.
+template <int W, class T>
+FASTRES_HD Float<W> rounded_to(Float<W> value) {
+  T stored[W];
+  store<W>(stored, value);
+  return load<W>(stored);
+}
+
 // A fixed order: halves are added until one lane is left.
 template <int W>
 FASTRES_HD float sum_lanes(Float<W> value) {

@@ -1,13 +1,13 @@
 """freeze: a network as a snapshot for inference, BN folded into its convolutions.
 
-    capture.py   which BN reads which convolution's output, and nothing else does
-    fold.py      the arithmetic of folding, in float64, and when it is refused
-    rewrite.py   folds the pairs in a copy and gives known blocks their fused forward
-    plan.py      the memory layout, measured
-    graphs.py    CUDA graphs of the shapes asked for
-    frozen.py    FrozenModel: running, refreshing, staleness
-    report.py    FreezeReport
-    freeze.py    the public function: these steps in order
+capture.py   which BN reads which convolution's output, and nothing else does
+fold.py      the arithmetic of folding, in float64, and when it is refused
+rewrite.py   folds the pairs in a copy and gives known blocks their fused forward
+plan.py      the memory layout, measured
+graphs.py    CUDA graphs of the shapes asked for
+frozen.py    FrozenModel: running, refreshing, staleness
+report.py    FreezeReport
+freeze.py    the public function: these steps in order
 """
 
 from fastres.inference.freeze import freeze

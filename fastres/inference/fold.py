@@ -19,8 +19,8 @@ from torch import Tensor, nn
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
-# Classes of libraries that need not be installed. They have weight, bias, running_mean, running_var and eps (torchvision's
-# 1e-5, or what the model was given); timm's also end with a drop layer and an activation, which stay.
+# Classes of libraries that need not be installed. They have weight, bias, running_mean, running_var and an eps of their
+# own (torchvision's is 1e-5 unless given); timm's also end with a drop layer and an activation, which stay.
 _FROZEN = (("torchvision.ops.misc", "FrozenBatchNorm2d"),)
 _WITH_ACT = (("timm.layers.norm_act", "BatchNormAct2d"), ("timm.layers.norm_act", "FrozenBatchNormAct2d"))
 
@@ -57,7 +57,9 @@ def remainder(norm: nn.Module) -> nn.Module:
 def refuse_norm(norm: nn.Module) -> Refusal | None:
     """Why this norm cannot be folded whatever its numbers are."""
     if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
-        return Refusal("BATCH_STATISTICS", "it keeps no running statistics and normalises by the batch's in eval mode too")
+        return Refusal(
+            "BATCH_STATISTICS", "it keeps no running statistics: in eval mode too it normalises by the batch's"
+        )
     return None
 
 
@@ -94,7 +96,8 @@ def fold(conv: Any, norm: Any, dtype: torch.dtype) -> Folded | Refusal:
     folded = Folded(exact.to(dtype), bias.to(dtype))
     for name, rounded, of in (("weight", folded.weight, exact), ("bias", folded.bias, bias)):
         if bool((~torch.isfinite(rounded)).any()):
-            return Refusal("OVERFLOW", f"the folded {name} reaches {float(of.abs().max()):.3g}, too large for {short(dtype)}")
+            largest = float(of.abs().max())
+            return Refusal("OVERFLOW", f"the folded {name} reaches {largest:.3g}, too large for {short(dtype)}")
     size, lost = exact.square().mean().sqrt(), (folded.weight.double() - exact).square().mean().sqrt()
     if bool(lost > 2 * torch.finfo(dtype).eps * size):
         return Refusal("UNDERFLOW", f"the folded weight's RMS is {float(size):.3g}, too small for {short(dtype)}")

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def _statistics_apart(norms: list[_BatchNorm]) -> Iterator[None]:
-    """Training-mode BNs move copies of their statistics. The same tensors are saved for backward as in the first run."""
+    """Training-mode BNs move copies of their statistics; what is saved for backward stays as in the first run."""
     kept = [(norm._buffers, dict(norm._buffers)) for norm in norms if norm.training]
     for buffers, originals in kept:
         buffers.update({name: None if t is None else t.clone() for name, t in originals.items()})

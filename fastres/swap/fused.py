@@ -45,7 +45,7 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
             "fastres_backend": "auto",
             adapter.method: _method(stock, adapter.method),
         }
-        fused = _CLASSES[stock] = metaclass(f"Fused{stock.__name__}", (stock,), namespace)
+        fused = _CLASSES.setdefault(stock, metaclass(f"Fused{stock.__name__}", (stock,), namespace))
     fused.fastres_adapter = adapter  # follows a later registration
     made: type[nn.Module] = fused
     return made

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastres import nn as fused_nn
 from fastres.swap.adapters import BlockAdapter, Refusal, find_adapter, inherits_method, stock_class
+from fastres.swap.library import SequenceAdapter
 
 Filter: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bool] | None"
 
@@ -93,9 +94,9 @@ def _match(name: str, block: nn.Module) -> Match | None:
             return None
         return Match(name, block, "", None, Refusal("NOT_MATCHED", f"{cls.__name__}: see fastres.register_block"))
     adapter, base = found
+    if isinstance(adapter, SequenceAdapter) and not _norms(block):
+        return None  # a chain of other things
     refusal = _refusal(block, adapter, base)
-    if base.__name__ in ("Sequential", "ConvNormActivation", "Conv2dNormActivation") and not _norms(block):
-        return None
     return Match(name, block, adapter.pattern or base.__name__, adapter, refusal)
 
 

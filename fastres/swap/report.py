@@ -53,6 +53,9 @@ class SwapReport:
         self.reverted = False
         self._undo: list[tuple[str, weakref.ref[nn.Module], type[nn.Module]]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_undo": []}  # a copy or a pickle is a record; `unswap` undoes a copied model
+
     @property
     def swapped(self) -> list[SwapRow]:
         """The rows that run fused."""

@@ -5,7 +5,6 @@ NaN: a read outside shows in the result, a write outside changes the band, even 
 """
 
 import torch
-
 from fastres.kernels import configs
 
 GUARD = 2048  # elements on either side: more than a tile with its strides reaches in these tests

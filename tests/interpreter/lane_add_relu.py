@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from guarded import Arena, small_tiles
-
 from fastres.kernels.add_relu import add_relu_backward, add_relu_forward
+from guarded import Arena, small_tiles
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.float16)

@@ -1,19 +1,20 @@
 """Offsets of tensors above 2^31 elements, computed by the shipped device functions for tensors that need not exist."""
 
+import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-
-from fastres.kernels import configs
 from fastres.kernels.image import image, reduction, reduction_tiles, sweep, sweep_tile
+from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
 
 @triton.jit
 def sweep_kernel(out_ptr, rows, channels, length, line_blocks, CL: tl.constexpr, R: tl.constexpr, L: tl.constexpr):
     base, local, valid, channel, channel_valid = sweep_tile(rows, channels, length, line_blocks, CL, R, L)
-    tl.store(out_ptr + 2 * tl.program_id(0), base + tl.min(local))
-    tl.store(out_ptr + 2 * tl.program_id(0) + 1, tl.max(tl.where(valid, base + local, -1)))
+    tl.store(out_ptr, base + tl.min(local))
+    tl.store(out_ptr + 1, tl.max(tl.where(valid, base + local, -1)))
+    tl.store(out_ptr + 2, tl.min(channel))
 
 
 @triton.jit
@@ -23,55 +24,87 @@ def reduction_kernel(
     base, step, iterations, local, in_line, rows_left, row_step, part, channel, channel_valid = reduction_tiles(
         outer, channels, length, line_blocks, splits, CL, R, L
     )
-    last = base + (iterations - 1) * step
     rows = tl.arange(0, R) < rows_left - (iterations - 1) * row_step
-    valid = rows[:, None] & in_line[None, :]
-    tl.store(out_ptr + 2 * tl.program_id(0), base)
-    tl.store(out_ptr + 2 * tl.program_id(0) + 1, tl.max(tl.where(valid, last + local, -1)))
+    tl.store(out_ptr, base + tl.min(local))
+    last = base + (iterations - 1) * step + local
+    tl.store(out_ptr + 1, tl.max(tl.where(rows[:, None] & in_line[None, :], last, -1)))
+    tl.store(out_ptr + 2, tl.min(channel))
 
 
-BIG = [
-    ((5, 2**14, 2**8, 2**8), True),  # 5 * 2^30 elements
+@pytest.fixture
+def run_one(monkeypatch):
+    """Runs one program of a grid that is too large to be run: -> first offset, last valid offset, first channel."""
+
+    def run(kernel, program, programs, *args):
+        def scalar(value):
+            return lambda axis: TensorHandle(np.array([value], dtype=np.int32), tl.int32)
+
+        monkeypatch.setattr(interpreter_builder, "create_get_program_id", scalar(program))
+        monkeypatch.setattr(interpreter_builder, "create_get_num_programs", scalar(programs))
+        out = torch.full((3,), -7)
+        kernel[(1,)](out, *args)
+        return out.tolist()
+
+    return run
+
+
+BIG = [  # shape, channels_last: more than 2^31 elements, and more than 2^31 in one line
+    ((5, 2**14, 2**8, 2**8), True),
     ((5, 2**14, 2**8, 2**8), False),
-    ((3, 1, 2**15, 2**15 + 1), False),
-    ((1, 1, 2**16, 2**16 + 3), True),
-    ((1, 2**14 + 1, 2**9, 2**9), True),
+    ((2**25 + 3, 3, 7, 7), False),
+    ((2**31 + 9, 5, 1, 1), False),
+    ((3, 1, 2**16, 2**15 + 1), False),
+    ((1, 3, 2**16, 2**16 + 3), True),
+    ((1, 3, 2**16, 2**16 + 3), False),
+    ((9, 2**28, 1, 1), True),
 ]
 
 
-@pytest.mark.parametrize("shape, channels_last", BIG)
-def test_row1_offsets_above_two_to_the_31(monkeypatch, shape, channels_last):
-    numel = torch.Size(shape).numel()
-    # so few and so wide tiles that the interpreter can visit all of them
-    big = configs.Config(tile=2**18, num_warps=4, line=2**16, programs=48)
-    monkeypatch.setattr(configs, "config", lambda *_: big)
-    monkeypatch.setattr(configs, "image_class", lambda *_: "rows")
+def some_programs(programs):
+    return sorted({0, 1, programs // 3, programs // 2, programs - 2, programs - 1} & set(range(programs)))
+
+
+@pytest.mark.parametrize("shape, channels_last", BIG, ids=str)
+def test_row1_offsets_of_a_sweep(run_one, shape, channels_last):
     view = image(torch.empty(shape, device="meta"), channels_last)
-    assert view.numel == numel
+    plan = sweep(view, "bn_act_forward_kernel", 0)
+    cl, r, ln = (plan.constants[k] for k in ("CHANNELS_LAST", "BLOCK_R", "BLOCK_L"))
+    for program in some_programs(plan.programs):
+        tile = plan.programs - 1 - program
+        row, column = tile // plan.line_blocks * r, tile % plan.line_blocks * ln
+        args = (view.rows, view.channels, view.length, plan.line_blocks, cl, r, ln)
+        first, last, channel = run_one(sweep_kernel, program, plan.programs, *args)
+        assert first == row * view.length + column
+        assert last == (min(row + r, view.rows) - 1) * view.length + min(column + ln, view.length) - 1
+        assert channel == (column if cl else min(c % view.channels for c in range(row, row + r)))
+
+
+@pytest.mark.parametrize("shape, channels_last", BIG, ids=str)
+def test_row1_offsets_of_a_reduction(run_one, shape, channels_last):
+    view = image(torch.empty(shape, device="meta"), channels_last)
     plan = reduction(view, "bn_statistics_kernel", 0)
-    blocks = [plan.constants[k] for k in ("CHANNELS_LAST", "BLOCK_R", "BLOCK_L")]
-    if plan.programs <= 600:
-        out = torch.full((plan.programs, 2), -7)
-        args = (view.outer, view.channels, view.length, plan.line_blocks, plan.splits, *blocks)
-        reduction_kernel[(plan.programs,)](out, *args)
-        assert out[:, 0].min() == 0 and out[:, 1].max() == numel - 1 and (out >= 0).all() and (out < numel).all()
-
-
-@pytest.mark.parametrize("block_r", (1, 2))
-@pytest.mark.parametrize("channels_last", (True, False))
-def test_row1_sweep_offsets_above_two_to_the_31(channels_last, block_r):
-    rows, length, block_l = 7, 2**30 - 24, 16  # one block at each end of every row
-    out = torch.full((7, 2), -7)
-    sweep_kernel[(7,)](out, rows, 3, length, 1, channels_last, block_r, block_l)
-    first = torch.arange(6, -1, -1) * block_r * length  # the first program has the last tile
-    assert torch.equal(out[:, 0], first)
-    inside = first < rows * length
-    last_row = torch.minimum(torch.arange(6, -1, -1) * block_r + block_r, torch.tensor(rows)) - 1
-    assert torch.equal(out[inside, 1], (last_row * length + block_l - 1)[inside])
+    cl, r, ln = (plan.constants[k] for k in ("CHANNELS_LAST", "BLOCK_R", "BLOCK_L"))
+    for program in some_programs(plan.programs):
+        block, column = program // plan.line_blocks, program % plan.line_blocks * ln
+        if cl:
+            row, most, step = block * r, view.rows, plan.splits * r
+            last_row = row + (view.rows - 1 - row) // step * step
+        else:
+            row_blocks = -(-view.channels // r)
+            split, in_image = block // row_blocks, block % row_blocks * r
+            last_image = split + (view.outer - 1 - split) // plan.splits * plan.splits
+            row, last_row = split * view.channels + in_image, last_image * view.channels + in_image
+            most = (last_image + 1) * view.channels
+        args = (view.outer, view.channels, view.length, plan.line_blocks, plan.splits, cl, r, ln)
+        first, last, channel = run_one(reduction_kernel, program, plan.programs, *args)
+        assert first == row * view.length + column
+        assert last == (min(last_row + r, most) - 1) * view.length + min(column + ln, view.length) - 1
+        assert channel == (column if cl else in_image)
 
 
 def test_row2_grids_of_one_axis_below_the_limit():
-    for shape in ((2**17 + 1, 1, 1, 1), (2, 100_003, 1, 1), (2**17 + 1, 3, 1, 2), (1, 1, 2**16, 2**16), (2, 3, 2**15, 1)):
+    shapes = [(2**17 + 1, 1, 1, 1), (2, 100_003, 1, 1), (2**17 + 1, 3, 1, 2), (1, 1, 2**16, 2**16), (2, 3, 2**15, 1)]
+    for shape in shapes:
         for channels_last in (True, False):
             view = image(torch.empty(shape, device="meta"), channels_last)
             assert view.numel == torch.Size(shape).numel()

@@ -1,0 +1,221 @@
+"""freeze: capture, fold, plan, verify; each step in a module of its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastres.inference.capture import capture
+from fastres.inference.fold import short
+from fastres.inference.frozen import FrozenModel
+from fastres.inference.plan import measure
+from fastres.inference.report import FreezeReport
+from fastres.inference.rewrite import rewrite
+from fastres.verify import Verification, calibrate, uncalibrated, verify
+from fastres.verify.runs import call, map_tensors, named_tensors, private
+
+logger = logging.getLogger("fastres")
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_verify = verify  # the argument of freeze has the function's name
+
+
+def freeze(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    tune: bool | Literal["auto"] = "auto",
+    cuda_graph: bool | Literal["auto"] = "auto",
+    verify: bool | Literal["warn"] = True,
+) -> FrozenModel:
+    """A copy of ``model`` for inference: BN folded into convolutions in float64, layout chosen, answers verified.
+
+    The model runs as in eval mode, whatever mode it is in, and is never changed. Every BN that alone reads one
+    convolution's output is folded into it; torchvision's residual blocks and our own also add and rectify in one pass.
+    What could not be folded stays, with the reason in ``.report``.
+
+    Args:
+        model: the source; on any device, in any mode.
+        example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments for one call. The result takes
+            any batch size; times and the layout are measured on this one.
+        dtype: float32, float16, bfloat16 or float64; None keeps the model's. Inputs are cast to it, outputs come in it.
+        device: where the copy goes; None keeps the model's.
+        tune: "auto" or True measures eager and both memory layouts on the example, for a few seconds, and keeps the
+            faster; False measures nothing and takes channels_last. A frozen model slower than eager says so in the
+            report.
+        cuda_graph: record the example's shapes as a CUDA graph: "auto" on a GPU when that is measured faster, True
+            always, False never; other shapes run eagerly.
+        verify: run the referee (:func:`fastres.verify`) against the model in eval mode on the example and put its
+            verdict in the report. A failure raises, with "warn" it is logged and reported. BN layers with their initial
+            statistics are given the example's, on copies, for that comparison only.
+
+    Returns:
+        A :class:`FrozenModel`.
+
+    Raises:
+        TypeError: an argument of the wrong kind, a model that cannot be copied or is frozen already.
+        ValueError: no tensor in ``example_inputs``, a model on the meta device, ``cuda_graph=True`` without a GPU.
+        RuntimeError: the referee rejects the result; the message holds its table.
+
+    Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+    Inference", section 3.2 (folding); He et al. 2016, section 3.4 (BN right after each convolution).
+
+    Example:
+        >>> import torch, fastres
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+        >>> fast = fastres.freeze(net, torch.randn(2, 3, 16, 16))
+        >>> fast.report.folded, tuple(fast(torch.randn(5, 3, 16, 16)).shape)
+        (1, (5, 8, 14, 14))
+    """
+    _check(model, example_inputs, dtype, tune, cuda_graph, verify)
+    source = private("model", model).eval().requires_grad_(False)
+    own = _dtype_of(source)
+    target = torch.device(device) if device is not None else _device_of(source, example_inputs)
+    dtype = dtype or own
+    if cuda_graph is True and target.type != "cuda":
+        raise ValueError(f"cuda_graph: got True for a model on {target}, expected a CUDA device")
+    source = source.to(target)
+    inputs = map_tensors(example_inputs, lambda _, t: t.detach().to(target), "example_inputs")
+    found = capture(source, inputs)
+    module = private("model", source)
+    rows = rewrite(module, found, dtype)
+    report = FreezeReport(type(model).__name__, short(dtype), str(target), rows)
+    frozen = FrozenModel(module, model, found, report, dtype)
+    if model.training:
+        report.notes.append("the model is in training mode; frozen as in eval mode")
+    if not report.folded:
+        report.notes.append("no BN was folded")
+        logger.warning("freeze: no BN of %s was folded: see the report", report.model)
+    if dtype is torch.bfloat16 and target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        report.notes.append("this CPU has no native bfloat16: oneDNN emulates it, slower than float32")
+    frozen = _plan(frozen, source, inputs, target, tune)
+    _graph(frozen, inputs, target, tune, cuda_graph)
+    _say_if_slower(report)
+    if verify:
+        report.verification = _judge(source, frozen, inputs, report)
+        if not report.verification:
+            text = f"freeze: the referee rejects the frozen {report.model}:\n{report.verification}"
+            if verify != "warn":
+                raise RuntimeError(text)
+            logger.warning(text)
+    return frozen
+
+
+def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, verify: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
+    if isinstance(model, FrozenModel):
+        raise TypeError("model: got a FrozenModel, expected the model it came from; refresh() takes new weights in")
+    if not isinstance(inputs, Tensor | tuple | list | Mapping):
+        raise TypeError(f"example_inputs: got {type(inputs).__name__}, expected a tensor, a tuple or a mapping")
+    if not named_tensors(inputs, ""):
+        raise ValueError("example_inputs: no tensor in it, expected an example of one call")
+    if dtype is not None and dtype not in _DTYPES:
+        raise TypeError(f"dtype: got {dtype!r}, expected one of {', '.join(short(d) for d in _DTYPES)}")
+    for name, value, word in (("tune", tune, "auto"), ("cuda_graph", cuda_graph, "auto"), ("verify", verify, "warn")):
+        if not isinstance(value, bool) and value != word:
+            raise TypeError(f"{name}: got {value!r}, expected True, False or {word!r}")
+    if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
+        raise ValueError("model: it is on the meta device and has no weights to fold")
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    for t in [*model.parameters(), *model.buffers()]:
+        if t.is_floating_point():
+            return t.dtype
+    return torch.get_default_dtype()
+
+
+def _device_of(model: nn.Module, inputs: Any) -> torch.device:
+    for t in [*model.parameters(), *model.buffers(), *named_tensors(inputs, "").values()]:
+        return t.device
+    return torch.device("cpu")
+
+
+def _plan(
+    frozen: FrozenModel, source: nn.Module, inputs: Any, device: torch.device, tune: bool | Literal["auto"]
+) -> FrozenModel:
+    """The frozen model in the faster memory layout; times are in its report."""
+    report = frozen.report
+    images = any(t.ndim == 4 and t.is_floating_point() for t in named_tensors(inputs, "").values())
+    if tune is False:
+        report.memory_format_reason = "not measured"
+        if images:
+            frozen.use_channels_last()
+            report.memory_format = "channels_last"
+        return frozen
+    layouts = {"contiguous": frozen}
+    if images:
+        layouts["channels_last"] = copy.deepcopy(frozen)
+        layouts["channels_last"].use_channels_last()
+    calls: dict[str, Callable[[], Any]] = {"eager": lambda: call(source, inputs)}
+    calls |= {name: _bound(candidate, inputs) for name, candidate in layouts.items()}
+    times = measure(calls, device)
+    best = min(layouts, key=lambda name: times[name])
+    chosen = layouts[best]
+    chosen.report = report
+    report.memory_format, report.memory_format_reason = best, "the faster of the two on the example"
+    if not images:
+        report.memory_format_reason = "no 4-dimensional input"
+    report.milliseconds = {"eager": times["eager"], "frozen": times[best]}
+    report.milliseconds |= {f"frozen {name}": times[name] for name in layouts if name != best}
+    return chosen
+
+
+def _bound(candidate: nn.Module, inputs: Any) -> Callable[[], Any]:
+    return lambda: call(candidate, inputs)
+
+
+def _graph(frozen: FrozenModel, inputs: Any, device: torch.device, tune: bool | str, cuda_graph: bool | str) -> None:
+    """Record the example's shapes, and keep the recording if that was asked for or is faster."""
+    report = frozen.report
+    if device.type != "cuda" or cuda_graph is False or (cuda_graph == "auto" and tune is False):
+        report.cuda_graph = "off" if device.type == "cuda" else "off (no GPU)"
+        return
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
+    frozen.record_graph(args if isinstance(args, tuple | list) else (args,), kwargs)
+    report.cuda_graph = "on, for the example's shapes"
+    if tune is False:
+        return
+    eager = copy.deepcopy(frozen)  # has no graphs
+    times = measure({"frozen": _bound(frozen, inputs), "without": _bound(eager, inputs)}, device)
+    if cuda_graph == "auto" and times["frozen"] >= times["without"]:
+        frozen.drop_graphs()
+        report.cuda_graph = f"off: {times['frozen']:.3g} ms with it, {times['without']:.3g} ms without"
+        return
+    report.milliseconds |= {"frozen": times["frozen"], "frozen without graph": times["without"]}
+
+
+def _say_if_slower(report: FreezeReport) -> None:
+    if report.speedup is not None and report.speedup < 1:
+        eager, frozen = report.milliseconds["eager"], report.milliseconds["frozen"]
+        text = f"slower than eager on the example: {frozen:.3g} ms, eager {eager:.3g} ms"
+        report.notes.append(text)
+        logger.warning("freeze: %s is %s", report.model, text)
+
+
+def _judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> Verification:
+    """The referee's verdict; a network that never saw data is judged on a calibrated copy, frozen the same way."""
+    layers = uncalibrated(source)
+    if layers:
+        calibrated = private("model", source)
+        try:
+            calibrate(calibrated, inputs)
+        except Exception as error:
+            report.notes.append(f"{len(layers)} BN have initial statistics and could not be calibrated: {error}")
+        else:
+            report.notes.append(f"{len(layers)} BN have initial statistics; verified on a copy with the example's")
+            module = private("model", calibrated)
+            rewrite(module, frozen._found, frozen.dtype)
+            twin = FrozenModel(module, calibrated, frozen._found, report, frozen.dtype)
+            if frozen.channels_last:
+                twin.use_channels_last()
+            source, frozen = calibrated, twin
+    return _verify(source, frozen, inputs, backward=False, training=False, calibrate_bn=False)

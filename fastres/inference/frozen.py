@@ -1,0 +1,181 @@
+"""FrozenModel: a snapshot of a network for inference."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastres.inference.capture import Capture
+from fastres.inference.graphs import Graphs
+from fastres.inference.report import FreezeReport
+from fastres.inference.rewrite import rewrite
+from fastres.verify.runs import map_tensors, private
+
+
+def source_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, also those with two names, by name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
+
+
+class Source:
+    """Where a snapshot came from: a weak reference, and what its tensors were. Copies share it, pickles drop it."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._model = None if model is None else weakref.ref(model)
+        self._tensors: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+        if model is not None:
+            self._tensors = {name: (weakref.ref(t), _version(t)) for name, t in source_tensors(model).items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+        return self
+
+    def __reduce__(self) -> tuple[type[Source], tuple[()]]:
+        return Source, ()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The source, while somebody else keeps it."""
+        return None if self._model is None else self._model()
+
+    def moved(self) -> bool:
+        """Whether a tensor of the source was replaced, added, removed or written to since."""
+        if self.model is None:
+            return False
+        now = source_tensors(self.model)
+        if now.keys() != self._tensors.keys():
+            return True
+        return any(
+            reference() is not now[name] or version != _version(now[name])
+            for name, (reference, version) in self._tensors.items()
+        )
+
+
+def _version(t: Tensor) -> int:
+    return -1 if t.is_inference() else t._version
+
+
+class FrozenModel(nn.Module):
+    """What ``fastres.freeze`` returns: the source's call signature and outputs, its weights folded, for inference only.
+
+    Call it as the source, with any batch size. Floating inputs are cast to the frozen dtype, outputs come in it, as
+    after ``model.to(dtype)``; everything runs without gradients.
+
+    It is a snapshot: plain tensors, which ``state_dict()``, ``deepcopy`` and ``.to(device)`` handle as usual, and a
+    weak reference to the source, so that freezing keeps no training model alive. ``train()`` raises. ``is_stale()``
+    says whether the source's weights have changed since, ``refresh()`` folds them again.
+
+    Attributes:
+        report: what was folded and fused, the plan, times and the referee's verdict.
+        dtype: what it computes in.
+        module: the rewritten network.
+    """
+
+    def __init__(self, module: nn.Module, source: nn.Module, found: Capture, report: FreezeReport, dtype: torch.dtype):
+        super().__init__()
+        self.module = module
+        self.report = report
+        self.dtype = dtype
+        self.channels_last = False
+        self.training = False
+        self._found = found
+        self._source = Source(source)
+        self._graphs = Graphs()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = map_tensors((args, kwargs), self._prepare, "")
+        if len(self._graphs):
+            replayed, output = self._graphs.replay((args, kwargs))
+            if replayed:
+                return output
+        with torch.no_grad():
+            return self.module(*args, **kwargs)
+
+    def _prepare(self, _: str, t: Tensor) -> Tensor:
+        if t.is_floating_point() and t.dtype != self.dtype:
+            t = t.to(self.dtype)
+        if self.channels_last and t.ndim == 4:
+            t = t.contiguous(memory_format=torch.channels_last)
+        return t
+
+    def use_channels_last(self) -> None:
+        """Run in channels_last from now on: weights and 4-dimensional inputs."""
+        self.channels_last = True
+        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def record_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Record a CUDA graph for inputs of these shapes; other shapes run eagerly."""
+        self._graphs.record(self.module, map_tensors((args, kwargs), self._prepare, ""))
+
+    def drop_graphs(self) -> None:
+        """Forget the recorded CUDA graphs; every shape runs eagerly."""
+        self._graphs = Graphs()
+
+    def train(self, mode: bool = True) -> FrozenModel:
+        """Only ``train(False)``: a frozen model has no batch statistics to train with.
+
+        Raises:
+            RuntimeError: for ``mode=True``.
+        """
+        if mode:
+            raise RuntimeError("a frozen model is a snapshot for inference: train the source, then call refresh()")
+        return self
+
+    def is_stale(self) -> bool:
+        """Whether a parameter or buffer of the source was replaced or written to since the snapshot was taken.
+
+        By identity and version counter, so a write through ``.data`` is not seen; False once the source is gone.
+        """
+        return self._source.moved()
+
+    def refresh(self) -> None:
+        """Fold the source's current weights and statistics again, into the same tensors.
+
+        Raises:
+            RuntimeError: the source is gone, its structure has changed, or a BN that was folded no longer can be (or
+                the other way round); nothing has changed then, and a new ``freeze`` is what is needed.
+
+        Example:
+            >>> import torch, fastres
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).eval()
+            >>> frozen = fastres.freeze(net, torch.randn(2, 3, 8, 8), tune=False)
+            >>> with torch.no_grad():
+            ...     _ = net[1].bias.add_(1)
+            >>> frozen.is_stale(), frozen.refresh(), frozen.is_stale()
+            (True, None, False)
+        """
+        source = self._source.model
+        if source is None:
+            raise RuntimeError("refresh: the source is gone; freeze the model you have")
+        copy = private("source", source).eval()
+        mine = source_tensors(self.module)
+        try:
+            rows = rewrite(copy, self._found, self.dtype)
+        except (AttributeError, RuntimeError) as error:
+            raise RuntimeError(f"refresh: the source's structure has changed, freeze it again: {error}") from error
+        fresh = source_tensors(copy)
+        shapes = {name: t.shape for name, t in mine.items()}
+        if {name: t.shape for name, t in fresh.items()} != shapes:
+            changed = [f"{row.name}: {row.message}" for row in rows if row not in self.report.rows]
+            raise RuntimeError(
+                f"refresh: the source has changed, freeze it again: {'; '.join(changed) or 'its tensors'}"
+            )
+        with torch.no_grad():
+            for name, t in mine.items():
+                t.copy_(fresh[name])
+        self._source = Source(source)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._graphs = Graphs()
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if probe.is_floating_point():
+            self.dtype = probe.dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return f"dtype={self.dtype}, channels_last={self.channels_last}"

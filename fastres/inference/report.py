@@ -1,0 +1,88 @@
+"""What a freeze did: what each convolution became and why not more, the plan, the times, the referee's verdict."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastres.verify import Verification
+
+
+@dataclass(frozen=True)
+class FreezeRow:
+    """One convolution, one BN that stayed, or one fused block.
+
+    ``reason`` is a code where it could not become more: NO_NORM, NO_CONV, SHARED, OTHER_USE, NOT_REACHED, HAS_HOOKS,
+    CONV_TYPE, NORM_TYPE, BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, SHAPE; ``message`` says it in words.
+    """
+
+    name: str
+    kind: str  # "conv", "norm" or "block"
+    became: str
+    reason: str
+    message: str
+
+
+@dataclass
+class FreezeReport:
+    """Rows, plan, milliseconds a call on the example, notes, verdict; ``str()`` is a table, ``to_dict()`` plain data."""
+
+    model: str
+    dtype: str
+    device: str
+    rows: list[FreezeRow]
+    memory_format: str = "contiguous"
+    memory_format_reason: str = ""
+    cuda_graph: str = "off"
+    milliseconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    verification: Verification | None = None
+
+    @property
+    def folded(self) -> int:
+        """How many BN were folded."""
+        return sum(row.kind == "conv" and row.became == "conv + bias" for row in self.rows)
+
+    @property
+    def speedup(self) -> float | None:
+        """Eager's time over the frozen model's on the example; None where nothing was timed."""
+        eager, frozen = self.milliseconds.get("eager"), self.milliseconds.get("frozen")
+        return eager / frozen if eager and frozen else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "model": self.model,
+            "dtype": self.dtype,
+            "device": self.device,
+            "memory_format": self.memory_format,
+            "memory_format_reason": self.memory_format_reason,
+            "cuda_graph": self.cuda_graph,
+            "folded": self.folded,
+            "speedup": self.speedup,
+            "milliseconds": dict(self.milliseconds),
+            "notes": list(self.notes),
+            "rows": [asdict(row) for row in self.rows],
+            "verification": None if self.verification is None else self.verification.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        counts = {kind: sum(row.kind == kind for row in self.rows) for kind in ("conv", "norm", "block")}
+        lines = [
+            f"{self.model}: {self.folded} of {counts['conv']} convolutions took their BN in, {counts['norm']} BN stay, "
+            f"{counts['block']} blocks fused; {self.dtype} on {self.device}",
+            f"  layout: {self.memory_format} ({self.memory_format_reason}); CUDA graph: {self.cuda_graph}",
+        ]
+        if self.milliseconds:
+            times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.milliseconds.items())
+            ratio = f"; {self.speedup:.2f}x eager" if self.speedup is not None else ""
+            lines.append(f"  on the example: {times}{ratio}")
+        kept = [row for row in self.rows if row.reason]
+        width = max((len(row.name) for row in kept), default=0)
+        lines += [f"  {row.name:<{width}}  stays {row.became:<10}  {row.reason}: {row.message}" for row in kept]
+        lines += [f"  note: {note}" for note in self.notes]
+        if self.verification is None:
+            lines.append("  not verified")
+        else:
+            lines += ["  " + line for line in self.verification.table(limit=4).splitlines()]
+        return "\n".join(lines)
