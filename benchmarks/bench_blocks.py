@@ -86,7 +86,10 @@ class BlockCase(Case):
         def judge(results):
             ours = tuple(name for name in results if name in self.ours)
             fresh = module_variants(block, x.detach()[:JUDGED], ours)  # the timed ones have moved their statistics
-            return {name: judge_module(block, module, images, training) for name, (module, images) in fresh.items()}
+            return {
+                name: judge_module(block, module, images, training=training, backward=training)
+                for name, (module, images) in fresh.items()
+            }
 
         return Prepared(calls, judge, backend=fastres.explain("bn_act", x).chosen)
 

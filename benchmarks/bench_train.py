@@ -2,6 +2,9 @@
 
 The step is zero_grad, forward, cross-entropy, backward and SGD with momentum. The ratio is over the faster of eager
 NCHW and eager channels_last; torch.compile stands beside it with --peers all (a network takes minutes to compile).
+
+The verdict is on the outputs and the statistics of a training-mode forward pass. Gradients are judged block by block,
+in bench_blocks.py: over a whole network two right answers differ wherever rounding decides a ReLU's mask.
 """
 
 from __future__ import annotations
@@ -63,7 +66,9 @@ class TrainCase(Case):
         def judge(results):
             ours = tuple(name for name in results if name in self.ours)
             fresh = module_variants(net, torch.randn(few, 3, size, size, device=device), ours)
-            return {name: judge_module(net, module, x, training=True) for name, (module, x) in fresh.items()}
+            return {
+                name: judge_module(net, module, x, training=True, backward=False) for name, (module, x) in fresh.items()
+            }
 
         return Prepared(calls, judge, backend=fastres.explain("bn_act", images).chosen)
 

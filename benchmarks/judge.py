@@ -53,8 +53,8 @@ class BatchNormExact:
             mean, var = (t.double() for t in statistics)
         self.scale = torch.rsqrt(var + eps)[:, None, None]  # [C, 1, 1]
         self.x_hat = (x.detach() - mean[:, None, None]) * self.scale  # [N, C, H, W]
-        running = (None, None) if training else (mean, var)
-        self.z = F.batch_norm(x, *running, weight, bias, training=training, eps=eps)
+        running_mean, running_var = (None, None) if training else (mean, var)
+        self.z = F.batch_norm(x, running_mean, running_var, weight, bias, training, 0.0, eps)
         size = (self.x_hat * weight.detach()[:, None, None]).abs() + bias.detach().abs()[:, None, None]
         if residual is not None:
             self.z = self.z + self.inputs[3]
@@ -150,9 +150,9 @@ def _over(error: float, allowed: float) -> float:
     return error / allowed if allowed else math.inf
 
 
-def judge_module(reference: nn.Module, candidate: nn.Module, inputs: Any, training: bool) -> Verdict:
+def judge_module(reference: nn.Module, candidate: nn.Module, inputs: Any, training: bool, backward: bool) -> Verdict:
     """fastres.verify's verdict on a block or a network."""
-    found = fastres.verify(reference, candidate, inputs, training=training, backward=training)
+    found = fastres.verify(reference, candidate, inputs, training=training, backward=backward)
     worst = found.worst
     message = (
         "" if found.passed or worst is None else f"{worst.name}: {worst.message}, ratio {worst.ratio:.3g}, at most 2"

@@ -78,7 +78,8 @@ def module_variants(module: nn.Module, x: Tensor, names: tuple[str, ...]) -> dic
     variants = {}
     for name in names:
         layout = LAYOUTS["channels_last" if name.endswith("channels_last") else "nchw"]
-        variant: Any = copy.deepcopy(module).to(memory_format=layout)
+        variant: Any = copy.deepcopy(module)
+        variant = variant.to(memory_format=layout)
         if name.startswith("swapped"):
             fastres.swap(variant, strict=True)
         if name.startswith("compile"):

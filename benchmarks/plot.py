@@ -80,7 +80,7 @@ def _label(case: dict[str, Any]) -> str:
         return "x".join(map(str, case["shape"][1:]))
     if case["what"] == "blocks":
         return f"{case['network']} {case['block']}"
-    return case.get("network") if case["what"] == "train" else case["id"]
+    return str(case["network"] if case["what"] == "train" else case["id"])
 
 
 def _labels(panel: Panel) -> list[str]:

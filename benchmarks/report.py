@@ -197,7 +197,7 @@ def bars(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _headline(case: dict[str, Any]) -> float:
-    return max(case["peers"][name]["speedup"][case["baseline"]]["median"] for name in case["ours"])
+    return max(float(case["peers"][name]["speedup"][case["baseline"]]["median"]) for name in case["ours"])
 
 
 def _cpu_flags() -> list[str]:
@@ -217,7 +217,7 @@ COLUMNS = ("case", "peer", "time", "IQR", "speed-up over", "95 % interval", "rat
 
 def rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row for every peer of every case, in COLUMNS; a baseline's row shows no speed-up."""
-    table = []
+    table: list[tuple[str, ...]] = []
     for case in data["cases"]:
         for name, peer in case["peers"].items():
             ratio = peer["speedup"].get(case["baseline"])

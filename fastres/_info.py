@@ -146,6 +146,11 @@ def cpu() -> dict[str, Any]:
     }
 
 
+def load_average() -> float | None:
+    """How many programs wanted a core, on average over the last minute; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def native_bf16() -> bool:
     """Whether oneDNN has bf16 instructions to use on this CPU (avx512_bf16, amx); without, bf16 is emulated."""
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())

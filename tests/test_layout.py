@@ -35,6 +35,7 @@ RANK = {
     "_extension": 10,
     "_C": 10,
     "_dispatch": 10,
+    "_log": 11,
 }
 NEVER_AT_IMPORT = ("triton", "torchvision", "timm", "transformers", "sklearn", "matplotlib", "rich", "typer")
 OPERATORS = sorted(path.stem for path in (ROOT / "fastres/ops").glob("[!_]*.py"))

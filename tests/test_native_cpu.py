@@ -123,7 +123,7 @@ def check(case):
     y, mean, var = case.forward()
     want_y, want_mean, want_var = case.forward64()
     assert_close(mean, want_mean, 4, case.x.abs().max().item())
-    torch.testing.assert_close(var.double(), want_var, rtol=2e-6, atol=1e-7)  # measured: 1.1e-6
+    torch.testing.assert_close(var.double(), want_var, rtol=2e-6, atol=1e-7)  # measured: 1e-6
     assert_close(y, want_y, 24)
     n = y.numel() // y.shape[1]
     got, wanted = case.backward(y, mean, var), case.backward64(y, mean, var)
@@ -215,7 +215,9 @@ def test_every_option_and_every_subset_of_gradients(training, channels_last, dty
         y, mean, var, *whole = check(case)
         for needs in itertools.product((True, False), repeat=4):
             for part, full, need in zip(case.backward(y, mean, var, needs), whole, needs, strict=True):
-                assert (part is None) if not need else torch.equal(part, full), (options, needs)
+                assert (part is not None) == need
+                if need:  # not bit for bit: which products become fused multiply-adds is the compiler's choice
+                    assert_close(part, full.double(), 16)
 
 
 @TYPES
@@ -243,7 +245,8 @@ def test_integers_are_exact(channels_last, dtype):
         y, mean, var = case.forward()
         got = y, mean, var, *case.backward(y, mean, var)
         for g, w in zip(got, (*case.forward64(), *case.backward64(y, mean, var)), strict=True):
-            assert torch.equal(g.double(), (w * 2**20).round() / 2**20), shape  # takes fp64's own noise off
+            w = (w * 2**20).round() / 2**20  # takes fp64's own noise off
+            assert torch.equal(g, w.to(g.dtype)), shape
 
 
 @LAYOUTS

@@ -164,8 +164,11 @@ def distributed(rank, folder):
     swap(net)
     assert fused_calls(copy.deepcopy(net), images()) == TINY_CALLS
     mine = [(x[rank::2], y[rank::2]) for x, y in batches()]
-    ours, theirs = (train(DistributedDataParallel(model), mine) for model in (net, stock))
-    torch.save({"ours": ours, "theirs": theirs, "sharded": sharded(rank)}, f"{folder}/{rank}.pt")
+    wrapped_first = DistributedDataParallel(tiny())
+    assert swap(wrapped_first).rows[0].name == "module.stem"
+    models = (DistributedDataParallel(net), DistributedDataParallel(stock), wrapped_first)
+    ours, theirs, late = (train(model, mine) for model in models)
+    torch.save({"ours": ours, "theirs": theirs, "late": late, "sharded": sharded(rank)}, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -197,6 +200,7 @@ def test_row25_two_processes_ddp_and_fully_shard(tmp_path):
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert_same(found["ours"], found["theirs"], tolerance=1e-9)
+        assert_same(found["late"], found["theirs"], tolerance=1e-9)
         shards = found["sharded"]
         assert_same(shards["ours"], shards["theirs"], tolerance=1e-9)
         assert shards["ours calls"] == TINY_CALLS

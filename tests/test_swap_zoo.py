@@ -174,7 +174,11 @@ def test_row42_timm_every_block_is_accounted_for(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet10t", *(pytest.param(n, marks=pytest.mark.full) for n in ("resnet34", "resnet50d", "seresnet50"))]
+    "name",
+    [
+        "resnet10t",
+        *(pytest.param(n, marks=pytest.mark.full) for n in ("resnet26", "resnet34", "resnet50d", "seresnet50")),
+    ],
 )
 def test_timm_trains_and_evaluates_the_same(name):
     timm = pytest.importorskip("timm")

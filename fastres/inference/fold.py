@@ -49,9 +49,9 @@ def is_norm(module: nn.Module) -> bool:
 def remainder(norm: nn.Module) -> nn.Module:
     """What is left of a norm once it is folded: nothing, or timm's drop layer and activation."""
     if not _is_one_of(norm, _WITH_ACT):
-        return nn.Identity()
+        return nn.Identity().eval()
     rest = [m for m in (norm.get_submodule("drop"), norm.get_submodule("act")) if type(m) is not nn.Identity]
-    return nn.Sequential(*rest) if rest else nn.Identity()
+    return nn.Sequential(*rest).eval() if rest else nn.Identity().eval()
 
 
 def refuse_norm(norm: nn.Module) -> Refusal | None:

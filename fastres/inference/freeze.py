@@ -180,7 +180,7 @@ def _graph(frozen: FrozenModel, inputs: Any, device: torch.device, tune: bool | 
         report.cuda_graph = "off" if device.type == "cuda" else "off (no GPU)"
         return
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
-    frozen.record_graph(args if isinstance(args, tuple | list) else (args,), kwargs)
+    frozen.record_graph(tuple(args) if isinstance(args, tuple | list) else (args,), kwargs)
     report.cuda_graph = "on, for the example's shapes"
     if tune is False:
         return

@@ -11,24 +11,27 @@ import torch
 
 ROUNDS = 7
 SECONDS = 2.0
+HOPELESS = 3.0
 
 
 def measure(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
     """Milliseconds a call, the median of interleaved rounds: at most 7 of them, about 2 seconds, at least 3.
 
     Args:
-        calls: what to time, by name; each is warmed up once first.
+        calls: what to time, by name; each is warmed up once first, and one that then takes more than 3x the fastest's
+            time twice running is not timed further.
         device: synchronised around every call when it is a GPU.
     """
     with torch.no_grad():
-        for call in calls.values():
-            call()
+        warm = {name: _milliseconds(call, device) for name, call in calls.items()}
         samples: dict[str, list[float]] = {name: [] for name in calls}
         begin = time.perf_counter()
         for turn in range(ROUNDS):
             if turn >= 3 and time.perf_counter() - begin > SECONDS:
                 break
             for name, call in calls.items():
+                if turn and min(warm[name], *samples[name]) > HOPELESS * min(min(s) for s in samples.values()):
+                    continue
                 samples[name].append(_milliseconds(call, device))
     return {name: statistics.median(times) for name, times in samples.items()}
 

@@ -25,7 +25,7 @@ class FreezeRow:
 
 @dataclass
 class FreezeReport:
-    """Rows, plan, milliseconds a call on the example, notes, verdict; ``str()`` is a table, ``to_dict()`` plain data."""
+    """Rows, plan, milliseconds a call on the example, notes, verdict; ``str()`` is a table, ``to_dict()`` is data."""
 
     model: str
     dtype: str

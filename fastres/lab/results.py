@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 import fastres
-from fastres._info import PACKAGES, cpu, version
+from fastres._info import PACKAGES, cpu, load_average, version
 from fastres.lab.errors import OutputError
 
 
@@ -74,6 +74,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "cpu": cpu(),
         "gpu": _gpu(device),
         "threads": torch.get_num_threads(),
+        "load_average": load_average(),
         "flags": {
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,

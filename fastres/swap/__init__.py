@@ -45,8 +45,8 @@ def swap(
     Every known block (torchvision and timm BasicBlock and Bottleneck, their stems, Hugging Face ResNet layers,
     sequences of convolution, BN and ReLU, classes given to `register_block`) keeps its children, their names and its
     state_dict; its class becomes a fused subclass, which also runs its stock forward whenever a child was hooked,
-    parametrized or replaced since. What is not swapped has a row with the reason. Swap before `fully_shard` and before
-    `torch.compile`.
+    parametrized or replaced since. What is not swapped has a row with the reason. Global module hooks see the block
+    alone: the BN and ReLU modules inside it are not called. Swap before `fully_shard` and before `torch.compile`.
 
     Args:
         model: any module; for training, for eager inference, or to be compiled afterwards.

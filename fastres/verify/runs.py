@@ -142,7 +142,7 @@ def evaluate(
             if own.dtype.is_floating_point:
                 own = own if cast is None else own.to(cast)
                 if amplitude:
-                    own = own.contiguous() if own.is_contiguous() else own.clone()  # expanded: one element, one value
+                    own = own.clone()  # of its own memory, also where dimensions are expanded
                     perturb_(own, amplitude, generator)
             if wanted is not None and name in wanted:
                 leaves[name] = own.requires_grad_()
