@@ -15,7 +15,7 @@ import gc
 import math
 import statistics
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -223,7 +223,7 @@ def _peak_memory(call: Function, device: torch.device) -> int:
 
 
 @contextmanager
-def _no_gc():
+def _no_gc() -> Iterator[None]:
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -64,15 +64,15 @@ def test_distinct_shapes():
     assert sorted(sizes) == sorted({a.size for a in shapes.ACTIVATIONS})
 
 
-def test_block_inputs_are_torchvisions():
+@pytest.mark.parametrize("network", ["resnet18", "resnet50"])
+def test_block_inputs_are_torchvisions(network):
     blocks = pytest.importorskip("bench_blocks")
-    for case in blocks.CASES:
-        net, seen = copy.deepcopy(blocks.network(case.network)).to("meta"), []
-        net.get_submodule(case.block).register_forward_pre_hook(
-            lambda module, inputs, seen=seen: seen.append(inputs[0])
-        )
-        net(torch.empty(case.batch, 3, 224, 224, device="meta"))
-        assert list(seen[0].shape) == case.facts()["shape"], case.id
+    net, seen = copy.deepcopy(blocks.network(network)).to("meta"), {}
+    for name, module in net.named_modules():
+        module.register_forward_pre_hook(lambda module, inputs, name=name: seen.update({name: list(inputs[0].shape)}))
+    net(torch.empty(shapes.BATCH, 3, 224, 224, device="meta"))
+    cases = [case for case in blocks.CASES if case.network == network]
+    assert {case.block: case.facts()["shape"] for case in cases} == {case.block: seen[case.block] for case in cases}
 
 
 def test_bytes_moved():

@@ -120,7 +120,7 @@ def test_zero_padded_shortcut(zeros, first):
 
 
 def test_shortcut_a_is_the_same_network_wherever_its_zeros_go():
-    """Rows of faults about ports that disagree: equal up to a permutation of channels, so counts and shapes agree."""
+    """End or both sides: a permutation of channels, so counts and shapes agree."""
     x = torch.randn(2, 3, 16, 16)
     for zeros in ("end", "both"):
         net = models.cifar_resnet(20, zeros=zeros).eval()

@@ -177,10 +177,9 @@ def test_nan_infinity_and_zeros_at_every_lane(dtype):
         torch.testing.assert_close(y, torch.relu(x), rtol=0, atol=0, equal_nan=True)
         OPS._add_relu_backward_native(dy, y, dx)
         assert torch.equal(dx, torch.ops.aten.threshold_backward(dy, y, 0))
-        for channels_last, shape in ((False, (1, 1, 1, n)), (True, (1, n, 1, 1))):  # the same lanes in bn_act, eval mode
-            z = dense(shape, dtype, channels_last)
-            stats = torch.zeros(shape[1]), torch.ones(shape[1])
-            OPS._bn_act_native(x.view(shape), None, None, None, z, *stats, channels_last, False, 0.0, "relu")
+        for shape in ((1, 1, 1, n), (1, n, 1, 1)):  # the same lanes in bn_act's two layouts, eval mode
+            z, stats = torch.empty(shape, dtype=dtype), (torch.zeros(shape[1]), torch.ones(shape[1]))
+            OPS._bn_act_native(x.view(shape), None, None, None, z, *stats, False, False, 0.0, "relu")
             torch.testing.assert_close(z.flatten(), torch.relu(x), rtol=0, atol=0, equal_nan=True)
 
 
@@ -209,9 +208,10 @@ def test_bn_act_matches_fp64_over_many_tasks(shape, channels_last, dtype):
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_every_option_and_every_subset_of_gradients(training, channels_last, dtype):
     torch.manual_seed(1)
-    for act, residual, affine in itertools.product(("relu", "none"), (True, False), (True, False)):
-        options = {"training": training, "act": act, "residual": residual, "affine": affine}
+    for act, residual, affine in itertools.product(("relu", "none"), ("other", "x", None), (True, False)):
+        options = {"training": training, "act": act, "residual": residual is not None, "affine": affine}
         case = Case((3, 19, 5, 7), dtype, channels_last, **options)
+        case.residual = case.x if residual == "x" else case.residual  # the input may be its own residual
         y, mean, var, *whole = check(case)
         for needs in itertools.product((True, False), repeat=4):
             for part, full, need in zip(case.backward(y, mean, var, needs), whole, needs, strict=True):
@@ -222,23 +222,14 @@ def test_every_option_and_every_subset_of_gradients(training, channels_last, dty
 
 @TYPES
 @LAYOUTS
-def test_the_residual_may_be_the_input(channels_last, dtype):
-    case = Case((4, 33, 6, 6), dtype, channels_last)
-    case.residual = case.x
-    check(case)
-
-
-@TYPES
-@LAYOUTS
 def test_integers_are_exact(channels_last, dtype):
     # Deviations of +-2 and eps = 0 make rstd exactly 1/2, and n is a power of two: every step is exact in every type.
     for shape in [(4, 5, 2, 2), (2, 37, 4, 4), (8, 19, 16, 16)]:
         case = Case(shape, dtype, channels_last)
         case.eps = 0.0
-        sign = torch.ones(shape).flatten().view(shape[1], -1)
-        for row in sign:
-            row[torch.randperm(len(row))[: len(row) // 2]] = -1
-        case.x.copy_(2 * sign.view(shape[1], shape[0], *shape[2:]).transpose(0, 1) + per_channel(torch.arange(shape[1]) % 8))
+        signs = torch.ones(shape)
+        signs.flatten(2)[:, :, torch.randperm(shape[2] * shape[3])[::2]] = -1
+        case.x.copy_(2 * signs + per_channel(torch.arange(shape[1]) % 8))
         case.weight, case.bias = torch.randint(-3, 4, (2, shape[1])).float()
         case.residual.copy_(torch.randint(-3, 4, shape))
         case.dy.copy_(torch.randint(-3, 4, shape))
@@ -300,12 +291,11 @@ def test_nan_stays_in_its_channel(channels_last):
     case = Case((4, 21, 7, 7), torch.float32, channels_last, residual=False)
     clean = case.forward()[0]
     for channel in range(21):
-        bad = Case((4, 21, 7, 7), torch.float32, channels_last, residual=False)
-        bad.x, bad.weight, bad.bias = case.x.clone(), case.weight, case.bias
-        bad.x[1, channel, 3, 3] = float("nan")
-        y = bad.forward()[0]
-        others = torch.arange(21) != channel
+        values = case.x.clone()
+        case.x[1, channel, 3, 3] = float("nan")
+        y, others = case.forward()[0], torch.arange(21) != channel
         assert y[:, channel].isnan().all() and torch.equal(y[:, others], clean[:, others])
+        case.x.copy_(values)
 
 
 @TYPES
@@ -334,32 +324,26 @@ def test_refusals_name_the_tensor():
     wrong = [
         ("x: expected 4 dimensions", 0, case.x[0]),
         ("x: expected a dense contiguous", 0, case.x.contiguous(memory_format=torch.channels_last)),
-        ("x: expected dtype Float, BFloat16 or Half, got Double", slice(0, 5, 4), (case.x.double(), case.out().double())),
         ("weight: expected a contiguous \\[6\\], got \\[7\\]", 1, torch.ones(7)),
         ("bias: expected dtype Float, got Half", 2, torch.ones(6).half()),
         ("residual: expected shape \\[2, 6, 3, 3\\] as x, got \\[2, 6, 3, 4\\]", 3, torch.ones(2, 6, 3, 4)),
         ("y: expected dtype Float as x, got BFloat16", 4, torch.ones(2, 6, 3, 3).bfloat16()),
-        ("mean: expected a contiguous", 5, torch.ones(5)),
         ("var: expected a contiguous", 6, torch.ones(12)[::2]),
         ('act: expected "relu" or "none", got "gelu"', 10, "gelu"),
     ]
     for message, index, value in wrong:
-        args = list(base)
-        args[index] = value
-        if isinstance(index, slice):
-            args[3] = None
         with pytest.raises(RuntimeError, match=message):
-            OPS._bn_act_native(*args)
-    with pytest.raises(RuntimeError, match="residual: expected shape"):
-        OPS._add_relu_native(torch.ones(4), torch.ones(5), torch.ones(4))
+            OPS._bn_act_native(*base[:index], value, *base[index + 1 :])
+    with pytest.raises(RuntimeError, match="x: expected dtype Float, BFloat16 or Half, got Double"):
+        OPS._add_relu_native(*torch.ones(3, 4).double())
     with pytest.raises(RuntimeError, match="y: act=.relu. takes its mask"):
-        OPS._bn_act_backward_native(
-            case.dy, case.x, None, None, case.mean, case.var, case.out(), None, None, None, False, True, 1e-5, "relu"
-        )
+        outputs = case.out(), None, None, None
+        OPS._bn_act_backward_native(case.dy, case.x, None, None, case.mean, case.var, *outputs, *base[7:])
 
 
 def test_build_info_says_how_it_was_built():
-    info = _extension.native_cpu().build_info()
+    module = _extension.native_cpu()
+    info = module.build_info()
     assert info["schema_version"] == 1 and info["torch_target"] == "2.11" and info["cxx_std"] >= 201703
-    assert info["isa_runtime"] in ("baseline", "avx2", "avx512") and "gcc" in info["compiler"] or "clang" in info["compiler"]
-    assert _extension.native_cpu().kernel_attributes() == {}
+    assert info["isa_runtime"] in ("baseline", "avx2", "avx512") and info["compiler"].split()[0] in ("gcc", "clang")
+    assert module.kernel_attributes() == {}

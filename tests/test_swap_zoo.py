@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import fastres
 from fastres.swap import swap
 from swap_cases import assert_same, assert_same_steps, fused_calls, hugging_face_resnet, scramble, step, torchvision
 
@@ -98,21 +99,18 @@ def test_torchvision_trains_and_evaluates_the_same(name):
 @pytest.mark.parametrize("name", ["resnet10", *(pytest.param(f"resnet{n}", marks=pytest.mark.full) for n in (18, 50))])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def test_torchvision_in_fp32_is_as_good_as_eager(name, layout):
-    """RMS error of logits and gradients against fp64: at most 2x eager's, with a floor of 1e-6 of the tensor's RMS."""
+    """The referee: every block forward and backward on its real inputs, then the whole network's outputs and statistics.
+
+    Not the whole network's gradients: one ReLU whose input is at rounding's mercy moves all gradients below it, in eager
+    as in ours (ResNet-50: 1 of 322 tensors at 2.02 times eager's error, at most 2, where a block's worst is below 1).
+    """
     stock = scramble(build(name)).to(memory_format=layout)
-    net, exact = copy.deepcopy(stock), copy.deepcopy(stock).double()
-    swap(net)
-    x = images(4).to(memory_format=layout)
+    net, x = copy.deepcopy(stock), images(4).to(memory_format=layout)
+    report = swap(net, verify=x)
+    assert counts(report) == {"swapped": len(report.rows)}, str(report)
     for train in (True, False):
-        ours, eager, fp64 = step(net, x, train=train), step(stock, x, train=train), step(exact, x.double(), train=train)
-        worst = {}
-        for key, t in fp64.items():
-            error, eager_error = ((r[key].double() - t.double()).square().mean().sqrt() for r in (ours, eager))
-            floor = 1e-6 * t.double().square().mean().sqrt()
-            worst[key] = (error / (2 * eager_error + floor)).nan_to_num(0).item()
-        failed = {key: ratio for key, ratio in worst.items() if ratio > 1}
-        assert len(failed) <= len(worst) // 100, failed  # chance decides single tensors: ReLU masks flip in cascades
-        assert worst["y"] <= 1
+        verdict = fastres.verify(stock, net, x, training=train, backward=False)
+        assert verdict, str(verdict)
 
 
 def test_row42_torchvision_detection_backbone_has_frozen_norms():

@@ -63,7 +63,7 @@ class Launch:
         return dict(self.constants)
 
     def activations(self, names=None):
-        """The [R, L] tensors among the arguments: those typed otherwise than per-channel vectors, or wanted by name."""
+        """The [R, L] tensors among the arguments, or those of them that are in `names`."""
         per_channel = ("weight_ptr", "bias_ptr", "mean_ptr", "var_ptr", "scratch_ptr", "coefficients_ptr")
         return [n for n, t in self.signature if t[0] == "*" and n not in per_channel and (names is None or n in names)]
 
@@ -73,7 +73,7 @@ class Launch:
 
     def __str__(self):
         absent = [n.removesuffix("_ptr") for n, v in self.constants if v is None]
-        blocks = [f"{v}" for n, v in self.constants if isinstance(v, int) and not isinstance(v, bool)]
+        blocks = [str(v) for v in self.constant.values() if type(v) is int]
         without = "-without-" + "-".join(absent) if absent else ""
         name, kind = self.kernel.__name__.removesuffix("_kernel"), self.element_type.removeprefix("*")
         return f"{name}-sm{self.arch}-{self.shape_class}-{kind}-{'x'.join(blocks)}{without}"
@@ -176,9 +176,8 @@ def one_for_each_entry(launches):
 
 ALL = all_launches()
 FAST = one_for_each_entry(ALL)
-PARAMS = [pytest.param(x, id=str(x)) for x in FAST] + [
-    pytest.param(x, id=str(x), marks=pytest.mark.full) for x in ALL if x not in set(FAST)
-]
+REST = [x for x in ALL if x not in set(FAST)]
+PARAMS = [pytest.param(x, id=str(x), marks=marks) for xs, marks in ((FAST, ()), (REST, pytest.mark.full)) for x in xs]
 
 
 @pytest.mark.parametrize("launch", PARAMS)
@@ -196,10 +195,8 @@ def test_compiles_well(launch, tmp_path):
     command += [str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "kernel.cubin")]
     log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers, spilled = int(re.search(r"Used (\d+) registers", log)[1]), re.findall(r"(\d+) bytes spill", log)
-    assert spilled and not any(map(int, spilled)), f"spills:\n{log}"
-    assert "warning" not in log.lower() and "C7510" not in log and "C7511" not in log, log
-    # at least 512 threads on an SM, or too few bytes are in flight to keep its memory busy
-    assert registers * 32 * launch.num_warps * (512 // (32 * launch.num_warps)) <= 65536, f"{registers} registers"
+    assert spilled and not any(map(int, spilled)) and not re.search(r"(?i)warning|C751[01]", log), log
+    assert registers <= 128, f"{registers}: fewer than 512 threads on an SM keep too few bytes in flight"
 
     assert ".f64" not in ptx, "double precision from a Python float (eps)"
     assert not re.search(r"\b(max|min)\.(?!NaN)(?:\w+\.)*b?f(?:16|32)", ptx), "drops NaN"
@@ -282,6 +279,9 @@ def test_launch_counts():
         assert count(*backward, x, None, None, x, **evaluate) == ["bn_act_backward"]
         assert count(*backward, None, None, None, x, **train) == ["bn_act_backward"]
         assert count(*backward, None, None, None, None, **train) == []
+        with recorded(90) as launches:  # the second pass reads g, which the first has written, and neither y nor dy
+            bn_act.bn_act_backward(x, x, x, v, v, v, x, v, v, x, **train)
+        assert launches[-1].constant["y_ptr"] is None and launches[-1].constant["dresidual_ptr"] is None
 
 
 def test_an_unknown_architecture_takes_the_nearest_older_entry():

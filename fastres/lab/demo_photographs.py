@@ -191,26 +191,37 @@ def compare_ways(
         on_round=lambda done: on_progress(4 + done, total, "timing in rounds"),
     )
     on_progress(total, total, "timed")
-    eager_names = ["eager NCHW", "eager channels_last"]
-    baseline = min(eager_names, key=lambda name: statistics.median(samples[name]))
-    layouts = {"eager NCHW": "NCHW", "eager channels_last": "channels_last", "swapped": layout}
+    rows, baseline = _rows(samples, len(batch), layout, frozen, verdicts)
+    source = str(weights) if weights else "random (seed 0)"
+    answers = _answers(functions["frozen fp32"], photographs.names) if weights else {}
+    notes = _notes(device, calibrated, effort, rows)
+    return Table(rows, baseline, len(batch), effort.size, blocks, source, answers, notes)
+
+
+def _rows(
+    samples: dict[str, list[float]],
+    batch: int,
+    layout: str,
+    frozen: dict[str, fastres.FrozenModel],
+    verdicts: dict[str, Verification | None],
+) -> tuple[list[Row], str]:
+    """The table's rows, in the order of `samples`, and the name of the faster eager one, which ratios are to."""
+    eager = {"eager NCHW": "NCHW", "eager channels_last": "channels_last"}
+    baseline = min(eager, key=lambda name: statistics.median(samples[name]))
     rows = [
         Row(
             name=name,
             dtype="bf16" if name == "frozen bf16" else "fp32",
-            plan=_plan(frozen[name]) if name in frozen else {"layout": layouts[name]},
-            ours=name not in eager_names,
+            plan=_plan(frozen[name]) if name in frozen else {"layout": eager.get(name, layout)},
+            ours=name not in eager,
             seconds=seconds,
-            batch=len(batch),
+            batch=batch,
             ratio=None if name == baseline else paired_ratio(samples[baseline], seconds),
             verdict=verdicts.get(name),
         )
         for name, seconds in samples.items()
     ]
-    source = str(weights) if weights else "random (seed 0)"
-    answers = _answers(functions["frozen fp32"], photographs.names) if weights else {}
-    notes = _notes(device, calibrated, effort, rows)
-    return Table(rows, baseline, len(batch), effort.size, blocks, source, answers, notes)
+    return rows, baseline
 
 
 def _forward(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:

@@ -117,7 +117,7 @@ def _dense(t: Tensor, channels_last: bool) -> Tensor:
 
 
 def _per_channel(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.detach().to(dtype).contiguous()
+    return t if t is None or (t.dtype is dtype and t.is_contiguous()) else t.to(dtype).contiguous()
 
 
 def _forward(
@@ -144,8 +144,8 @@ def _forward(
             return y, mean.zero_(), var.zero_()
     else:  # copies: backward uses the statistics of this forward, whatever happens to the buffers in between
         assert running_mean is not None and running_var is not None
-        mean = running_mean.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        var = running_var.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        mean = x.new_empty(x.shape[1], dtype=dtype).copy_(running_mean)
+        var = torch.empty_like(mean).copy_(running_var)
         if _is_empty(x):
             return y, mean, var
     chosen.forward(

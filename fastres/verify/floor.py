@@ -7,10 +7,11 @@ therefore measured: the float64 reference runs twice more with every floating in
     floor_i = 4 eps * sqrt(sum_j (df_i / dx_j * x_j)^2 / 3)
 
 which is the formula on the sizes of its terms, added as independent roundings add. It holds for one operator and for
-a whole network, forward and backward alike, and costs two float64 runs. What is summed into statistics and parameter
-gradients (BN, sums, means, biases) is moved by ``4 eps |x|`` all one way besides, so that such a sum's floor is 4 ulp
-of the sum of absolute values whatever cancels in it. 4 ulp of the result itself are always allowed, and tensors of few
-elements get a wider floor, ``1 + 3 / sqrt(samples)``, because two samples of one number say little.
+a whole network, forward and backward alike, and costs two float64 runs (one for a forward alone). What is summed into
+statistics and parameter gradients (BN, sums, means, biases) is moved by ``4 eps |x|`` all one way besides, so that
+such a sum's floor is 4 ulp of the sum of absolute values whatever cancels in it. 4 ulp of the result itself are always
+allowed, and tensors of few elements get a wider floor, ``1 + 3 / sqrt(samples)``, because two samples of one number
+say little.
 
 A ReLU whose input lies within rounding of 0 may pass its gradient or not: both are right, and a whole gradient apart.
 Where such gates are few (at most three), each is switched alone in one more run, and a result is judged against
@@ -72,7 +73,7 @@ class Gate(NamedTuple):
     where: Index
 
 
-class _Relus(TorchDispatchMode):
+class Relus(TorchDispatchMode):
     """Sees every ReLU, ours included, and may change its result; moves what is summed by ``shift * |x|``.
 
     Autograd takes a ReLU's mask from its result, so a tiny positive number there opens a gate and a 0 closes it.
@@ -84,8 +85,7 @@ class _Relus(TorchDispatchMode):
         self.calls = -1
 
     def result(self, z: Tensor, y: Tensor) -> None:
-        """Called with a copy of each ReLU's input ``z`` and its result ``y``, which may be written to."""
-        raise NotImplementedError
+        """Called with a copy of each ReLU's input ``z`` and its result ``y``, which a subclass may write to."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -115,7 +115,7 @@ class _Relus(TorchDispatchMode):
         return (*args[:n], args[n] + self.shift * args[n].abs(), *args[n + 1 :])
 
 
-class FindGates(_Relus):
+class FindGates(Relus):
     """Finds the gates within ``width`` of 0, relative to the RMS of the ReLU's input; changes nothing.
 
     ``found`` holds the nearest four of each call, ``count`` is how many there are, ``masks`` every gate of every call.
@@ -155,7 +155,7 @@ class NearestGates(FindGates):
         y[where] = size if self.opens else torch.zeros_like(size)
 
 
-class HoldGates(_Relus):
+class HoldGates(Relus):
     """Holds every gate as it was found, except ``switched``, which is the other way."""
 
     def __init__(self, found: FindGates, switched: Gate | None = None, shift: float = 0.0) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .calibrate import calibrate, uncalibrated
-from .floor import FEW, ULPS, WIDTH, FindGates, HoldGates, NearestGates
+from .floor import FEW, ULPS, WIDTH, FindGates, HoldGates, NearestGates, Relus
 from .runs import Function, Run, devices_of, evaluate, map_tensors, named_tensors, private
 from .verdict import Reference, Verification, compare
 
@@ -102,7 +102,7 @@ def verify(
             raise ValueError("reference: its output holds no tensor")
         mine = _attempt("candidate", run, ours, cotangents=eager.cotangents)
         run = functools.partial(run, cast=torch.float64, cotangents=eager.cotangents)
-        exact = _reference(theirs, run, _epsilons(theirs, working, tensors, eager), floor_ulps)
+        exact = _reference(theirs, run, _epsilons(theirs, working, tensors, eager), floor_ulps, backward)
     rows = compare(exact, eager, mine, floor_ulps)
     mode = theirs.training if isinstance(theirs, nn.Module) else training
     shown = working or max((t.dtype for t in eager.outputs.values() if t.is_floating_point()), key=_eps, default=None)
@@ -146,7 +146,7 @@ def _exact(theirs: Any) -> Any:
     return private("reference", theirs).double() if isinstance(theirs, nn.Module) else theirs
 
 
-def _reference(theirs: Any, run: Any, epsilons: list[float], ulps: float) -> Reference:
+def _reference(theirs: Any, run: Any, epsilons: list[float], ulps: float, backward: bool) -> Reference:
     """The float64 run and those that the floor is made of."""
 
     def attempt(**options: Any) -> Run:
@@ -154,6 +154,9 @@ def _reference(theirs: Any, run: Any, epsilons: list[float], ulps: float) -> Ref
 
     if not ulps:
         return Reference(attempt())
+    if not backward:  # gates matter to gradients alone
+        exact = attempt()
+        return Reference(exact, perturbed={e: [attempt(mode=Relus(ulps * e), amplitude=ulps * e)] for e in epsilons})
     find = FindGates(WIDTH * ulps * max(epsilons))
     reference = Reference(attempt(mode=find))
     few = find.count <= FEW
