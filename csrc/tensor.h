@@ -42,7 +42,7 @@ inline void check_same(const Tensor& t, const char* name, const Tensor& like, co
                   ": expected shape ", shape_string(like), " as ", like_name, ", got ", shape_string(t));
 }
 
-// Dense [N, C, H, W] in the order that the flag says. The stride of a dimension of size 1 means nothing and is not read.
+// Dense [N, C, H, W] in the order that the flag says. The stride of a dimension of size 1 means nothing: not read.
 inline void check_layout(const Tensor& t, const char* name, bool channels_last) {
   STD_TORCH_CHECK(t.dim() == 4, name, ": expected 4 dimensions [N, C, H, W], got ", t.dim());
   const auto sizes = t.sizes(), strides = t.strides();

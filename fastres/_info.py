@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 import shutil
@@ -31,10 +32,12 @@ ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "CUDA_HOME",
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
     "MKL_NUM_THREADS",
 )
 PACKAGES = ("torch", "triton", "torchvision", "safetensors", "scikit-learn", "matplotlib", "typer", "rich")
 _EXTRA = {"torchvision": "train", "scikit-learn": "train", "matplotlib": "viz", "typer": "cli", "rich": "cli"}
+_CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -136,14 +139,24 @@ def version(distribution: str) -> str | None:
 
 def cpu() -> dict[str, Any]:
     """The CPU's model, instruction set, usable cores and torch's threads; whether oneDNN convolves bf16 natively."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "model": _cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "native_bf16": native_bf16(),
-        "cores": cores,
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
     }
+
+
+def usable_cores() -> int:
+    """The cores this process may use: its affinity, and a container's quota (cgroup v2), which torch does not see."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open(_CPU_QUOTA, encoding="ascii") as file:
+            quota, period = file.read().split()
+    except (OSError, ValueError):  # no cgroup v2 here
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
 
 
 def load_average() -> float | None:

@@ -22,7 +22,10 @@ INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `fastres` with `arguments` (default: the process's) and returns its exit code; one line per user error."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
+        if arguments[:1] == ["demo"]:
+            _wait_passively_when_busy()
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         names = " and ".join(missing)
@@ -50,6 +53,20 @@ def main(arguments: list[str] | None = None) -> int:
     except usage_error as error:  # an unknown command or option, a value of the wrong type
         return _fail(f"{error.format_message()} (see fastres --help)", 2)  # type: ignore[attr-defined]
     return _fail("interrupted", INTERRUPTED) if code == INTERRUPTED else int(code)
+
+
+def _wait_passively_when_busy() -> None:
+    """Starts over with OMP_WAIT_POLICY=PASSIVE where other programs keep the cores busy.
+
+    OpenMP's threads spin while they wait for one another; on busy cores they so keep out the one they wait for, and a
+    training step takes twenty times as long. The setting is read when torch loads, hence the new start.
+    """
+    from fastres._info import load_average, usable_cores
+
+    load = load_average()
+    if load is None or load <= usable_cores() or "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
+        return
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
 
 
 def _fail(message: str, code: int) -> int:

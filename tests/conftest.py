@@ -4,11 +4,18 @@
 """
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from fastres import _dispatch
+# `python -m pytest` puts the checkout on the path, where its folder kernels/ hides the package `kernels` that Hugging
+# Face's transformers looks for. Tests run against the installed package.
+ROOT = Path(__file__).parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+
+from fastres import _dispatch  # noqa: E402
 
 DEFAULT_BACKENDS = "reference,cpu"
 

@@ -353,16 +353,16 @@ def test_progress_honours_no_color(monkeypatch):
 def test_progress_in_a_pipe_is_lines(monkeypatch):
     text = drawn(monkeypatch, False)
     assert not CONTROL.search(text)
-    assert re.fullmatch(r"training 1/2, loss 1\.5, \d+ s left\ntraining 2/2, loss 0\.5\n", text)
+    assert re.fullmatch("training 1/2, loss 1.5\ntraining 2/2, loss 0.5\n", text)
 
 
 def test_progress_in_a_pipe_is_seldom(monkeypatch):
     from rich.console import Console
 
-    now = iter([0.0, 1.0, 4.0, 6.0, 7.0, 8.0])  # start, then one reading a report
+    now = iter([0.0, 1.0, 4.0, 6.0, 7.0, 8.0])  # on entry, then one reading a report
     monkeypatch.setattr("fastres.lab.terminal.time.monotonic", lambda: next(now))
     console = Console(file=io.StringIO(), force_terminal=False)
     with progress(console, "training", every_s=5.0) as report:
         for done in range(1, 6):
             report(done, 5, "x")
-    assert console.file.getvalue().splitlines() == ["training 3/5, x, 4 s left", "training 5/5, x"]
+    assert console.file.getvalue().splitlines() == ["training 3/5, x, 5 s left", "training 5/5, x"]

@@ -107,23 +107,27 @@ def copy_sources(folder: Path) -> None:
     for name in FILES:
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, folder / name)
-    (folder / "fastres" / "kernels").symlink_to(folder / "kernels")  # the copy's own, before an installed package's
+    # The copy's own packages, before installed ones: a folder that holds nothing but the way to them.
+    (folder / "fastres" / "kernels").symlink_to(folder / "kernels")
+    (folder / "path").mkdir()
+    (folder / "path" / "fastres").symlink_to(folder / "fastres")
 
 
-def environment(backend: str) -> dict[str, str]:
-    return {**os.environ, "FASTRES_TEST_BACKENDS": backend, "OMP_NUM_THREADS": "1", "FASTRES_BUILD_EXT": "1"}
+def environment(folder: Path, backend: str) -> dict[str, str]:
+    own = {"PYTHONPATH": str(folder / "path"), "FASTRES_TEST_BACKENDS": backend}
+    return {**os.environ, **own, "OMP_NUM_THREADS": "1", "FASTRES_BUILD_EXT": "1"}
 
 
 def build(folder: Path) -> None:
     """The extension, in place; ninja compiles only what a mutant touched."""
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=folder, env=environment("cpu"), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment(folder, "cpu"), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def run_tests(folder: Path, tests: tuple[str, ...], backend: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "full or not full", *tests]
-    return subprocess.run(command, cwd=folder, env=environment(backend), capture_output=True, text=True)
+    return subprocess.run(command, cwd=folder, env=environment(folder, backend), capture_output=True, text=True)
 
 
 def plant(folder: Path, mutant: Mutant) -> str:
@@ -150,6 +154,7 @@ def test_the_sound_copy_passes(checkout, tests):
     where = subprocess.run(
         [sys.executable, "-c", "import fastres.kernels as k, fastres._C as c; print(k.__file__, c.__file__)"],
         cwd=checkout,
+        env=environment(checkout, "cpu"),
         capture_output=True,
         text=True,
     ).stdout

@@ -97,15 +97,21 @@ def test_torchvision_trains_and_evaluates_the_same(name):
 
 
 @pytest.mark.parametrize("name", ["resnet10", *(pytest.param(f"resnet{n}", marks=pytest.mark.full) for n in (18, 50))])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(torch.contiguous_format, marks=pytest.mark.full, id="nchw"),
+        pytest.param(torch.channels_last, id="channels_last"),
+    ],
+)
 def test_torchvision_in_fp32_is_as_good_as_eager(name, layout):
-    """The referee: every block forward and backward on its real inputs, then the whole network's outputs and statistics.
+    """The referee: every block, forward and backward, on its real inputs; then the network's outputs and statistics.
 
-    Not the whole network's gradients: one ReLU whose input is at rounding's mercy moves all gradients below it, in eager
-    as in ours (ResNet-50: 1 of 322 tensors at 2.02 times eager's error, at most 2, where a block's worst is below 1).
+    Not the whole network's gradients: a ReLU whose input is at rounding's mercy moves all gradients below it, in eager
+    as in ours (ResNet-50: 1 of 322 tensors at 2.02 times eager's error, at most 2; its blocks: at most 0.70).
     """
     stock = scramble(build(name)).to(memory_format=layout)
-    net, x = copy.deepcopy(stock), images(4).to(memory_format=layout)
+    net, x = copy.deepcopy(stock), images(3, 48).to(memory_format=layout)
     report = swap(net, verify=x)
     assert counts(report) == {"swapped": len(report.rows)}, str(report)
     for train in (True, False):

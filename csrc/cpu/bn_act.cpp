@@ -1,15 +1,16 @@
 // bn_act: y = act((x - mean) * rstd * weight + bias [+ residual]), batch or running statistics; formulas in element.h.
 //
-// Both directions are two passes: sums per channel, then a map over the elements. Bytes are the bound: the second pass
-// should find its inputs in cache.
-//   NCHW  a task is one channel and does both passes: its N planes of HW elements stay in L2 between them. At most C
-//         threads have work.
-//   NHWC  a task is a block of rows (pixels), so the passes are separate; the second walks backwards and starts on what
-//         the first left in cache.
-// The partition and the order of every sum follow from the shape alone: results do not depend on the thread count.
+// Both directions are two passes: sums per channel, then a map over the elements. Bytes are the bound, so the second
+// pass should find its inputs in cache (bn_act_rows.h for NHWC, bn_act_planes.h for NCHW). The partition and the order
+// of every sum follow from the shape alone: results do not depend on the number of threads.
 //
-// Sums: fp32 over at most a few thousand elements, then fp64. Variance: deviations from a shift taken from the same
-// block (for the first elements, whose mean it is, the cancellation is bounded by the block's length), merged with Chan.
+//   forward   reads x, then x and residual, writes y
+//   backward  reads dy, y and x, writes dresidual, which is g; then reads g and x, writes dx.
+//             Where dresidual is not wanted, the second pass reads dy, y and x again
+//
+// Sums: fp32 over at most some thousand elements, then fp64. Variance: squared deviations from a shift taken inside the
+// same task. A shift that is the mean of k of n values multiplies the rounding error by at most 1 + n / k, whatever the
+// data.
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -155,8 +156,8 @@ void bn_act_backward(Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weigh
         constexpr bool kMask = masked.value, kStore = store_g.value;
         if (eval_map) {
           const GradientTerm<T, kMask, false> term{dy_in, y_in, x_in, nullptr};
-          const BackwardMap<T, kMask, false, kStore> map{dy_in,   y_in,          x_in,           dx_out,       dresidual_out,
-                                                         mean_in, scratch.scale, scratch.mean_g, scratch.slope};
+          const BackwardMap<T, kMask, false, kStore> map{
+              dy_in, y_in, x_in, dx_out, dresidual_out, mean_in, scratch.scale, scratch.mean_g, scratch.slope};
           passes(shape, scratch, {sums, true}, term, map, channel, mean_in);
         } else {
           const GradientTerm<T, kMask, kStore> term{dy_in, y_in, x_in, dresidual_out};

@@ -24,8 +24,8 @@ struct StatisticsTerm {
     a += d;
     b += d * d;
   }
-  // A shift of T's own precision makes x - shift exact for 16-bit T; any other rounds equal values the same way, and the
-  // errors add up instead of cancelling.
+  // A shift of T's own precision makes x - shift exact for 16-bit T. Any other rounds equal values the same way, so
+  // that the errors add up instead of cancelling.
   template <int W>
   static FASTRES_HD Float<W> shift(Float<W> mean) {
     return rounded_to<W, T>(mean);
@@ -125,7 +125,9 @@ struct BackwardMap {
 template <int W, bool kBroadcast, class Map>
 FASTRES_HD void map_run(const Map& map, int64_t i, int64_t n, int64_t c) {
   if (n < W) {
-    for (int64_t k = 0; k < n; ++k) map.template at<1>(i + k, map.template parameters<1, kBroadcast>(kBroadcast ? c : c + k));
+    for (int64_t k = 0; k < n; ++k) {
+      map.template at<1>(i + k, map.template parameters<1, kBroadcast>(kBroadcast ? c : c + k));
+    }
     return;
   }
   // The last vector overlaps the one before it: outputs alias no input, so the same values are written twice.
@@ -160,9 +162,9 @@ struct ForwardChannel {
 };
 
 struct BackwardChannel {
-  const float *weight, *var;             // [C]; weight or null
-  float *dweight, *dbias;                // [C] or null
-  float *scale, *mean_g, *slope;         // [C]
+  const float *weight, *var;      // [C], weight or null
+  float *dweight, *dbias;         // [C] or null
+  float *scale, *mean_g, *slope;  // [C]
   double eps, count;
 
   // sum_g = sum g, sum_gx = sum g * (x - mean)

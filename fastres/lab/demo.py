@@ -16,7 +16,7 @@ from rich.table import Table as TextTable
 from rich.text import Text
 
 import fastres
-from fastres._info import cpu
+from fastres._info import cpu, usable_cores
 from fastres.lab import demo_digits, demo_photographs
 from fastres.lab.data import digits, photographs
 from fastres.lab.demo_photographs import Effort, Row, Table, verdict_dict
@@ -48,8 +48,7 @@ def run(
     _require_extras()
     logging.getLogger("fastres").addHandler(logging.NullHandler())  # what it would warn of is in the table
     device = pick_device(device_name)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), usable_cores()))
     prepare_folder(out, ["demo.json", "demo.png"])
     network = demo_photographs.resnet50(weights)
     effort = demo_photographs.QUICK if quick else Effort()
@@ -100,8 +99,6 @@ def _digits(console: Console, device: torch.device, quick: bool) -> tuple[dict[s
         f"   held-out accuracy [bold]{learned.accuracy:.2%}[/] ({wanted}); {learned.trained.seconds:.1f} s,"
         f" {learned.blocks} fused blocks"
     )
-    if learned.threads < torch.get_num_threads():
-        _indented(console, "Other programs keep the cores busy, so one thread trained faster than all.")
 
     console.print("\n[bold]2  The frozen network gives the same answers[/]")
     frozen, agreement = demo_digits.freeze_and_compare(learned.model, data)

@@ -6,7 +6,6 @@ basic blocks whose BN, addition and ReLU run as one operator each.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,14 +34,12 @@ class Learned:
     accuracy: float  # on the held-out digits
     parameters: int
     blocks: int  # fused residual blocks in the model
-    threads: int  # that training used: 1 where other programs keep the cores busy
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "network": "fastres.models.cifar_resnet(20)",
             "parameters": self.parameters,
             "fused_blocks": self.blocks,
-            "threads": self.threads,
             "steps": self.trained.steps,
             "seconds": self.trained.seconds,
             "images_per_s": self.trained.images / self.trained.seconds,
@@ -64,21 +61,14 @@ def learn(data: Digits, device: torch.device, quick: bool, on_step: Callable[[St
         torch.manual_seed(RECIPE.seed)
         network = cifar_resnet(20, num_classes=10, in_channels=1)
     model = channels_last(network.to(device))
-    threads = torch.get_num_threads()
-    try:
-        if device.type == "cpu" and threads > 1:
-            torch.set_num_threads(_threads_that_help(model, data, threads))
-        used = torch.get_num_threads()
-        trained = train(
-            model,
-            data.train_images.to(device),
-            data.train_labels.to(device),
-            RECIPE,
-            max_steps=QUICK_STEPS if quick else None,
-            on_step=on_step,
-        )
-    finally:
-        torch.set_num_threads(threads)
+    trained = train(
+        model,
+        data.train_images.to(device),
+        data.train_labels.to(device),
+        RECIPE,
+        max_steps=QUICK_STEPS if quick else None,
+        on_step=on_step,
+    )
     reached = accuracy(predict(model, data.test_images), data.test_labels)
     if reached < WANTED_ACCURACY and not quick:
         raise AccuracyError(
@@ -87,7 +77,7 @@ def learn(data: Digits, device: torch.device, quick: bool, on_step: Callable[[St
     model.eval()
     parameters = sum(p.numel() for p in model.parameters())
     blocks = sum(isinstance(m, fastres.nn.BasicBlock) for m in model.modules())
-    return Learned(model, trained, reached, parameters, blocks, used)
+    return Learned(model, trained, reached, parameters, blocks)
 
 
 def freeze_and_compare(model: nn.Module, data: Digits) -> tuple[FrozenModel, Agreement]:
@@ -95,18 +85,3 @@ def freeze_and_compare(model: nn.Module, data: Digits) -> tuple[FrozenModel, Agr
     images = data.test_images.to(next(model.parameters()).device)  # [360, 1, size, size]
     frozen = fastres.freeze(model, images[:64], verify="warn")  # a rejection is shown and fails the demo at its end
     return frozen, compare_predictions(model, frozen, images)
-
-
-def _threads_that_help(model: nn.Module, data: Digits, threads: int) -> int:
-    """`threads`, or 1 where other programs keep the cores busy.
-
-    Threads meet several times in every operator; one that waits for its core makes all of them wait, and a step of so
-    small a network then takes fifty times as long as on a single thread.
-    """
-    seconds = {}
-    for candidate in (1, threads):
-        torch.set_num_threads(candidate)
-        for _ in range(2):  # the first warms up
-            trial = train(copy.deepcopy(model), data.train_images, data.train_labels, RECIPE, max_steps=1)
-            seconds[candidate] = trial.seconds
-    return 1 if seconds[1] < seconds[threads] / 2 else threads

@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 
 import fastres
-from fastres._info import PACKAGES, cpu, load_average, version
+from fastres._info import ENVIRONMENT, PACKAGES, cpu, load_average, version
 from fastres.lab.errors import OutputError
 
 
@@ -83,7 +83,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
             "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         },
-        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("FASTRES_")},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
 
 

@@ -28,13 +28,17 @@ def progress(console: Console, title: str, every_s: float = 5.0) -> Iterator[Rep
             yield lambda done, total, text: bar.update(task, completed=done, total=total, text=text)
         return
 
-    start = last = time.monotonic()
+    start, last = 0.0, time.monotonic()
+    first: int | None = None  # what was done when the work began: the time before it says nothing about what is left
 
     def report(done: int, total: int, text: str) -> None:
-        nonlocal last
+        nonlocal start, last, first
         now = time.monotonic()
+        if first is None:
+            start, first = now, done
         if done == total or now - last >= every_s:
-            left = "" if done == total else f", {(now - start) / max(done, 1) * (total - done):.0f} s left"
+            known = first < done < total
+            left = f", {(now - start) / (done - first) * (total - done):.0f} s left" if known else ""
             console.print(f"{title} {done}/{total}, {text}{left}", highlight=False, markup=False)
             last = now
 
