@@ -58,7 +58,8 @@ wheel: $(STAMP_LOCK)  ## a wheel for this Python in dist/
 	@ls dist/*.whl
 
 docs:  ## where the documentation is
-	@echo 'README.md and docs/ are the documentation of this release; a docs site comes with release 0.3.'
+	@echo 'fastres: nothing to build: the documentation of this release is Markdown; a later one brings a site built from it.'
+	@ls README.md docs/*.md
 
 clean:  ## remove what was built (not .venv)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fastres/*.so

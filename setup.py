@@ -24,7 +24,16 @@ REQUIRED = SETTING == "1"
 
 # csrc includes no ATen header: with the stable ABI of this release, one binary loads in it and in every later one.
 TORCH_TARGET = "0x020b000000000000"
-CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+CXX_FLAGS = [
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-g0",
+    "-std=c++17",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+]
 
 
 def leave_out(reason):

@@ -24,7 +24,7 @@ and y, 7 either way. Eval backward 2 launches, dx being written by the pass that
 gradient. The merges move a few hundred KB.
 
 Sums have two stages: programs write partial results to scratch memory, one more launch adds them in their order. No
-atomics: the same input gives the same bits. How a tensor is cut up depends on its shape alone.
+atomics: the same input gives the same bits. How a tensor is cut up depends on its shape and the table of configs alone.
 
 It stops being good where the tensor is so small that three launches show (below about a million elements a single-pass
 kernel per channel would win), in NCHW with C*H*W below a few hundred (tiles are mostly empty), and where the producing

@@ -2,9 +2,10 @@
 
 No entry was tuned on a GPU: each follows from the compiled code (registers decide how many programs an SM holds) and
 from the bytes a GPU needs in flight, and the compile lane of the tests compiles every one of them. A kernel sees
-`tile` elements at a time, 16 per thread or less, so that a thread has two or more 16-byte loads of each tensor under
-way. `programs` of a reduction is about what the GPU holds at once; it comes from this table and not from the device, so
-that how a tensor is partitioned, and with it the last bit of every sum, depends on its shape alone.
+`tile` elements at a time, 16 per thread or less: with all the threads that an SM then holds, enough 16-byte loads are
+under way to keep memory busy. `programs` of a reduction is about what the GPU holds at once; it comes from this table
+and not from the device, so that how a tensor is partitioned, and with it the last bit of every sum, depends on its
+shape and the architecture alone.
 
 Shape classes: "large" and "small" of flat arrays; "rows" (channels_last) and "planes" (NCHW) of images, alone, with
 "_small", or with "_odd" where lines cannot be read in vectors; "many" and "few" partial results of a merge.
@@ -29,7 +30,7 @@ def _flat(sm_count: int) -> dict[str, Config]:
     return {"large": Config(tile=2048, num_warps=4), "small": Config(tile=512, num_warps=4)}
 
 
-def _elementwise(sm_count: int) -> dict[str, Config]:
+def _normalise(sm_count: int) -> dict[str, Config]:
     return {
         "rows": Config(tile=2048, num_warps=4, line=512),
         "rows_small": Config(tile=512, num_warps=4, line=256),
@@ -38,6 +39,18 @@ def _elementwise(sm_count: int) -> dict[str, Config]:
         # an address per element and not per vector: half the elements per thread, or registers run out
         "rows_odd": Config(tile=1024, num_warps=4, line=256),
         "planes_odd": Config(tile=1024, num_warps=4, line=256),
+    }
+
+
+def _gradient(sm_count: int) -> dict[str, Config]:
+    # One tensor and two vectors more than the forward: with 16 elements per thread some variants spill 8 bytes.
+    return {
+        "rows": Config(tile=2048, num_warps=8, line=512),
+        "rows_small": Config(tile=512, num_warps=4, line=256),
+        "planes": Config(tile=2048, num_warps=8, line=1024),
+        "planes_small": Config(tile=512, num_warps=4, line=256),
+        "rows_odd": Config(tile=1024, num_warps=8, line=256),
+        "planes_odd": Config(tile=1024, num_warps=8, line=256),
     }
 
 
@@ -78,10 +91,10 @@ _KERNELS = {
     "add_relu_backward_kernel": _flat,
     "bn_statistics_kernel": _statistics,
     "bn_statistics_merge_kernel": _merge,
-    "bn_act_forward_kernel": _elementwise,
+    "bn_act_forward_kernel": _normalise,
     "bn_act_backward_sums_kernel": _sums,
     "bn_act_backward_merge_kernel": _merge,
-    "bn_act_backward_kernel": _elementwise,
+    "bn_act_backward_kernel": _gradient,
 }
 _SM_COUNT = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 

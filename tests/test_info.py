@@ -122,6 +122,25 @@ def test_info_names_gpus_without_touching_them(monkeypatch, tmp_path):
     assert [gpu["name"] for gpu in fastres.info()["gpus"]] == ["unknown until CUDA is initialised"] * 2
 
 
+@pytest.mark.parametrize(
+    ("quota", "cores"),
+    [
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("1000 100000", 1),
+        ("max 100000", 8),
+        ("9900000 100000", 8),
+        ("?", 8),
+    ],
+)
+def test_usable_cores_heed_a_containers_quota(monkeypatch, tmp_path, quota, cores):
+    monkeypatch.setattr(_info.os, "sched_getaffinity", lambda pid: range(8), raising=False)
+    monkeypatch.setattr(_info, "_CPU_QUOTA", str(tmp_path / "cpu.max"))
+    assert _info.usable_cores() == 8  # no such file
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert _info.usable_cores() == cores
+
+
 def test_info_survives_a_broken_nvidia_smi(monkeypatch, tmp_path):
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho no driver; exit 9\n")

@@ -58,7 +58,7 @@ def run(
     digits_result, same_answers = _digits(console, device, quick)
     pictures = photographs(effort.size)
     console.print(f"\n[bold]3  ResNet-50 on photographs[/]: {', '.join(pictures.names)} at {effort.size}x{effort.size}")
-    with progress(console, "   running") as report:
+    with progress(console, "   running", remaining=False) as report:
         table = demo_photographs.compare_ways(network, pictures, device, weights, effort, report)
     _show(console, table)
 

@@ -23,7 +23,7 @@ from fastres.models import cifar_resnet
 from fastres.verify import Agreement, compare_predictions
 
 WANTED_ACCURACY = 0.97
-RECIPE = Recipe(epochs=10, batch_size=64, lr=0.1)
+RECIPE = Recipe(epochs=8, batch_size=64, lr=0.1)
 QUICK_STEPS = 12
 
 

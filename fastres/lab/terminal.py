@@ -7,21 +7,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 Report = Callable[[int, int, str], None]  # (done, total, text)
 
 
 @contextmanager
-def progress(console: Console, title: str, every_s: float = 5.0) -> Iterator[Report]:
-    """A progress bar with its text and the time left; without a terminal, a line every `every_s` seconds."""
+def progress(console: Console, title: str, every_s: float = 5.0, remaining: bool = True) -> Iterator[Report]:
+    """A progress bar with its text and a time; without a terminal, a line every `every_s` seconds.
+
+    The time is what is left where the steps are alike, and with `remaining=False` what has passed.
+    """
     if console.is_interactive and console.is_terminal:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=16),
             TaskProgressColumn(),
             TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(compact=True),
+            TimeRemainingColumn(compact=True) if remaining else TimeElapsedColumn(),
         )
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(title, total=None, text="")
@@ -37,7 +40,7 @@ def progress(console: Console, title: str, every_s: float = 5.0) -> Iterator[Rep
         if first is None:
             start, first = now, done
         if done == total or now - last >= every_s:
-            known = first < done < total
+            known = remaining and first < done < total
             left = f", {(now - start) / (done - first) * (total - done):.0f} s left" if known else ""
             console.print(f"{title} {done}/{total}, {text}{left}", highlight=False, markup=False)
             last = now
