@@ -4,8 +4,8 @@ A backend says why it cannot take a call as a list of sentences, empty when it c
 the operator's order for that device, that refuses nothing; a backend asked for by name either runs or raises with its
 reasons. No operator is named here.
 
-Environment, read at every call: `FASTRES_BACKEND` replaces "auto"; `FASTRES_DISABLE` is a comma-separated list of
-backends never chosen ("all" leaves the reference alone).
+Environment, read at import and by `reload_environment`: `FASTRES_BACKEND` replaces "auto"; `FASTRES_DISABLE` is a
+comma-separated list of backends never chosen ("all" leaves the reference alone).
 """
 
 from __future__ import annotations
@@ -81,17 +81,34 @@ def check_name(backend: str, operator: Operator | None = None) -> None:
         raise ValueError(f"backend: got {backend!r}, expected one of {sorted(known)}")
 
 
-def _disabled(name: str) -> bool:
-    setting = os.environ.get("FASTRES_DISABLE")
-    if not setting or name == REFERENCE:
-        return False
-    names = {part.strip() for part in setting.split(",")}
-    return name in names or "all" in names
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for."""
+
+    backend: str = AUTO
+    disabled: frozenset[str] = frozenset()
+
+    def disables(self, name: str) -> bool:
+        return name != REFERENCE and (name in self.disabled or "all" in self.disabled)
+
+
+def _from_environment() -> Settings:
+    names = (part.strip() for part in os.environ.get("FASTRES_DISABLE", "").split(","))
+    return Settings(os.environ.get("FASTRES_BACKEND") or AUTO, frozenset(name for name in names if name))
+
+
+_settings = _from_environment()  # not at every call: reading the environment costs more than choosing
+
+
+def reload_environment() -> None:
+    """Takes changes of FASTRES_BACKEND and FASTRES_DISABLE since import into account."""
+    global _settings
+    _settings = _from_environment()
 
 
 def refusals(backend: Backend, x: Tensor) -> list[str]:
     """Why `backend` cannot take a call whose input is `x`; empty when it can."""
-    if _disabled(backend.name):
+    if _settings.disabled and _settings.disables(backend.name):
         return ["disabled by FASTRES_DISABLE"]
     return backend.why_not(x)
 
@@ -104,7 +121,7 @@ def choose(operator: Operator, requested: str, x: Tensor) -> Backend:
         BackendError: `requested` names a backend that refuses.
     """
     if requested == AUTO:
-        requested = os.environ.get("FASTRES_BACKEND") or AUTO
+        requested = _settings.backend
     if requested != AUTO:
         check_name(requested, operator)
         backend = operator.backends[requested]

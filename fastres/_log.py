@@ -1,4 +1,4 @@
-"""The logger `fastres`, and FASTRES_LOG: a level name that sends its records to stderr; unset, logging is left alone."""
+"""The logger `fastres`, and FASTRES_LOG: the level from which its records go to stderr; unset changes nothing."""
 
 import logging
 import os

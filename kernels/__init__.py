@@ -4,12 +4,15 @@ One operator is one module of the operator's name. `element` holds the maths of 
 `launch` what every launch needs. Importing this package imports torch and triton, and queries no device.
 """
 
-if __name__ != "fastres.kernels":  # another package on PyPI is called "kernels": never be taken for it
-    raise ImportError(f"this is fastres.kernels and must be imported by that name, not as {__name__!r}")
+if __name__ == "fastres.kernels":
+    import triton
 
-import triton  # noqa: E402
+    if triton.knobs.runtime.interpret:
+        from .interpreter import repair
 
-if triton.knobs.runtime.interpret:
-    from .interpreter import repair
-
-    repair()
+        repair()
+else:
+    # Another package on PyPI is called "kernels", and this folder is found by that name where a checkout is on the
+    # path. Raising would end the import of transformers, which looks for that package: be empty, and say so when used.
+    def __getattr__(name: str) -> object:
+        raise AttributeError(f"this is fastres.kernels, found as {__name__!r}: it has no {name!r} under that name")

@@ -4,18 +4,11 @@
 """
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-# `python -m pytest` puts the checkout on the path, where its folder kernels/ hides the package `kernels` that Hugging
-# Face's transformers looks for. Tests run against the installed package.
-ROOT = Path(__file__).parents[1]
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-
-from fastres import _dispatch  # noqa: E402
+from fastres import _dispatch
 
 DEFAULT_BACKENDS = "reference,cpu"
 

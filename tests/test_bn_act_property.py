@@ -1,8 +1,9 @@
-"""bn_act against fp64 on drawn shapes, layouts, dtypes and settings; derandomised, so every run draws the same cases."""
+"""bn_act against fp64 on drawn shapes, layouts, dtypes and settings; derandomised: every run draws the same cases."""
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from referee import DTYPES, INTERPRETER_DTYPES, LAYOUTS
 from test_bn_act import check, problem
 

@@ -69,6 +69,8 @@ def test_info_text_fits_a_terminal_and_shows_the_data():
 def test_info_shows_the_environment_in_force(monkeypatch):
     monkeypatch.setenv("FASTRES_DISABLE", "cpu,triton")
     monkeypatch.delenv("FASTRES_BACKEND", raising=False)
+    monkeypatch.setattr(_dispatch, "_settings", _dispatch._settings)
+    _dispatch.reload_environment()
     found = fastres.info()
     assert found["environment"]["FASTRES_DISABLE"] == "cpu,triton" and "FASTRES_BACKEND" not in found["environment"]
     assert found["operators"]["cpu"]["bn_act"]["cpu"] == ["disabled by FASTRES_DISABLE"]

@@ -138,8 +138,8 @@ def copy_sources(target):
 
 
 def make_venv(path, share_packages=True, interpreter=sys.executable):
-    """A fresh environment without pip; with `share_packages` it also sees the packages of the running one."""
-    run(interpreter, "-m", "venv", "--without-pip", path, cwd=path.parent)
+    """A fresh environment: with pip and nothing else, or seeing the packages of the running one, its pip too."""
+    run(interpreter, "-m", "venv", *(["--without-pip"] if share_packages else []), path, cwd=path.parent)
     python = path / "bin" / "python"
     if share_packages:
         # A folder named in a .pth file is searched, but its own .pth files, such as an editable install's, are not run.
@@ -151,8 +151,14 @@ def make_venv(path, share_packages=True, interpreter=sys.executable):
 
 
 def install(python, *what, cwd, **environment):
-    """Installs with this environment's pip, which a venv made without pip does not have."""
-    return run(sys.executable, "-m", "pip", "--python", python, "install", "-q", *what, cwd=cwd, **environment)
+    """`pip install` into the environment of `python`."""
+    return run(python, "-m", "pip", "install", "-q", *what, cwd=cwd, **environment)
+
+
+def install_fastres(python, *what, cwd, **environment):
+    """The same for fastres alone, also where another fastres is among the shared packages."""
+    options = ["--no-deps", "--no-build-isolation", "--force-reinstall"]
+    return install(python, *options, *what, cwd=cwd, **environment)
 
 
 def smoke(python, tmp_path, code=SMOKE, inside=None):
@@ -349,7 +355,7 @@ class TestInstalled:
     def test_wheel(self, wheel, tmp_path):
         assert f"-cp{sys.version_info.major}{sys.version_info.minor}-" in wheel.name
         python = make_venv(tmp_path / "venv")
-        install(python, "--no-deps", wheel, cwd=tmp_path)
+        install_fastres(python, wheel, cwd=tmp_path)
         smoke(python, tmp_path)
         listed = run(python, "-m", "zipfile", "-l", wheel, cwd=tmp_path).output
         for name in ("/py.typed", "/kernels/bn_act.py", "fastres/_C.", "licenses/LICENSE", "entry_points.txt"):
@@ -373,7 +379,7 @@ class TestInstalled:
 
     def test_install_from_the_tree(self, tree, tmp_path):
         python = make_venv(tmp_path / "venv")
-        install(python, "--no-deps", "--no-build-isolation", tree, cwd=tmp_path, FASTRES_BUILD_EXT="1")
+        install_fastres(python, tree, cwd=tmp_path, FASTRES_BUILD_EXT="1")
         smoke(python, tmp_path)
 
     def test_sdist_holds_the_tree(self, sdist, tree, tmp_path):
@@ -391,7 +397,7 @@ class TestInstalled:
     def test_editable(self, tmp_path):
         tree = copy_sources(tmp_path / "tree")
         python = make_venv(tmp_path / "venv")
-        install(python, "--no-deps", "--no-build-isolation", "-e", tree, cwd=tmp_path, FASTRES_BUILD_EXT="1")
+        install_fastres(python, "-e", tree, cwd=tmp_path, FASTRES_BUILD_EXT="1")
         smoke(python, tmp_path, inside=tree)
         (tree / "kernels/added_later.py").write_text("ANSWER = 42\n")
         away = tmp_path / "away"
@@ -401,7 +407,7 @@ class TestInstalled:
     def test_the_suite_passes_against_an_installed_wheel(self, wheel, tree, tmp_path):
         """Bare pytest beside an installation: the operator tests import the wheel, not the sources."""
         python = make_venv(tmp_path / "venv")
-        install(python, "--no-deps", wheel, cwd=tmp_path)
+        install_fastres(python, wheel, cwd=tmp_path)
         assert " passed" in run_operator_tests(python, tree, tmp_path)
 
 
@@ -429,7 +435,7 @@ class TestPure:
 
     def check(self, built, tmp_path):
         python = make_venv(tmp_path / "venv")
-        install(python, "--no-deps", built, cwd=tmp_path)
+        install_fastres(python, built, cwd=tmp_path)
         output = smoke(python, tmp_path, SMOKE_PURE)
         assert "fastres._C is not built" in output and "C++ compiler" in output
 
@@ -480,7 +486,7 @@ def test_the_same_binary_under_torch_2_13(wheel, tree, tmp_path):
     """Built against this torch's stable ABI, loaded and run by 2.13.0: operators, gradients, a swap."""
     python = make_venv(tmp_path / "venv", share_packages=False)
     install(python, "torch==2.13.0", "safetensors", "numpy", "pytest", "hypothesis", "expecttest", cwd=tmp_path)
-    install(python, "--no-deps", wheel, cwd=tmp_path)
+    install_fastres(python, wheel, cwd=tmp_path)
     assert "torch 2.13.0" in smoke(python, tmp_path)
     assert " passed" in run_operator_tests(python, tree, tmp_path)
 
@@ -505,9 +511,7 @@ def test_another_python(name, tree, tmp_path):
         install(python, *build, *run_time, cwd=tmp_path)
         sources = copy_sources(tmp_path / "tree")
         path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"  # ninja's
-        install(
-            python, "--no-deps", "--no-build-isolation", sources, cwd=tmp_path, FASTRES_BUILD_EXT="1", PATH=path
-        )  # fmt: skip
+        install_fastres(python, sources, cwd=tmp_path, FASTRES_BUILD_EXT="1", PATH=path)
         version = ".".join(run(python, "-V", cwd=tmp_path).output.split()[1].split(".")[:2])
         assert f"python {version}" in smoke(python, tmp_path)
         assert " passed" in run_operator_tests(python, tree, tmp_path)

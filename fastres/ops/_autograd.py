@@ -15,11 +15,13 @@ import torch
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _after_autograd = torch._C._after_autograd_keyset
 _any_requires_grad = torch._C._any_requires_grad
+_KERNEL_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
 
 
 def register_autograd(
     library: torch.library.Library,
     name: str,
+    kernel: Callable[..., Any],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Any, ...]],
 ) -> None:
@@ -28,18 +30,25 @@ def register_autograd(
     Args:
         library: the fragment that defined the operator.
         name: the operator's name, without its namespace.
+        kernel: what is registered for CPU and CUDA, called without another round through the dispatcher when nothing
+            (a mode, a fake or a functional tensor) stands between it and autograd.
         setup_context: saves what backward needs, as for torch.library.register_autograd.
         backward: gradients, one per input of the operator.
     """
     op = getattr(torch.ops.fastres, name).default
     defaults = tuple(argument.default_value for argument in op._schema.arguments)
 
+    def run(keyset: Any, args: Any) -> Any:
+        if keyset.highestPriorityTypeId() in _KERNEL_KEYS:
+            return kernel(*args)
+        return op.redispatch(keyset, *args)
+
     class OperatorFunction(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args_and_keyset: Any) -> Any:
             *args, keyset = args_and_keyset
             with _below_autograd():
-                output = op.redispatch(keyset, *args)
+                output = run(keyset, args)
             setup_context(ctx, tuple(args), output)
             return output
 
@@ -52,7 +61,7 @@ def register_autograd(
         if torch.is_grad_enabled() and _any_requires_grad(*args):
             return apply(*args, *defaults[len(args) :], keyset)
         with _below_autograd():
-            return op.redispatch(keyset, *args)
+            return run(keyset, args)
 
     apply: Callable[..., Any] = OperatorFunction.apply
     OperatorFunction.__name__ = OperatorFunction.__qualname__ = name

@@ -108,7 +108,7 @@ for _key in ("CPU", "CUDA"):
     _LIB.impl("add_relu_backward", _backward, _key)
 torch.library.register_fake("fastres::add_relu", _fake_forward, lib=_LIB)
 torch.library.register_fake("fastres::add_relu_backward", _fake_backward, lib=_LIB)
-register_autograd(_LIB, "add_relu", _setup_context, _autograd_backward)
+register_autograd(_LIB, "add_relu", _forward, _setup_context, _autograd_backward)
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------

@@ -294,7 +294,7 @@ for _key in ("CPU", "CUDA"):
     _LIB.impl("bn_act_backward", _backward, _key)
 torch.library.register_fake("fastres::bn_act", _fake_forward, lib=_LIB)
 torch.library.register_fake("fastres::bn_act_backward", _fake_backward, lib=_LIB)
-register_autograd(_LIB, "bn_act", _setup_context, _autograd_backward)
+register_autograd(_LIB, "bn_act", _forward, _setup_context, _autograd_backward)
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -386,9 +386,7 @@ def bn_act(
         raise TypeError(f"bn_act: x: got {type(x).__name__}, expected a Tensor")
     if momentum is None and training and running_mean is not None and num_batches_tracked is None:
         raise ValueError("bn_act: num_batches_tracked: got None, expected a scalar tensor when momentum is None")
-    y, mean, var = _OP(
-        x, weight, bias, running_mean, running_var, residual, training, eps, act, backend
-    )
+    y, mean, var = _OP(x, weight, bias, running_mean, running_var, residual, training, eps, act, backend)
     if training and not _is_empty(x):
         _update_running(running_mean, running_var, num_batches_tracked, mean, var, momentum, x)
     out: Tensor = y
@@ -453,19 +451,23 @@ def bn_act_module(
 
 def batch_norm_arguments(bn: nn.BatchNorm2d) -> dict[str, Any]:
     """`bn_act`'s arguments that mean what `bn.forward` would do now (torch.nn.modules.batchnorm._BatchNorm.forward)."""
-    mean, var = bn.running_mean, bn.running_var
-    tracks = bn.training and bn.track_running_stats
-    use_buffers = not bn.training or bn.track_running_stats
-    momentum = bn.momentum
-    if momentum is None and bn.num_batches_tracked is None:
-        momentum = 0.0  # as in _BatchNorm.forward: without a counter there is no cumulative average
+    parameters, buffers = bn._parameters, bn._buffers  # a Module's own attribute look-up costs ten times as much
+    if "weight" in parameters:
+        weight, bias = parameters["weight"], parameters["bias"]
+        mean, var, count = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+    else:  # a replica of nn.DataParallel holds plain attributes
+        weight, bias = bn.weight, bn.bias
+        mean, var, count = bn.running_mean, bn.running_var, bn.num_batches_tracked
+    training, tracks, momentum = bn.training, bn.track_running_stats, bn.momentum
+    use_buffers = not training or tracks
     return {
         "running_mean": mean if use_buffers else None,
         "running_var": var if use_buffers else None,
-        "weight": bn.weight,
-        "bias": bn.bias,
-        "training": bn.training or (mean is None and var is None),
-        "momentum": momentum,
+        "weight": weight,
+        "bias": bias,
+        "training": training or (mean is None and var is None),
+        # as in _BatchNorm.forward: without a counter there is no cumulative average
+        "momentum": 0.0 if momentum is None and count is None else momentum,
         "eps": bn.eps,
-        "num_batches_tracked": bn.num_batches_tracked if tracks else None,
+        "num_batches_tracked": count if training and tracks else None,
     }
