@@ -37,11 +37,15 @@ class Backend:
 
 @dataclass
 class Operator:
-    """An operator's backends and, per device type, the order in which "auto" tries them."""
+    """An operator's backends and, per device type, the order in which "auto" tries them.
+
+    `chosen` remembers choices: refusals follow from the tensor's dtype and device alone.
+    """
 
     name: str
     order: dict[str, tuple[str, ...]]
     backends: dict[str, Backend] = field(default_factory=dict)
+    chosen: dict[tuple[str, torch.dtype, torch.device], Backend] = field(default_factory=dict)
 
     def add(self, backend: Backend) -> None:
         self.backends[backend.name] = backend
@@ -104,6 +108,8 @@ def reload_environment() -> None:
     """Takes changes of FASTRES_BACKEND and FASTRES_DISABLE since import into account."""
     global _settings
     _settings = _from_environment()
+    for operator in OPERATORS.values():
+        operator.chosen.clear()
 
 
 def refusals(backend: Backend, x: Tensor) -> list[str]:
@@ -120,6 +126,14 @@ def choose(operator: Operator, requested: str, x: Tensor) -> Backend:
         ValueError: `requested` names no backend of this operator.
         BackendError: `requested` names a backend that refuses.
     """
+    key = (requested, x.dtype, x.device)
+    backend = operator.chosen.get(key)
+    if backend is None:
+        backend = operator.chosen[key] = _choose(operator, requested, x)
+    return backend
+
+
+def _choose(operator: Operator, requested: str, x: Tensor) -> Backend:
     if requested == AUTO:
         requested = _settings.backend
     if requested != AUTO:

@@ -28,3 +28,17 @@ def _usable(request):
         reasons = _dispatch.refusals(_dispatch.OPERATORS["bn_act"].backends[name], torch.empty(1, 1, 1, 1))
         if reasons:
             pytest.skip("; ".join(reasons))
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """Sets FASTRES_* variables for one test: `settings(FASTRES_DISABLE="cpu", FASTRES_BACKEND=None)`."""
+
+    def change(**variables):
+        for name, value in variables.items():
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        _dispatch.reload_environment()
+
+    yield change
+    monkeypatch.undo()
+    _dispatch.reload_environment()

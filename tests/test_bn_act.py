@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 import fastres
-from fastres import _dispatch
 from fastres._dispatch import BackendError
 from fastres.functional import bn_act
 from referee import DTYPES, INTERPRETER_DTYPES, LAYOUTS, assert_as_good, layout
@@ -370,14 +369,10 @@ def test_must_not_refuse_and_refusals_as_data():
         bn_act(torch.zeros(2, 3, 4, 5).double(), None, None, training=True, backend="triton")
 
 
-def test_environment_picks_and_disables(monkeypatch):
+def test_environment_picks_and_disables(settings):
     x = torch.zeros(2, 3, 4, 5)
-    monkeypatch.setattr(_dispatch, "_settings", _dispatch._settings)
-    monkeypatch.setenv("FASTRES_BACKEND", "reference")
-    _dispatch.reload_environment()
+    settings(FASTRES_BACKEND="reference")
     assert fastres.explain("bn_act", x).chosen == "reference"
-    monkeypatch.delenv("FASTRES_BACKEND")
-    monkeypatch.setenv("FASTRES_DISABLE", "cpu, triton")
-    _dispatch.reload_environment()
+    settings(FASTRES_BACKEND=None, FASTRES_DISABLE="cpu, triton")
     explanation = fastres.explain("bn_act", x)
     assert explanation.chosen == "reference" and explanation.refusals["cpu"] == ["disabled by FASTRES_DISABLE"]

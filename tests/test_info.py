@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastres
-from fastres import _dispatch, _extension, _info
+from fastres import _extension, _info
 
 
 def test_info_is_plain_data_with_every_section():
@@ -66,11 +66,8 @@ def test_info_text_fits_a_terminal_and_shows_the_data():
         assert part in text
 
 
-def test_info_shows_the_environment_in_force(monkeypatch):
-    monkeypatch.setenv("FASTRES_DISABLE", "cpu,triton")
-    monkeypatch.delenv("FASTRES_BACKEND", raising=False)
-    monkeypatch.setattr(_dispatch, "_settings", _dispatch._settings)
-    _dispatch.reload_environment()
+def test_info_shows_the_environment_in_force(settings):
+    settings(FASTRES_DISABLE="cpu,triton", FASTRES_BACKEND=None)
     found = fastres.info()
     assert found["environment"]["FASTRES_DISABLE"] == "cpu,triton" and "FASTRES_BACKEND" not in found["environment"]
     assert found["operators"]["cpu"]["bn_act"]["cpu"] == ["disabled by FASTRES_DISABLE"]
