@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastres
-from fastres import _extension, _info
+from fastres import _dispatch, _extension, _info
 
 
 def test_info_is_plain_data_with_every_section():
