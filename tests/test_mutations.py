@@ -74,9 +74,9 @@ MUTANTS = [
     Mutant(
         "residual-and-input-swapped",
         "fastres/ops/bn_act.py",
-        "x, weight, bias, running_mean, running_var, residual, training, eps, act, backend\n    )\n    if training",
-        "x if residual is None else residual, weight, bias, running_mean, running_var, "
-        "None if residual is None else x, training, eps, act, backend\n    )\n    if training",
+        "_OP(x, weight, bias, running_mean, running_var, residual, training",
+        "_OP(x if residual is None else residual, weight, bias, running_mean, running_var, "
+        "None if residual is None else x, training",
     ),
     Mutant(
         "triton-tail-mask-dropped",
