@@ -53,7 +53,8 @@ def quick(tmp_path_factory):
 def test_demo_quick_runs_end_to_end(quick):
     done, out = quick
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    # nothing but a warning that a tiny network froze to something slower, which a busy machine may measure
+    assert all(line.startswith("freeze: ") for line in done.stderr.splitlines()), done.stderr
     for part in ("held-out accuracy", "predictions agree", "eager NCHW", "eager channels_last", "swapped"):
         assert part in done.stdout
     assert f"{out / 'demo.json'}\n" in done.stdout and f"{out / 'demo.png'}\n" in done.stdout
@@ -290,7 +291,7 @@ def test_interrupt_is_one_line_and_130(tmp_path):
                 break
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert (process.returncode, err) == (130, "fastres: interrupted\n")
