@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ HOPELESS = 3.0
 
 
 def measure(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    """Milliseconds a call, the median of interleaved rounds: at most 7 of them, about 2 seconds, at least 3.
+    """Milliseconds a call, the (upper) median of interleaved rounds: at most 7 of them, about 2 seconds, at least 3.
 
     Args:
         calls: what to time, by name; each is warmed up once first, and one that then takes more than 3x the fastest's
@@ -33,7 +32,7 @@ def measure(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[s
                 if turn and min(warm[name], *samples[name]) > HOPELESS * min(min(s) for s in samples.values()):
                     continue
                 samples[name].append(_milliseconds(call, device))
-    return {name: statistics.median(times) for name, times in samples.items()}
+    return {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:
