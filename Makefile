@@ -44,7 +44,7 @@ test: $(STAMP_EXTENSION)  ## the default tests (ARGS="tests/test_bn_act.py" to c
 test-full: $(STAMP_EXTENSION)  ## every test, also those that take minutes or build and install packages
 	$(PYTEST) -m "full or not full" $(ARGS)
 
-bench: $(STAMP_EXTENSION)  ## the benchmarks beside every installed peer
+bench: $(STAMP_EXTENSION)  ## the benchmarks beside eager and torch.compile
 	$(VPY) -m pytest benchmarks/ $(ARGS)
 
 lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict
