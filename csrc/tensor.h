@@ -64,6 +64,25 @@ inline void check_channels(const Tensor& t, const char* name, int64_t channels) 
                   channels, "], got ", shape_string(t));
 }
 
+// Uninitialised, with the dtype, sizes and strides of `like`, on the CPU. Straight to the allocator: through the
+// dispatcher, as torch::stable::empty_like goes, it takes as long as a small kernel.
+inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                            torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype) {
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+inline Tensor empty_as(const Tensor& like) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  return empty_strided(like.sizes(), like.strides(), dtype);
+}
+inline Tensor empty_channels(int64_t channels) {  // [C], fp32
+  const int64_t one = 1;
+  return empty_strided({&channels, 1}, {&one, 1}, aoti_torch_dtype_float32());
+}
+
 template <class T>
 const T* input(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
@@ -79,6 +98,44 @@ T* output(const Tensor& t) {
 template <class T>
 T* output(const OptionalTensor& t) {
   return t ? output<T>(*t) : nullptr;
+}
+
+// ---- Questions of a whole call (`_<op>_direct_native`), which answers instead of raising.
+
+// [N, C, H, W], dense in one order and no other: C > 1 and H * W > 1, strides to the letter. None: neither, or both.
+inline std::optional<bool> plainly_channels_last(const Tensor& t) {
+  if (t.dim() != 4 || t.numel() == 0) return std::nullopt;
+  const auto size = t.sizes(), stride = t.strides();
+  const int64_t c = size[1], h = size[2], w = size[3];
+  if (c == 1 || h * w == 1) return std::nullopt;
+  if (stride[0] != c * h * w) return std::nullopt;
+  if (stride[1] == 1 && stride[3] == c && stride[2] == w * c) return true;
+  if (stride[3] == 1 && stride[2] == w && stride[1] == h * w) return false;
+  return std::nullopt;
+}
+
+// Contiguous, the strides of dimensions of size 1 included.
+inline bool is_canonically_contiguous(const Tensor& t) {
+  const auto size = t.sizes(), stride = t.strides();
+  int64_t expected = 1;
+  for (int64_t d = t.dim() - 1; d >= 0; --d) {
+    if (stride[d] != expected) return false;
+    expected *= size[d];
+  }
+  return true;
+}
+
+inline bool looks_like(const OptionalTensor& t, const Tensor& like) {
+  if (!t) return true;
+  const auto size = t->sizes(), stride = t->strides(), size_wanted = like.sizes(), stride_wanted = like.strides();
+  return t->is_cpu() && t->scalar_type() == like.scalar_type() && t->dim() == like.dim() &&
+         std::equal(size.begin(), size.end(), size_wanted.begin()) &&
+         std::equal(stride.begin(), stride.end(), stride_wanted.begin());
+}
+
+inline bool has_kernel_dtype(const Tensor& t) {
+  const ScalarType dtype = t.scalar_type();
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
 // Calls f with a value of the element type of `t`: float, BFloat16 or Half (element.h).
@@ -114,6 +171,7 @@ template <class F>
 void parallel_tasks(int64_t tasks, int64_t elements, const F& f) {
   constexpr int64_t kElementsPerThread = 16384;
   const int64_t grain = std::max<int64_t>(1, tasks * kElementsPerThread / std::max<int64_t>(1, elements));
+  if (tasks <= grain) return f(0, tasks);
   torch::stable::parallel_for(0, tasks, grain, f);
 }
 

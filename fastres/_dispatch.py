@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,12 +28,18 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operator: `why_not(x)` lists its refusals, its launches fill preallocated outputs."""
+    """One way to run an operator: `why_not(x)` lists its refusals, its launches fill preallocated outputs.
+
+    `direct` and `direct_backward`, where a backend has them, are the whole call in one kernel, outputs allocated; they
+    return nothing but None, having done nothing, for tensors that they leave to the general way.
+    """
 
     name: str
     why_not: Callable[[Tensor], list[str]]
     forward: Callable[..., None]
     backward: Callable[..., None]
+    direct: Callable[..., Any] | None = None
+    direct_backward: Callable[..., Any] | None = None
 
 
 @dataclass

@@ -11,10 +11,13 @@
 // Sums: fp32 over at most some thousand elements, then fp64. Variance: squared deviations from a shift taken inside the
 // same task. A shift that is the mean of k of n values multiplies the rounding error by at most 1 + n / k, whatever the
 // data.
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
+#include <tuple>
 
 #include "cpu/bn_act_planes.h"
 #include "cpu/bn_act_rows.h"
@@ -81,23 +84,10 @@ void passes(const Shape& shape, const Scratch& scratch, Wanted wanted, const Ter
   if (wanted.map) launch(MapRows<Map>{map, part}, part.tasks(), shape.numel);
 }
 
-void bn_act(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, Tensor y, Tensor mean,
-            Tensor var, bool channels_last, bool training, double eps, std::string act) {
-  check_cpu(x, "x");
-  check_layout(x, "x", channels_last);
-  const Shape shape(x, channels_last);
-  const auto check_activation = [&](const Tensor& t, const char* name) {
-    check_same(t, name, x, "x");
-    check_layout(t, name, channels_last);
-  };
-  if (residual) check_activation(*residual, "residual");
-  check_activation(y, "y");
-  if (weight) check_channels(*weight, "weight", shape.channels);
-  if (bias) check_channels(*bias, "bias", shape.channels);
-  check_channels(mean, "mean", shape.channels);
-  check_channels(var, "var", shape.channels);
-  const float floor = is_relu(act) ? 0.f : -std::numeric_limits<float>::infinity();
-
+void forward(const Shape& shape, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+             const OptionalTensor& residual, const Tensor& y, const Tensor& mean, const Tensor& var, bool training,
+             double eps, bool relu) {
+  const float floor = relu ? 0.f : -std::numeric_limits<float>::infinity();
   const Scratch scratch(shape.channels, training ? shape.chunks() : 0);
   const ForwardChannel channel{input<float>(weight), input<float>(bias), output<float>(mean), output<float>(var),
                                scratch.scale,        scratch.bias,       eps};
@@ -112,33 +102,10 @@ void bn_act(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor
   });
 }
 
-void bn_act_backward(Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, Tensor mean, Tensor var,
-                     OptionalTensor dx, OptionalTensor dweight, OptionalTensor dbias, OptionalTensor dresidual,
-                     bool channels_last, bool training, double eps, std::string act) {
-  check_cpu(dy, "dy");
-  check_layout(dy, "dy", channels_last);
-  const Shape shape(dy, channels_last);
-  const auto check_activation = [&](const OptionalTensor& t, const char* name) {
-    if (!t) return;
-    check_same(*t, name, dy, "dy");
-    check_layout(*t, name, channels_last);
-  };
-  check_activation(x, "x");
-  check_activation(y, "y");
-  check_activation(dx, "dx");
-  check_activation(dresidual, "dresidual");
-  const auto check_parameter = [&](const OptionalTensor& t, const char* name) {
-    if (t) check_channels(*t, name, shape.channels);
-  };
-  check_parameter(weight, "weight");
-  check_parameter(mean, "mean");
-  check_parameter(var, "var");
-  check_parameter(dweight, "dweight");
-  check_parameter(dbias, "dbias");
-  const bool mask = is_relu(act);
-  STD_TORCH_CHECK(!mask || y, "y: act=\"relu\" takes its mask from the output of the forward, got None");
-  if (!dx && !dweight && !dbias && !dresidual) return;
-
+void backward(const Shape& shape, const Tensor& dy, const Tensor& x, const OptionalTensor& y,
+              const OptionalTensor& weight, const Tensor& mean, const Tensor& var, const OptionalTensor& dx,
+              const OptionalTensor& dweight, const OptionalTensor& dbias, const OptionalTensor& dresidual,
+              bool training, double eps, bool mask) {
   const bool eval_map = dx && !training;  // needs no sums; otherwise the sums write dresidual on their way
   const bool sums = dweight || dbias || !eval_map;
   const Scratch scratch(shape.channels, sums ? shape.chunks() : 0);
@@ -171,10 +138,132 @@ void bn_act_backward(Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weigh
   });
 }
 
+// ---- Filling what the caller allocated: any call, checked.
+
+void bn_act(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, Tensor y, Tensor mean,
+            Tensor var, bool channels_last, bool training, double eps, std::string act) {
+  check_cpu(x, "x");
+  check_layout(x, "x", channels_last);
+  const Shape shape(x, channels_last);
+  const auto check_activation = [&](const Tensor& t, const char* name) {
+    check_same(t, name, x, "x");
+    check_layout(t, name, channels_last);
+  };
+  if (residual) check_activation(*residual, "residual");
+  check_activation(y, "y");
+  if (weight) check_channels(*weight, "weight", shape.channels);
+  if (bias) check_channels(*bias, "bias", shape.channels);
+  check_channels(mean, "mean", shape.channels);
+  check_channels(var, "var", shape.channels);
+  forward(shape, x, weight, bias, residual, y, mean, var, training, eps, is_relu(act));
+}
+
+void bn_act_backward(Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, Tensor mean, Tensor var,
+                     OptionalTensor dx, OptionalTensor dweight, OptionalTensor dbias, OptionalTensor dresidual,
+                     bool channels_last, bool training, double eps, std::string act) {
+  check_cpu(dy, "dy");
+  check_layout(dy, "dy", channels_last);
+  const Shape shape(dy, channels_last);
+  const auto check_activation = [&](const OptionalTensor& t, const char* name) {
+    if (!t) return;
+    check_same(*t, name, dy, "dy");
+    check_layout(*t, name, channels_last);
+  };
+  check_activation(x, "x");
+  check_activation(y, "y");
+  check_activation(dx, "dx");
+  check_activation(dresidual, "dresidual");
+  const auto check_parameter = [&](const OptionalTensor& t, const char* name) {
+    if (t) check_channels(*t, name, shape.channels);
+  };
+  check_parameter(weight, "weight");
+  check_parameter(mean, "mean");
+  check_parameter(var, "var");
+  check_parameter(dweight, "dweight");
+  check_parameter(dbias, "dbias");
+  const bool mask = is_relu(act);
+  STD_TORCH_CHECK(!mask || y, "y: act=\"relu\" takes its mask from the output of the forward, got None");
+  if (!dx && !dweight && !dbias && !dresidual) return;
+
+  backward(shape, dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, training, eps, mask);
+}
+
+// ---- The whole call, for the tensors that networks are made of: allocates, computes, and moves the running statistics.
+// Nothing is returned, and nothing has happened, where the call is another: ops/bn_act.py then takes the general way,
+// which knows every layout and dtype, and says what is wrong with bad input.
+
+bool is_per_channel(const OptionalTensor& t, int64_t channels) {
+  return !t || (t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 1 && t->size(0) == channels &&
+                t->stride(0) == 1);
+}
+
+// running = (1 - momentum) * running + momentum * value * correction
+void move(const OptionalTensor& running, const Tensor& value, double momentum, double correction) {
+  if (!running) return;
+  float* r = output<float>(running);
+  const float* v = input<float>(value);
+  for (int64_t c = 0; c < running->numel(); ++c) {
+    r[c] = static_cast<float>((1 - momentum) * r[c] + momentum * correction * v[c]);
+  }
+}
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_direct(
+    Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, OptionalTensor running_mean,
+    OptionalTensor running_var, OptionalTensor num_batches_tracked, bool training, double momentum, double eps,
+    bool relu) {
+  const auto channels_last = plainly_channels_last(x);
+  if (!channels_last || !x.is_cpu() || !has_kernel_dtype(x) || !looks_like(residual, x)) return {};
+  const Shape shape(x, *channels_last);
+  for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
+    if (!is_per_channel(*t, shape.channels)) return {};
+  }
+  if (num_batches_tracked && (!num_batches_tracked->is_cpu() || num_batches_tracked->numel() != 1 ||
+                              num_batches_tracked->scalar_type() != ScalarType::Long)) {
+    return {};
+  }
+  const int64_t count = shape.numel / shape.channels;
+  if (training ? count == 1 : !(running_mean && running_var)) return {};
+
+  const Tensor y = empty_as(x), mean = empty_channels(shape.channels), var = empty_channels(shape.channels);
+  if (!training) {  // copies: backward uses the statistics of this forward, whatever happens to the buffers in between
+    std::copy_n(input<float>(running_mean), shape.channels, output<float>(mean));
+    std::copy_n(input<float>(running_var), shape.channels, output<float>(var));
+  }
+  forward(shape, x, weight, bias, residual, y, mean, var, training, eps, relu);
+  if (training) {
+    move(running_mean, mean, momentum, 1);
+    move(running_var, var, momentum, static_cast<double>(count) / static_cast<double>(count - 1));
+    if (num_batches_tracked) ++*output<int64_t>(num_batches_tracked);
+  }
+  return {y, mean, var};
+}
+
+// `needs`: one bit each for dx, dweight, dbias, dresidual.
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> bn_act_backward_direct(
+    Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, Tensor mean, Tensor var, bool training, double eps,
+    bool relu, int64_t needs) {
+  const auto channels_last = plainly_channels_last(x);
+  if (!channels_last || !x.is_cpu() || !has_kernel_dtype(x) || !looks_like(dy, x) || !looks_like(y, x) ||
+      (relu && !y)) {
+    return {};
+  }
+  const Shape shape(x, *channels_last);
+  if (!is_per_channel(weight, shape.channels)) return {};
+  const auto wanted = [&](int bit, auto make) { return needs >> bit & 1 ? OptionalTensor(make()) : OptionalTensor(); };
+  const auto activation = [&] { return empty_as(x); };
+  const auto per_channel = [&] { return empty_channels(shape.channels); };
+  const OptionalTensor dx = wanted(0, activation), dweight = wanted(1, per_channel), dbias = wanted(2, per_channel),
+                       dresidual = wanted(3, activation);
+  backward(shape, dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, training, eps, relu);
+  return {dx, dweight, dbias, dresidual};
+}
+
 }  // namespace
 }  // namespace fastres
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("_bn_act_native", TORCH_BOX(&fastres::bn_act));
   m.impl("_bn_act_backward_native", TORCH_BOX(&fastres::bn_act_backward));
+  m.impl("_bn_act_direct_native", TORCH_BOX(&fastres::bn_act_direct));
+  m.impl("_bn_act_backward_direct_native", TORCH_BOX(&fastres::bn_act_backward_direct));
 }

@@ -14,8 +14,37 @@ import torch
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _after_autograd = torch._C._after_autograd_keyset
-_any_requires_grad = torch._C._any_requires_grad
+any_requires_grad = torch._C._any_requires_grad
 _KERNEL_KEYS = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state
+
+
+def goes_straight(*tensors: object) -> bool:
+    """Whether a call on `tensors` would reach the kernel as it is: no tensor subclass, mode, transform or tracer between.
+
+    The dispatcher and its Python kernels cost more than a small activation's arithmetic. Where nothing would change the
+    call on its way, an operator may take the short one: the kernel, inside an autograd.Function if need be.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _PLAIN.issuperset(map(type, tensors))
+        and not _dispatch_modes()
+        and not _function_modes()
+        and not _transforms()
+        and _tracing() is None
+    )
+
+
+def leave_to_the_general_way(library: torch.library.Library, name: str) -> None:
+    """Gives a whole-call kernel its answer where none is compiled for the tensors' devices: None for every output."""
+    returns = len(getattr(torch.ops.fastres, name).default._schema.returns)
+    nothing = None if returns == 1 else (None,) * returns
+    library.impl(name, lambda *args: nothing, "CompositeExplicitAutograd")
 
 
 def register_autograd(
@@ -58,7 +87,7 @@ def register_autograd(
 
     def autograd(keyset: Any, *args: Any) -> Any:
         keyset = keyset & _after_autograd
-        if torch.is_grad_enabled() and _any_requires_grad(*args):
+        if torch.is_grad_enabled() and any_requires_grad(*args):
             return apply(*args, *defaults[len(args) :], keyset)
         with _below_autograd():
             return run(keyset, args)

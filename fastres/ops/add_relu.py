@@ -10,13 +10,14 @@ serves both inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
-from fastres.ops._autograd import register_autograd
+from fastres.ops._autograd import goes_straight, leave_to_the_general_way, register_autograd
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -30,6 +31,8 @@ _LIB.define('add_relu(Tensor x, Tensor residual, str backend="auto") -> Tensor')
 _LIB.define('add_relu_backward(Tensor dy, Tensor y, str backend="auto") -> Tensor')
 _LIB.define("_add_relu_native(Tensor x, Tensor residual, Tensor(a!) y) -> ()")
 _LIB.define("_add_relu_backward_native(Tensor dy, Tensor y, Tensor(a!) dx) -> ()")
+_LIB.define("_add_relu_direct_native(Tensor x, Tensor residual) -> Tensor?")
+_LIB.define("_add_relu_backward_direct_native(Tensor dy, Tensor y) -> Tensor?")
 
 
 # ---- reference -------------------------------------------------------------------------------------------------------
@@ -95,17 +98,48 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    (y,) = ctx.saved_tensors
+    return *_gradients(ctx.needs_input_grad, dy, *ctx.saved_tensors, ctx.backend), None
+
+
+def _gradients(
+    needs: tuple[bool, ...], dy: Tensor, y: Tensor, backend: str
+) -> tuple[Tensor | None, Tensor | None]:
     if torch.is_grad_enabled():  # create_graph=True: linear in dy, so one mask serves every order
         dx = torch.where(y.detach() <= 0, 0, dy)
     else:
-        dx = torch.ops.fastres.add_relu_backward.default(dy, y, ctx.backend)
-    return dx if ctx.needs_input_grad[0] else None, dx if ctx.needs_input_grad[1] else None, None
+        dx = torch.ops.fastres.add_relu_backward.default(dy, y, backend)
+    return dx if needs[0] else None, dx if needs[1] else None
+
+
+class _Direct(torch.autograd.Function):
+    """The short way (see ops/_bn_autograd.py): kernels that allocate what they return, None for a call that they leave."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, backend: Backend) -> Tensor | None:
+        assert backend.direct is not None
+        y: Tensor | None = backend.direct(x, residual)
+        ctx.backend = backend
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (y,), needs = ctx.saved_tensors, ctx.needs_input_grad
+        if not torch.is_grad_enabled() and goes_straight(dy, y):
+            dx = ctx.backend.direct_backward(dy, y)
+            if dx is not None:
+                return dx if needs[0] else None, dx if needs[1] else None, None
+        return *_gradients(needs, dy, y, ctx.backend.name), None
+
+
+_apply_direct: Callable[..., Tensor | None] = _Direct.apply
 
 
 for _key in ("CPU", "CUDA"):
     _LIB.impl("add_relu", _forward, _key)
     _LIB.impl("add_relu_backward", _backward, _key)
+for _name in ("_add_relu_direct_native", "_add_relu_backward_direct_native"):
+    leave_to_the_general_way(_LIB, _name)
 torch.library.register_fake("fastres::add_relu", _fake_forward, lib=_LIB)
 torch.library.register_fake("fastres::add_relu_backward", _fake_backward, lib=_LIB)
 register_autograd(_LIB, "add_relu", _forward, _setup_context, _autograd_backward)
@@ -137,7 +171,16 @@ def _triton_backward(dy: Tensor, y: Tensor, dx: Tensor) -> None:
 _OP = torch.ops.fastres.add_relu.default
 OPERATOR = register(Operator("add_relu", order={"cpu": ("cpu",), "cuda": ("triton",)}))
 OPERATOR.add(Backend(REFERENCE, why_not_reference, _reference_forward, _reference_backward))
-OPERATOR.add(Backend("cpu", why_not_cpu, _cpu_forward, _cpu_backward))
+OPERATOR.add(
+    Backend(
+        "cpu",
+        why_not_cpu,
+        _cpu_forward,
+        _cpu_backward,
+        torch.ops.fastres._add_relu_direct_native.default,
+        torch.ops.fastres._add_relu_backward_direct_native.default,
+    )
+)
 OPERATOR.add(Backend("triton", why_not_triton, _triton_forward, _triton_backward))
 
 
@@ -172,5 +215,12 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = AUTO) -> Tensor:
     """
     if not (isinstance(x, Tensor) and isinstance(residual, Tensor)):
         _check(x, residual)
+    if goes_straight(x, residual):
+        chosen = choose(OPERATOR, backend, x)
+        if chosen.direct is not None:
+            grad = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
+            straight: Tensor | None = _apply_direct(x, residual, chosen) if grad else chosen.direct(x, residual)
+            if straight is not None:
+                return straight
     y: Tensor = _OP(x, residual, backend)
     return y

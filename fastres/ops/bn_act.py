@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
-from fastres.ops import _bn_reference
-from fastres.ops._autograd import register_autograd
+from fastres.ops import _bn_autograd, _bn_reference
+from fastres.ops._autograd import goes_straight, leave_to_the_general_way, register_autograd
+from fastres.ops._bn_autograd import Call, call_direct
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -53,6 +54,14 @@ _LIB.define(
 _LIB.define(
     "_bn_act_native(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!) y, Tensor(b!) mean, "
     "Tensor(c!) var, bool channels_last, bool training, float eps, str act) -> ()"
+)
+_LIB.define(
+    "_bn_act_direct_native(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float momentum, float eps, bool relu) -> (Tensor?, Tensor?, Tensor?)"
+)
+_LIB.define(
+    "_bn_act_backward_direct_native(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, "
+    "bool training, float eps, bool relu, int needs) -> (Tensor?, Tensor?, Tensor?, Tensor?)"
 )
 _LIB.define(
     "_bn_act_backward_native(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, Tensor(a!)? dx, "
@@ -249,52 +258,14 @@ def _fake_backward(
     return _filled(x, _empty_gradients(x, y, mean, needs, is_channels_last(x)))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, bias, _, _, residual, ctx.training, ctx.eps, ctx.act, ctx.backend = inputs
-    y, mean, var = output
-    ctx.mark_non_differentiable(mean, var)
-    ctx.param_dtypes = [None if t is None else t.dtype for t in (weight, bias)]
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    ctx.save_for_backward(
-        x if needs_x or needs_weight or needs_bias else None,
-        y if ctx.act == "relu" else None,
-        weight if needs_x else None,
-        mean,
-        var,
-    )
-
-
-def _autograd_backward(ctx: Any, dy: Tensor, _dmean: Any, _dvar: Any) -> tuple[Tensor | None, ...]:
-    x, y, weight, mean, var = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, _, _, needs_residual = ctx.needs_input_grad[:6]
-    needs = [needs_x, needs_weight, needs_bias, needs_residual and ctx.act == "relu"]
-    if x is None:  # the residual alone: nothing of the normalisation is needed
-        grads = [None, None, None, dy if y is None else torch.where(y.detach() <= 0, 0, dy)]
-        needs = [False, False, False, True]
-    elif torch.is_grad_enabled():
-        grads = list(_bn_reference.composite_backward(dy, x, y, weight, mean, var, ctx.training, ctx.eps))
-    else:
-        grads = list(
-            torch.ops.fastres.bn_act_backward.default(
-                dy, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.act, needs, ctx.backend
-            )
-        )
-    dx, dweight, dbias, dresidual = (g if need else None for g, need in zip(grads, needs, strict=True))
-    if needs_residual and dresidual is None:
-        dresidual = dy  # act="none": the addition passes dy on
-    if dweight is not None:
-        dweight = dweight.to(ctx.param_dtypes[0])
-    if dbias is not None:
-        dbias = dbias.to(ctx.param_dtypes[1])
-    return dx, dweight, dbias, None, None, dresidual, None, None, None, None
-
-
 for _key in ("CPU", "CUDA"):
     _LIB.impl("bn_act", _forward, _key)
     _LIB.impl("bn_act_backward", _backward, _key)
+for _name in ("_bn_act_direct_native", "_bn_act_backward_direct_native"):
+    leave_to_the_general_way(_LIB, _name)
 torch.library.register_fake("fastres::bn_act", _fake_forward, lib=_LIB)
 torch.library.register_fake("fastres::bn_act_backward", _fake_backward, lib=_LIB)
-register_autograd(_LIB, "bn_act", _forward, _setup_context, _autograd_backward)
+register_autograd(_LIB, "bn_act", _forward, _bn_autograd.setup_context, _bn_autograd.backward)
 
 
 # ---- backends --------------------------------------------------------------------------------------------------------
@@ -323,7 +294,16 @@ def _triton_backward(*tensors: Tensor | None, **attributes: Any) -> None:
 _OP = torch.ops.fastres.bn_act.default
 OPERATOR = register(Operator("bn_act", order={"cpu": ("cpu",), "cuda": ("triton",)}))
 OPERATOR.add(Backend(REFERENCE, why_not_reference, _bn_reference.forward, _bn_reference.backward))
-OPERATOR.add(Backend("cpu", why_not_cpu, _cpu_forward, _cpu_backward))
+OPERATOR.add(
+    Backend(
+        "cpu",
+        why_not_cpu,
+        _cpu_forward,
+        _cpu_backward,
+        torch.ops.fastres._bn_act_direct_native.default,
+        torch.ops.fastres._bn_act_backward_direct_native.default,
+    )
+)
 OPERATOR.add(Backend("triton", why_not_triton, _triton_forward, _triton_backward))
 
 
@@ -386,6 +366,13 @@ def bn_act(
         raise TypeError(f"bn_act: x: got {type(x).__name__}, expected a Tensor")
     if momentum is None and training and running_mean is not None and num_batches_tracked is None:
         raise ValueError("bn_act: num_batches_tracked: got None, expected a scalar tensor when momentum is None")
+    if momentum is not None and act in ACTS and goes_straight(x, weight, bias, running_mean, running_var, residual):
+        chosen = choose(OPERATOR, backend, x)
+        if chosen.direct is not None:
+            call = Call(running_mean, running_var, num_batches_tracked, training, momentum, eps, act, chosen)
+            straight = call_direct(x, weight, bias, residual, call)
+            if straight is not None:
+                return straight
     y, mean, var = _OP(x, weight, bias, running_mean, running_var, residual, training, eps, act, backend)
     if training and not _is_empty(x):
         _update_running(running_mean, running_var, num_batches_tracked, mean, var, momentum, x)
