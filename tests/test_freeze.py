@@ -107,7 +107,7 @@ def test_blocks_run_our_operator_and_no_batch_norm():
     with torch.profiler.profile() as trace:
         frozen(torch.randn(2, 4, 8, 8))
     names = {event.key for event in trace.key_averages()}
-    assert "fastres::add_relu" in names
+    assert names & {"fastres::add_relu", "fastres::_add_relu_direct_native"}
     assert not any("batch_norm" in name or name in ("aten::add", "aten::add_") for name in names)
 
 

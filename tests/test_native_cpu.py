@@ -337,6 +337,10 @@ def test_refusals_name_the_tensor():
 def test_build_info_says_how_it_was_built():
     module = _extension.native_cpu()
     info = module.build_info()
-    assert info["schema_version"] == _extension.SCHEMA_VERSION and info["torch_target"] == "2.11" and info["cxx_std"] >= 201703
+    assert (
+        info["schema_version"] == _extension.SCHEMA_VERSION
+        and info["torch_target"] == "2.11"
+        and info["cxx_std"] >= 201703
+    )
     assert info["isa_runtime"] in ("baseline", "avx2", "avx512") and info["compiler"].split()[0] in ("gcc", "clang")
     assert module.kernel_attributes() == {}

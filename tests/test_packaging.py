@@ -51,7 +51,7 @@ else:
     import fastres.kernels.add_relu, fastres.kernels.bn_act
     print("kernels: imported")
 
-assert fastres._C.build_info()["schema_version"] == 1
+assert fastres._C.build_info()["schema_version"] == fastres._extension.SCHEMA_VERSION
 assert fastres._extension.why_not_cpu() is None, fastres._extension.why_not_cpu()
 torch.manual_seed(0)
 for layout in (torch.contiguous_format, torch.channels_last):

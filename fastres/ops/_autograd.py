@@ -22,21 +22,26 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
-def goes_straight(*tensors: object) -> bool:
-    """Whether a call on `tensors` would reach the kernel as it is: no tensor subclass, mode, transform or tracer between.
+def goes_straight(first: object, *others: object) -> bool:
+    """Whether a call would reach the kernel as it is: no tensor subclass, mode, transform or tracer stands between.
 
-    The dispatcher and its Python kernels cost more than a small activation's arithmetic. Where nothing would change the
-    call on its way, an operator may take the short one: the kernel, inside an autograd.Function if need be.
+    `first` is the tensor that carries the call: x, or in backward dy, which torch.autograd.grad(is_grads_batched=True)
+    wraps by a transform that no mode shows. The dispatcher and its Python kernels cost more than a small activation's
+    arithmetic. Where nothing would change the call on its way, an operator may take the short one: the kernel, inside an
+    autograd.Function if need be.
     """
     return (
         not torch.compiler.is_compiling()
-        and _PLAIN.issuperset(map(type, tensors))
+        and type(first) is torch.Tensor
+        and _PLAIN.issuperset(map(type, others))
         and not _dispatch_modes()
         and not _function_modes()
         and not _transforms()
         and _tracing() is None
+        and not _is_batched(first)
     )
 
 

@@ -1,8 +1,9 @@
 """Autograd of bn_act: what is saved, the gradients, and the short way. Names and formulas are those of ops/bn_act.py.
 
-The general way goes through the dispatcher: the operator, its Python kernel, a backend that fills preallocated outputs.
-The short way is one call of a kernel that allocates, computes and moves the running statistics; it is taken where nothing
-stands between the call and the kernel (`goes_straight`) and the kernel knows the layout, which it says by what it returns.
+The general way goes through the dispatcher: the operator, its Python kernel, a backend that fills preallocated
+outputs. The short way is one call of a kernel that allocates, computes and moves the running statistics; it is taken
+where nothing stands between the call and the kernel (`goes_straight`) and the kernel knows the layout, which it says by
+what it returns.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def save(
 
 
 def gradients(ctx: Any, dy: Tensor, saved: tuple[Any, ...]) -> Grads:
-    """(dx, dweight, dbias, dresidual) the general way, None where not needed; differentiable under create_graph=True."""
+    """(dx, dweight, dbias, dresidual) the general way, None where not needed; differentiable with create_graph=True."""
     x, y, weight, mean, var = saved
     needs_residual = ctx.needs[3]
     needs = [*ctx.needs[:3], needs_residual and ctx.act == "relu"]

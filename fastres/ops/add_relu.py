@@ -101,9 +101,7 @@ def _autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     return *_gradients(ctx.needs_input_grad, dy, *ctx.saved_tensors, ctx.backend), None
 
 
-def _gradients(
-    needs: tuple[bool, ...], dy: Tensor, y: Tensor, backend: str
-) -> tuple[Tensor | None, Tensor | None]:
+def _gradients(needs: tuple[bool, ...], dy: Tensor, y: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None]:
     if torch.is_grad_enabled():  # create_graph=True: linear in dy, so one mask serves every order
         dx = torch.where(y.detach() <= 0, 0, dy)
     else:
@@ -112,7 +110,7 @@ def _gradients(
 
 
 class _Direct(torch.autograd.Function):
-    """The short way (see ops/_bn_autograd.py): kernels that allocate what they return, None for a call that they leave."""
+    """The short way (see ops/_bn_autograd.py): kernels that allocate; None from one that leaves the call."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor, backend: Backend) -> Tensor | None:

@@ -57,7 +57,8 @@ _LIB.define(
 )
 _LIB.define(
     "_bn_act_direct_native(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float momentum, float eps, bool relu) -> (Tensor?, Tensor?, Tensor?)"
+    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float momentum, float eps, bool relu) "
+    "-> (Tensor?, Tensor?, Tensor?)"
 )
 _LIB.define(
     "_bn_act_backward_direct_native(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, "
