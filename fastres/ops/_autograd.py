@@ -30,8 +30,8 @@ def goes_straight(first: object, *others: object) -> bool:
 
     `first` is the tensor that carries the call: x, or in backward dy, which torch.autograd.grad(is_grads_batched=True)
     wraps by a transform that no mode shows. The dispatcher and its Python kernels cost more than a small activation's
-    arithmetic. Where nothing would change the call on its way, an operator may take the short one: the kernel, inside an
-    autograd.Function if need be.
+    arithmetic. Where nothing would change the call on its way, an operator may take the short one: the kernel, inside
+    an autograd.Function if need be.
     """
     return (
         not torch.compiler.is_compiling()

@@ -98,7 +98,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_gradients(ctx.needs_input_grad, dy, *ctx.saved_tensors, ctx.backend), None
+    (y,) = ctx.saved_tensors
+    return *_gradients(ctx.needs_input_grad, dy, y, ctx.backend), None
 
 
 def _gradients(needs: tuple[bool, ...], dy: Tensor, y: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None]:
