@@ -64,6 +64,24 @@ MUTANTS = [
         "int64_t i = static_cast<int>(begin * kBlock);",
         LARGE,
     ),
+    Mutant(
+        "cpu-biased-running-variance",
+        "csrc/cpu/bn_act.cpp",
+        "momentum, static_cast<double>(count) / static_cast<double>(count - 1));",
+        "momentum, 1);",
+    ),
+    Mutant(
+        "cpu-statistics-moved-in-eval-mode",
+        "csrc/cpu/bn_act.cpp",
+        "  if (training) {\n    move(running_mean",
+        "  if (running_mean) {\n    move(running_mean",
+    ),
+    Mutant(
+        "cpu-streamed-second-row-dropped",
+        "csrc/cpu/bn_act_rows.h",
+        "for (; row < last; ++row) map_rows<W, 1, kStream>(row * part.channels + c, width, c);",
+        "",
+    ),
     Mutant("biased-running-variance", "fastres/ops/bn_act.py", "unbiased = n / (n - 1)", "unbiased = 1.0"),
     Mutant(
         "statistics-updated-before-the-check",

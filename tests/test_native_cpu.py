@@ -7,6 +7,7 @@ can start one element after an aligned address.
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +202,22 @@ def test_bn_act_matches_fp64(channels, channels_last, dtype):
 def test_bn_act_matches_fp64_over_many_tasks(shape, channels_last, dtype):
     torch.manual_seed(0)
     check(Case(shape, dtype, channels_last))
+
+
+def streamed_shape(dtype):
+    """A tensor above an eighth of the last-level cache (csrc/cpu/isa.h: is_cached), of whole vectors and odd rows."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    cache = int(size.read_text().strip().rstrip("K")) << 10 if size.exists() else 32 << 20
+    row = 64 * dtype.itemsize
+    return (1, 64, cache // 8 // row // 9 + 1, 9)
+
+
+@TYPES
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_large_rows_written_past_the_caches(training, offset, dtype):
+    torch.manual_seed(0)
+    check(Case(streamed_shape(dtype), dtype, True, training=training, offset=offset))
 
 
 @TYPES

@@ -49,11 +49,12 @@ void launch(const Kernel& kernel, int64_t tasks, int64_t elements) {
 // [N, C, H, W] as rows or as planes. Where both would do, the one whose inner loop is long.
 struct Shape {
   int64_t numel, channels, batch, plane;
-  bool rows;
+  bool rows, cached;
 
   Shape(const Tensor& x, bool channels_last) : numel(x.numel()), channels(x.size(1)), batch(x.size(0)) {
     STD_TORCH_CHECK(numel > 0, "x: expected at least one element, got shape ", shape_string(x));
     plane = numel / (batch * channels);
+    cached = is_cached(numel * (x.scalar_type() == ScalarType::Float ? 4 : 2));
     rows = channels_last ? channels > 1 : plane == 1;
     if (channels_last && channels == 1) {
       plane = numel;
@@ -81,7 +82,7 @@ void passes(const Shape& shape, const Scratch& scratch, Wanted wanted, const Ter
   if (wanted.sums) launch(SumRows<Term>{term, part, mean, scratch.a, scratch.b}, part.tasks(), shape.numel);
   launch(FinishRows<Channel>{channel, part, wanted.sums ? scratch.a : nullptr, scratch.b}, shape.channel_blocks(),
          (wanted.sums ? part.chunks : 1) * shape.channels);
-  if (wanted.map) launch(MapRows<Map>{map, part}, part.tasks(), shape.numel);
+  if (wanted.map) launch(MapRows<Map>{map, part, shape.cached}, part.tasks(), shape.numel);
 }
 
 void forward(const Shape& shape, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,

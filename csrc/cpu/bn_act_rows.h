@@ -137,15 +137,45 @@ template <class Map>
 struct MapRows {
   Map map;
   Partition part;
+  bool cached;  // what the pass reads and writes stays in the last-level cache
 
   template <int W>
   FASTRES_HD void run(int64_t begin, int64_t end) const {
+    const bool vectors = part.channels % W == 0 && part.tile % W == 0;
+    if (vectors && cached) {
+      // Two rows at a time read the parameters half as often. Not from memory: twice the streams are more than the
+      // prefetcher follows.
+      run_tiles<W, 2, false>(begin, end);
+    } else if (vectors && map.template is_aligned<W>()) {
+      run_tiles<W, 1, true>(begin, end);
+      end_stream();
+    } else {
+      run_tiles<W, 0, false>(begin, end);
+    }
+  }
+
+  // R rows at a time; 0: rows of any width.
+  template <int W, int R, bool kStream>
+  FASTRES_HD void run_tiles(int64_t begin, int64_t end) const {
     for (int64_t task = end - 1; task >= begin; --task) {
       const int64_t chunk = task / part.tiles, c = task % part.tiles * part.tile;
       const int64_t width = part.tile < part.channels - c ? part.tile : part.channels - c;
-      for (int64_t row = part.first_row(chunk), last = part.first_row(chunk + 1); row < last; ++row) {
-        map_run<W, false>(map, row * part.channels + c, width, c);
+      const int64_t last = part.first_row(chunk + 1);
+      int64_t row = part.first_row(chunk);
+      if constexpr (R == 0) {
+        for (; row < last; ++row) map_run<W, false>(map, row * part.channels + c, width, c);
+      } else {
+        for (; row + R <= last; row += R) map_rows<W, R, kStream>(row * part.channels + c, width, c);
+        for (; row < last; ++row) map_rows<W, 1, kStream>(row * part.channels + c, width, c);
       }
+    }
+  }
+
+  template <int W, int R, bool kStream>
+  FASTRES_HD void map_rows(int64_t i, int64_t width, int64_t c) const {
+    for (int64_t k = 0; k < width; k += W) {
+      const auto p = map.template parameters<W, false>(c + k);
+      for (int r = 0; r < R; ++r) map.template at<W, kStream>(i + r * part.channels + k, p);
     }
   }
 };

@@ -78,11 +78,15 @@ struct ForwardMap {
   FASTRES_HD Parameters<W> parameters(int64_t c) const {
     return {parameter<W, kBroadcast>(mean, c), parameter<W, kBroadcast>(scale, c), parameter<W, kBroadcast>(bias, c)};
   }
-  template <int W>
+  template <int W, bool kStream = false>
   FASTRES_HD void at(int64_t i, const Parameters<W>& p) const {
     Float<W> z = affine(load<W>(x + i), p.mean, p.scale, p.bias);
     if constexpr (kResidual) z += load<W>(residual + i);
-    store<W>(y + i, activate(z, broadcast<W>(floor)));
+    put<W, kStream>(y + i, activate(z, broadcast<W>(floor)));
+  }
+  template <int W>
+  FASTRES_HD bool is_aligned() const {
+    return fastres::is_aligned<W>(y);
   }
 };
 
@@ -109,16 +113,20 @@ struct BackwardMap {
     return {parameter<W, kBroadcast>(mean, c), s, parameter<W, kBroadcast>(mean_g, c),
             parameter<W, kBroadcast>(slope, c)};
   }
-  template <int W>
+  template <int W, bool kStream = false>
   FASTRES_HD void at(int64_t i, const Parameters<W>& p) const {
     Float<W> g = load<W>(dy + i);
     if constexpr (kMask) g = relu_gradient(g, load<W>(y + i));
-    if constexpr (kStore) store<W>(dresidual + i, g);
+    if constexpr (kStore) put<W, kStream>(dresidual + i, g);
     if constexpr (kBatch) {
-      store<W>(dx + i, input_gradient(g, load<W>(x + i), p.mean, p.scale, p.mean_g, p.slope));
+      put<W, kStream>(dx + i, input_gradient(g, load<W>(x + i), p.mean, p.scale, p.mean_g, p.slope));
     } else {
-      store<W>(dx + i, g * p.scale);
+      put<W, kStream>(dx + i, g * p.scale);
     }
+  }
+  template <int W>
+  FASTRES_HD bool is_aligned() const {
+    return fastres::is_aligned<W>(dx) && (!kStore || fastres::is_aligned<W>(dresidual));
   }
 };
 
