@@ -4,6 +4,9 @@ A backend says why it cannot take a call as a list of sentences, empty when it c
 the operator's order for that device, that refuses nothing; a backend asked for by name either runs or raises with its
 reasons. No operator is named here.
 
+What refusals follow from is x's dtype and device, and for an operator with `kind` one more value, which that function
+makes of a call's arguments: hashable, so that choices are remembered.
+
 Environment, read at import and by `reload_environment`: `FASTRES_BACKEND` replaces "auto"; `FASTRES_DISABLE` is a
 comma-separated list of backends never chosen ("all" leaves the reference alone).
 """
@@ -11,7 +14,7 @@ comma-separated list of backends never chosen ("all" leaves the reference alone)
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,16 +31,17 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operator: `why_not(x)` lists its refusals, its launches fill preallocated outputs.
+    """One way to run an operator: `why_not(x)`, or `why_not(x, kind)`, lists its refusals; its launches fill
+    preallocated outputs, or return them where the operator says so.
 
     `direct` and `direct_backward`, where a backend has them, are the whole call in one kernel, outputs allocated; they
     return nothing but None, having done nothing, for tensors that they leave to the general way.
     """
 
     name: str
-    why_not: Callable[[Tensor], list[str]]
-    forward: Callable[..., None]
-    backward: Callable[..., None]
+    why_not: Callable[..., list[str]]
+    forward: Callable[..., Any]
+    backward: Any = None  # a Callable; None for an operator whose gradients are other operators'
     direct: Callable[..., Any] | None = None
     direct_backward: Callable[..., Any] | None = None
 
@@ -46,13 +50,16 @@ class Backend:
 class Operator:
     """An operator's backends and, per device type, the order in which "auto" tries them.
 
-    `chosen` remembers choices: refusals follow from the tensor's dtype and device alone.
+    `kind(x, *args, **kwargs)` is what refusals follow from beside x; `chosen` remembers choices. `example(probe)` makes
+    of a small tensor [1, 1, 1, 1] the arguments of an ordinary call in its dtype, on its device.
     """
 
     name: str
     order: dict[str, tuple[str, ...]]
     backends: dict[str, Backend] = field(default_factory=dict)
-    chosen: dict[tuple[str, torch.dtype, torch.device], Backend] = field(default_factory=dict)
+    chosen: dict[tuple[Hashable, ...], Backend] = field(default_factory=dict)
+    kind: Callable[..., Hashable] | None = None
+    example: Callable[[Tensor], tuple[Any, ...]] = lambda probe: (probe,)
 
     def add(self, backend: Backend) -> None:
         self.backends[backend.name] = backend
@@ -119,40 +126,49 @@ def reload_environment() -> None:
         operator.chosen.clear()
 
 
-def refusals(backend: Backend, x: Tensor) -> list[str]:
-    """Why `backend` cannot take a call whose input is `x`; empty when it can."""
+def refusals(backend: Backend, x: Tensor, *kind: Hashable) -> list[str]:
+    """Why `backend` cannot take a call whose input is `x` (of this kind); empty when it can."""
     if _settings.disabled and _settings.disables(backend.name):
         return ["disabled by FASTRES_DISABLE"]
-    return backend.why_not(x)
+    return backend.why_not(x, *kind)
 
 
-def choose(operator: Operator, requested: str, x: Tensor) -> Backend:
-    """The backend that runs `operator` on `x`.
+def ordinary_refusals(operator: Operator, backend: Backend, probe: Tensor) -> list[str]:
+    """Why `backend` cannot take an ordinary call in `probe`'s dtype, on its device; empty when it can."""
+    x, *others = operator.example(probe)
+    kind = () if operator.kind is None else (operator.kind(x, *others),)
+    return refusals(backend, x, *kind)
+
+
+def choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> Backend:
+    """The backend that runs `operator` on `x` (a call of this kind).
 
     Raises:
         ValueError: `requested` names no backend of this operator.
         BackendError: `requested` names a backend that refuses.
     """
-    key = (requested, x.dtype, x.device)
+    key = (requested, x.dtype, x.device, *kind)
     backend = operator.chosen.get(key)
     if backend is None:
-        backend = operator.chosen[key] = _choose(operator, requested, x)
+        backend = operator.chosen[key] = _choose(operator, requested, x, *kind)
     return backend
 
 
-def _choose(operator: Operator, requested: str, x: Tensor) -> Backend:
+def _choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> Backend:
     if requested == AUTO:
-        requested = _settings.backend
+        check_name(_settings.backend)
+        if _settings.backend in operator.backends:  # else other operators have it, and this one chooses for itself
+            requested = _settings.backend
     if requested != AUTO:
         check_name(requested, operator)
         backend = operator.backends[requested]
-        reasons = refusals(backend, x)
+        reasons = refusals(backend, x, *kind)
         if reasons:
             raise BackendError(f"{operator.name}: backend {requested!r} refuses: {'; '.join(reasons)}")
         return backend
     for name in operator.order.get(x.device.type, ()):
         backend = operator.backends[name]
-        if not refusals(backend, x):
+        if not refusals(backend, x, *kind):
             return backend
     return operator.backends[REFERENCE]
 
@@ -180,5 +196,6 @@ def explain(operator: str, x: Tensor, *args: object, backend: str = AUTO, **kwar
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x: got {type(x).__name__}, expected a Tensor")
     op = OPERATORS[operator]
-    chosen = choose(op, backend, x)
-    return Explanation(operator, chosen.name, {name: refusals(b, x) for name, b in op.backends.items()})
+    kind = () if op.kind is None else (op.kind(x, *args, **kwargs),)
+    chosen = choose(op, backend, x, *kind)
+    return Explanation(operator, chosen.name, {name: refusals(b, x, *kind) for name, b in op.backends.items()})

@@ -249,7 +249,7 @@ def _operators(device: str) -> dict[str, dict[str, list[str]]]:
         table[name] = {}
         for backend in operator.backends.values():
             probes = {dtype: torch.empty(2, 8, 4, 4, dtype=dtype, device=device) for dtype in _DTYPES}
-            reasons = {dtype: _dispatch.refusals(backend, probe) for dtype, probe in probes.items()}
+            reasons = {dtype: _dispatch.ordinary_refusals(operator, backend, probe) for dtype, probe in probes.items()}
             common = [reason for reason in reasons[_DTYPES[0]] if all(reason in other for other in reasons.values())]
             own = [
                 f"{str(dtype).removeprefix('torch.')}: {reason}"

@@ -2,5 +2,6 @@
 
 from fastres.ops.add_relu import add_relu
 from fastres.ops.bn_act import bn_act, bn_act_module
+from fastres.ops.conv_act import conv_act
 
-__all__ = ["add_relu", "bn_act", "bn_act_module"]
+__all__ = ["add_relu", "bn_act", "bn_act_module", "conv_act"]

@@ -1,0 +1,488 @@
+"""conv_act: a convolution with the bias, the residual addition and the activation that follow it.
+
+    formula    c = conv2d(x, weight) [+ bias]        stride, padding, dilation, groups as torch.nn.functional.conv2d
+               z = c [+ residual]
+               y = act(z)                            "relu" (NaN passes), "none"; "relu6", "hardswish", "silu"
+    gradient   g         = 0 where y <= 0, else dy   act="relu"; g = dy for act="none"
+               dx        = conv2d's gradient of x at g
+               dweight   = conv2d's gradient of weight at g
+               dbias     = sum g                     over N, H, W
+               dresidual = g
+
+One pass over the output where a backend writes it with its epilogue, instead of three. Saved for backward: x, weight,
+and y for its sign. The other activations' gradients need z: where gradients are wanted they run behind act="none".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
+from fastres.ops._autograd import goes_straight, register_autograd
+from fastres.ops._flops import register_flops
+from fastres.ops._tensors import (
+    KERNEL_DTYPES,
+    check_activation,
+    empty_elementwise,
+    is_channels_last,
+    memory_format,
+    why_not_triton,
+)
+
+Pair = Sequence[int]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "none": lambda z: z,
+    "relu6": lambda z: F.hardtanh_(z, 0.0, 6.0),
+    "hardswish": lambda z: F.hardswish(z, inplace=True),
+    "silu": lambda z: F.silu(z, inplace=True),
+}  # in place, on a tensor of our own
+ACTS = tuple(ACTIVATIONS)
+_BEHIND: dict[str, Callable[[Tensor], Tensor]] = {"relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
+
+_LIB = torch.library.Library("fastres", "FRAGMENT")
+_LIB.define(
+    "conv_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[2] stride, SymInt[2] padding, "
+    'SymInt[2] dilation, SymInt groups, str act, str backend="auto") -> Tensor'
+)
+
+
+# ---- the call: checks, shapes, layout --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conv:
+    """What a backend's refusals follow from, beside x's dtype and device."""
+
+    channels_last: bool  # of the output, as eager's
+    empty: bool
+    weight: tuple[int, ...]  # [K, C / groups, R, S]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    act: str
+    residual: bool
+
+
+def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
+    """(P, Q) of a convolution over (H, W); not positive where the kernel does not fit."""
+    p, q = (
+        (n + 2 * pad - d * (k - 1) - 1) // s + 1
+        for n, k, s, pad, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    )
+    return p, q
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    act: str,
+) -> tuple[int, int, int, int]:
+    """The output's shape, or a typed error that names the argument."""
+    check_activation("conv_act", "x", x)
+    check_activation("conv_act", "weight", weight)
+    for name, t in (("x", x), ("weight", weight)):
+        if t.ndim != 4:
+            wanted = "[N, C, H, W]" if name == "x" else "[K, C / groups, R, S]"
+            raise ValueError(f"conv_act: {name}: got {t.ndim} dimensions {list(t.shape)}, expected 4: {wanted}")
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if any(value < least for value in values):
+            raise ValueError(f"conv_act: {name}: got {tuple(values)}, expected two numbers of at least {least}")
+    n, c, h, w = x.shape
+    k, per_group, r, s = weight.shape
+    if groups < 1 or c % groups or k % groups:
+        raise ValueError(f"conv_act: groups: got {groups}, expected a divisor of x's {c} and of weight's {k} channels")
+    if per_group * groups != c:
+        raise ValueError(
+            f"conv_act: weight: got shape {list(weight.shape)}, expected [K, {c // groups}, R, S]: x has {c} channels "
+            f"in {groups} groups"
+        )
+    if r < 1 or s < 1:
+        raise ValueError(f"conv_act: weight: got shape {list(weight.shape)}, expected a kernel of at least 1x1")
+    p, q = output_size((h, w), (r, s), stride, padding, dilation)
+    if p < 1 or q < 1:
+        raise ValueError(
+            f"conv_act: x: got images of {h}x{w}, too small for a {r}x{s} kernel with padding {tuple(padding)} and "
+            f"dilation {tuple(dilation)}: the output would be {p}x{q}"
+        )
+    shape = n, k, p, q
+    others: list[tuple[str, Tensor | None, tuple[int, ...] | None]]
+    others = [("weight", weight, None), ("bias", bias, (k,)), ("residual", residual, shape)]
+    for name, other, like in others:
+        if other is None:
+            continue
+        check_activation("conv_act", name, other)
+        if like is not None and tuple(other.shape) != like:
+            what = "weight's output channels" if name == "bias" else "the output's shape"
+            raise ValueError(f"conv_act: {name}: got shape {list(other.shape)}, expected {list(like)}, {what}")
+        if other.dtype != x.dtype:
+            raise TypeError(f"conv_act: {name}: got dtype {other.dtype}, expected x's dtype {x.dtype}")
+        if other.device != x.device:
+            raise ValueError(f"conv_act: {name}: got device {other.device}, expected x's device {x.device}")
+    if act not in ACTS:
+        raise ValueError(f"conv_act: act: got {act!r}, expected one of {ACTS}")
+    return shape
+
+
+def _output_is_channels_last(x: Tensor, weight: Tensor) -> bool:
+    """Eager's rule: an input or a weight in channels_last is enough."""
+    return is_channels_last(x) or is_channels_last(weight)
+
+
+def _kind(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    act: str = "relu",
+    backend: str = AUTO,
+) -> Conv:
+    return Conv(
+        _output_is_channels_last(x, weight),
+        x.numel() == 0 or weight.numel() == 0,
+        tuple(weight.shape),
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("dilation", dilation),
+        groups,
+        act,
+        residual is not None,
+    )
+
+
+def _pair(name: str, value: int | Pair) -> tuple[int, int]:
+    if isinstance(value, int | torch.SymInt):
+        return value, value
+    pair = tuple(value)
+    if len(pair) != 2 or isinstance(value, str):
+        raise ValueError(f"conv_act: {name}: got {value!r}, expected a number or two")
+    return pair
+
+
+# ---- operator: kernel, fake, autograd --------------------------------------------------------------------------------
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    act: str,
+    backend: str = AUTO,
+) -> Tensor:
+    shape = _check(x, weight, bias, residual, stride, padding, dilation, groups, act)
+    call = _kind(x, weight, bias, residual, stride, padding, dilation, groups, act)
+    chosen = choose(OPERATOR, backend, x, call)
+    y: Tensor = chosen.forward(x, weight, bias, residual, shape, call)
+    n, k, p, q = shape
+    plain = k > 1 and p * q > 1 and (residual is None or residual.stride() == y.stride())
+    if plain and y.is_contiguous(memory_format=memory_format(call.channels_last)):
+        return y
+    like = _empty_output(x, weight, residual, shape, act, "meta")
+    if y.stride() == like.stride():
+        return y
+    return torch.empty_strided(shape, like.stride(), dtype=y.dtype, device=y.device).copy_(y)
+
+
+def _empty_output(
+    x: Tensor, weight: Tensor, residual: Tensor | None, shape: Sequence[int], act: str, device: torch.device | str
+) -> Tensor:
+    """Uninitialised y, with the strides that eager's conv2d, addition and activation leave."""
+    layout = memory_format(_output_is_channels_last(x, weight))
+    y = torch.empty(shape, dtype=x.dtype, device=device, memory_format=layout)
+    if residual is not None:
+        like = torch.empty_strided(shape, residual.stride(), dtype=x.dtype, device=device)
+        return empty_elementwise(y, like, "none" if act == "none" else "relu")
+    # an activation makes the strides of dimensions of size 1 canonical
+    return torch.empty_like(y, memory_format=torch.contiguous_format) if act != "none" and y.is_contiguous() else y
+
+
+def _fake_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    act: str,
+    backend: str = AUTO,
+) -> Tensor:
+    shape = _check(x, weight, bias, residual, stride, padding, dilation, groups, act)
+    return _empty_output(x, weight, residual, shape, act, x.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.act, ctx.backend = inputs
+    ctx.bias_size = None if bias is None else list(bias.shape)
+    ctx.save_for_backward(x, weight, output if ctx.act == "relu" else None)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, y = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    if y is None:
+        g = dy
+    elif torch.is_grad_enabled():  # create_graph=True: linear in dy, so one mask serves every order
+        g = torch.where(y.detach() <= 0, 0, dy)
+    else:
+        g = torch.ops.fastres.add_relu_backward.default(dy, y)
+    dx = dweight = dbias = None
+    if needs_x or needs_weight or needs_bias:
+        dx, dweight, dbias = torch.ops.aten.convolution_backward.default(
+            g,
+            x,
+            weight,
+            ctx.bias_size,
+            ctx.stride,
+            ctx.padding,
+            ctx.dilation,
+            False,
+            [0, 0],
+            ctx.groups,
+            [needs_x, needs_weight, needs_bias],
+        )
+    return dx, dweight, dbias, g if needs_residual else None, None, None, None, None, None, None
+
+
+for _key in ("CPU", "CUDA"):
+    _LIB.impl("conv_act", _forward, _key)
+torch.library.register_fake("fastres::conv_act", _fake_forward, lib=_LIB)
+register_autograd(_LIB, "conv_act", _forward, _setup_context, _backward)
+
+
+def _flops(x_shape: Any, w_shape: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
+    """Multiplications and additions of the convolution, 2 N K P Q (C / groups) R S; the epilogue's are not counted."""
+    n, k, p, q = out_shape
+    _, per_group, r, s = w_shape
+    flops: int = 2 * n * k * p * q * per_group * r * s
+    return flops
+
+
+register_flops(torch.ops.fastres.conv_act, _flops)
+
+
+# ---- backends: each returns y ----------------------------------------------------------------------------------------
+
+
+def _why_not_reference(x: Tensor, call: Conv) -> list[str]:
+    return []
+
+
+def _reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+) -> Tensor:
+    z = F.conv2d(x, weight, bias, call.stride, call.padding, call.dilation, call.groups)
+    if residual is not None:
+        z = z.add_(residual)
+    return ACTIVATIONS[call.act](z)
+
+
+def why_not_onednn(x: Tensor, call: Conv) -> list[str]:
+    """Refusals of oneDNN's convolution with a fused sum, PyTorch's `mkldnn::_convolution_pointwise`."""
+    if x.device.type != "cpu":
+        return [f"x is on {x.device}, oneDNN runs on cpu"]
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return ["this build of torch has no oneDNN, or torch.backends.mkldnn.enabled is False"]
+    reasons = []
+    if x.dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        reasons.append("float16 needs a CPU with avx512_fp16 or AMX")
+    elif x.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        reasons.append("bfloat16 needs a CPU with AVX-512")
+    elif x.dtype not in KERNEL_DTYPES:
+        reasons.append(f"dtype {x.dtype} runs through the reference")
+    if x.dtype is not torch.float32 and not call.channels_last:
+        reasons.append("16-bit types in NCHW fail inside oneDNN; channels_last works")
+    if call.empty:
+        reasons.append("an empty tensor runs through the reference")
+    return reasons
+
+
+def _onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+) -> Tensor:
+    # oneDNN's own ReLU turns NaN into 0: the activation runs in place behind it, on an output that is still in cache.
+    layout = memory_format(call.channels_last)
+    x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
+    where = list(call.padding), list(call.stride), list(call.dilation), call.groups
+    if residual is not None and call.weight[0] > 1:
+        residual = residual.contiguous(memory_format=layout)
+        z = torch.ops.mkldnn._convolution_pointwise.binary(
+            x, residual, weight, bias, *where, "add", None, None, [], None
+        )
+    else:
+        z = torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, *where, "none", [], "")
+        if residual is not None:  # one channel: its strides say nothing, and oneDNN fails on them
+            z = z.add_(residual)
+    return ACTIVATIONS[call.act](z)
+
+
+def _why_not_cudnn(x: Tensor, call: Conv) -> list[str]:
+    if x.device.type != "cuda":
+        return [f"x is on {x.device}, cuDNN runs on cuda"]
+    if not (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled):
+        return ["cuDNN is missing, or torch.backends.cudnn.enabled is False"]
+    reasons = []
+    if x.dtype not in KERNEL_DTYPES:
+        reasons.append(f"dtype {x.dtype} runs through the reference")
+    if call.act != "relu":
+        reasons.append(f"cuDNN fuses ReLU alone, act is {call.act!r}")
+    if call.empty:
+        reasons.append("an empty tensor runs through the reference")
+    return reasons
+
+
+def _cudnn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+) -> Tensor:
+    where = call.stride, call.padding, call.dilation, call.groups
+    if residual is None:
+        y: Tensor = torch.ops.aten.cudnn_convolution_relu.default(x, weight, bias, *where)
+    else:
+        residual = residual.contiguous(memory_format=memory_format(call.channels_last))
+        y = torch.ops.aten.cudnn_convolution_add_relu.default(x, weight, residual, None, bias, *where)
+    return y
+
+
+def _why_not_triton(x: Tensor, call: Conv) -> list[str]:
+    reasons = why_not_triton(x)
+    if call.empty:
+        reasons.append("an empty tensor runs through the reference")
+    if reasons:
+        return reasons
+    from fastres.kernels.conv_act import why_not
+
+    weight = torch.empty(call.weight, dtype=x.dtype, device="meta")
+    return list(why_not(x, weight, call.stride, call.padding, call.dilation, call.groups))
+
+
+def _triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+) -> Tensor:
+    from fastres.kernels.conv_act import conv_act_forward
+
+    layout = memory_format(call.channels_last)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    conv_act_forward(
+        x.contiguous(memory_format=layout),
+        weight,
+        bias,
+        None if residual is None else residual.contiguous(memory_format=layout),
+        y,
+        stride=call.stride,
+        padding=call.padding,
+        dilation=call.dilation,
+        groups=call.groups,
+        act=call.act,
+        tf32=torch.backends.cudnn.allow_tf32,
+    )
+    return y
+
+
+_OP = torch.ops.fastres.conv_act.default
+
+
+def _example(probe: Tensor) -> tuple[Tensor, Tensor]:
+    x = probe.new_empty(1, 32, 4, 4).contiguous(memory_format=torch.channels_last)
+    return x, probe.new_empty(32, 32, 3, 3)
+
+
+OPERATOR = register(
+    Operator("conv_act", {"cpu": ("onednn",), "cuda": ("cudnn", "triton")}, kind=_kind, example=_example)
+)
+OPERATOR.add(Backend(REFERENCE, _why_not_reference, _reference))
+OPERATOR.add(Backend("onednn", why_not_onednn, _onednn))
+OPERATOR.add(Backend("cudnn", _why_not_cudnn, _cudnn))
+OPERATOR.add(Backend("triton", _why_not_triton, _triton))
+
+
+# ---- public function -------------------------------------------------------------------------------------------------
+
+
+def conv_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    *,
+    act: str = "relu",
+    backend: str = AUTO,
+) -> Tensor:
+    """y = act(conv2d(x, weight, bias) [+ residual]), the epilogue in the convolution's own pass where a backend can.
+
+    Gradients flow to x, weight, bias and residual, to any order. Under torch.autocast every tensor is cast to the
+    autocast dtype, as conv2d's are.
+
+    Args:
+        x: [N, C, H, W], float32, float16, bfloat16 or float64; channels_last is the fast path.
+        weight: [K, C / groups, R, S], x's dtype.
+        bias: [K], x's dtype, or None.
+        residual: [N, K, P, Q], x's dtype and device, added before the activation.
+        stride, padding, dilation: a number or two, as for conv2d; padding is of zeros.
+        groups: divides C and K.
+        act: "relu", "none", "relu6", "hardswish" or "silu".
+        backend: "auto", "reference", "onednn" (CPU), "cudnn" or "triton" (CUDA).
+
+    Returns:
+        y: [N, K, P, Q], P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1; channels_last when x or weight is.
+
+    Raises:
+        ValueError: ranks, shapes, groups, devices that do not fit each other, an output without pixels, unknown act or
+            backend.
+        TypeError: not a tensor, dtypes that differ or are not floating.
+        BackendError: the named backend refuses; the message says why.
+
+    Source: He et al. 2016, section 3.4 (the layers), equation (1) (the residual).
+
+    Example:
+        >>> import torch
+        >>> from fastres.functional import conv_act
+        >>> conv_act(torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), stride=2, padding=1).shape
+        torch.Size([2, 4, 4, 4])
+    """
+    for name, t in (("x", x), ("weight", weight)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"conv_act: {name}: got {type(t).__name__}, expected a Tensor")
+    kind = x.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        residual = None if residual is None else residual.to(dtype)
+    pairs = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    tensors = [t for t in (x, weight, bias, residual) if t is not None]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if grad and act in _BEHIND:
+        z: Tensor = _OP(x, weight, bias, residual, *pairs, groups, "none", backend)
+        return _BEHIND[act](z)
+    if not grad and goes_straight(x, weight, bias, residual):
+        return _forward(x, weight, bias, residual, *pairs, groups, act, backend)
+    y: Tensor = _OP(x, weight, bias, residual, *pairs, groups, act, backend)
+    return y

@@ -1,0 +1,330 @@
+"""conv_act against conv2d, add, act: forward, backward, opcheck, gradcheck, compile, shapes, refusals."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastres
+from fastres._dispatch import OPERATORS, BackendError, refusals
+from fastres.functional import conv_act
+from fastres.ops.conv_act import ACTS, _kind
+from referee import LAYOUTS, assert_as_good, layout
+
+BACKENDS = ("reference", "onednn")
+DTYPES = (torch.float32, torch.bfloat16)
+EAGER = {"relu": F.relu, "none": lambda z: z, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
+GEOMETRY = [  # kernel, stride, padding, dilation
+    (1, 1, 0, 1), (1, 2, 0, 1), (2, 1, 1, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 3, 0, 1), (3, 1, 2, 2), (5, 2, 3, 1),
+    (4, 3, 2, 2), (6, 1, 3, 1), (7, 2, 3, 1), ((1, 3), (2, 1), (0, 1), (1, 2)),
+]  # fmt: skip
+WIDTHS = (1, 3, 8, 17, 33, 64, 65)
+
+
+def pytest_generate_tests(metafunc):
+    if "how" in metafunc.fixturenames:
+        metafunc.parametrize("how", BACKENDS)
+
+
+def skip_if_refused(how, *args, **kwargs):
+    reasons = refusals(OPERATORS["conv_act"].backends[how], args[0], _kind(*args, **kwargs))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+def eager(x, weight, bias=None, residual=None, stride=1, padding=0, dilation=1, groups=1, act="relu"):
+    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return EAGER[act](z if residual is None else z + residual)
+
+
+def problem(c, k, size, geometry, dtype=torch.float32, kind="channels_last", groups=1, residual=True, integer=False):
+    """(x, weight, bias, residual), and the keyword arguments of the call."""
+    kernel, stride, padding, dilation = geometry
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+
+    def draw(*shape):
+        t = torch.randint(-2, 3, shape).float() if integer else torch.randn(shape)
+        return t.to(dtype)
+
+    x, weight = layout(draw(2, c, *size), kind), draw(k, c // groups, *kernel)
+    how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    like = F.conv2d(x.float(), weight.float(), None, **how)
+    r = draw(*like.shape).contiguous(memory_format=torch.channels_last) if residual else None
+    return x, weight, draw(k), r, how
+
+
+def fits(size, geometry):
+    kernel, _, padding, dilation = (v if isinstance(v, tuple) else (v, v) for v in geometry)
+    return all(n + 2 * p > d * (k - 1) for n, k, p, d in zip(size, kernel, padding, dilation, strict=True))
+
+
+# ---- forward ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("geometry", GEOMETRY, ids=str)
+def test_integers_are_exact_over_kernels_strides_paddings_and_dilations(how, geometry):
+    for i, (c, k) in enumerate(itertools.product(WIDTHS, repeat=2)):
+        size = [(1, 1), (2, 5), (7, 7), (9, 4)][i % 4]
+        if not fits(size, geometry):
+            size = (11, 13)
+        x, weight, bias, residual, call = problem(c, k, size, geometry, integer=True, kind=LAYOUTS[i % 2])
+        got = conv_act(x, weight, bias, residual, **call, backend=how)
+        want = eager(x.double(), weight.double(), bias.double(), residual.double(), **call)
+        assert torch.equal(got.double(), want), (c, k, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ACTS)
+def test_forward_against_fp64(how, dtype, act):
+    for (c, k, groups), geometry, residual, bias in itertools.product(
+        [(16, 24, 1), (6, 9, 3), (8, 8, 8)], [GEOMETRY[0], GEOMETRY[4], GEOMETRY[6]], (True, False), (True, False)
+    ):
+        x, weight, b, r, call = problem(c, k, (9, 10), geometry, dtype, groups=groups, residual=residual)
+        b = b if bias else None
+        skip_if_refused(how, x, weight, b, r, **call, act=act)
+        got = conv_act(x, weight, b, r, **call, act=act, backend=how)
+        doubles = [None if t is None else t.double() for t in (x, weight, b, r)]
+        exact = eager(*doubles, **call, act=act)
+        size = eager(*(None if t is None else t.abs() for t in doubles), **call, act="none")
+        assert_as_good(got, eager(x, weight, b, r, **call, act=act), exact, size, f"{act} {geometry} {groups}")
+
+
+def test_row10_nan_and_infinity_as_eager(how):
+    for value, act, kind in itertools.product((float("nan"), float("inf"), -float("inf")), ACTS, LAYOUTS[:2]):
+        x, weight, bias, residual, call = problem(4, 19, (5, 5), (3, 1, 1, 1), kind=kind)
+        x[0, 1, 2, 3] = value
+        residual[1, 7, 0, 0] = value
+        got = conv_act(x, weight, bias, residual, **call, act=act, backend=how)
+        want = eager(x, weight, bias, residual, **call, act=act)
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf()), (value, act)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_row6_views_and_row8_strides_are_eagers(how, kind):
+    for (c, k), size, wkind in itertools.product(
+        [(8, 16), (1, 4), (4, 1)], [(6, 5), (1, 1), (1, 4)], ("nchw", "channels_last")
+    ):
+        x, weight, bias, _, call = problem(c, k, size, (1, 1, 0, 1), kind=kind, residual=False)
+        weight = layout(weight, wkind)
+        got, want = conv_act(x, weight, bias, **call, backend=how), eager(x, weight, bias, **call)
+        assert got.stride() == want.stride(), (c, k, size, wkind)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_row24_the_residual_may_share_storage_with_x_and_nothing_is_changed(how):
+    x, weight, bias, _, call = problem(8, 8, (6, 6), (3, 1, 1, 1), residual=False)
+    before = x.clone()
+    want = eager(x, weight, bias, x, **call)
+    torch.testing.assert_close(conv_act(x, weight, bias, x, **call, backend=how), want, rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, before)
+    wide = layout(torch.randn(2, 16, 6, 6), "channels_last")
+    halves = wide[:, :8], wide[:, 8:]  # views of one storage
+    want = eager(halves[0].clone(), weight, bias, halves[1].clone(), **call)
+    got = conv_act(halves[0], weight, bias, halves[1], **call, backend=how)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_row45_bitwise_repeatable(how):
+    x, weight, bias, residual, call = problem(33, 17, (9, 9), (3, 2, 1, 1))
+    first = conv_act(x, weight, bias, residual, **call, backend=how)
+    assert all(torch.equal(conv_act(x, weight, bias, residual, **call, backend=how), first) for _ in range(20))
+
+
+# ---- backward --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_row50_gradients_and_only_those_asked_for(how, act):
+    x, weight, bias, residual, call = problem(6, 8, (7, 7), (3, 2, 1, 1), groups=2)
+    for needs in itertools.product((False, True), repeat=4):
+        ours = [t.clone().requires_grad_(n) for t, n in zip((x, weight, bias, residual), needs, strict=True)]
+        theirs = [t.detach().clone().requires_grad_(n) for t, n in zip(ours, needs, strict=True)]
+        got = conv_act(*ours, **call, act=act, backend=how)
+        want = eager(*theirs, **call, act=act)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        if any(needs):
+            dy = torch.randn_like(want)
+            got.backward(dy)
+            want.backward(dy)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.grad is None) == (b.grad is None)
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_row7_gradients_of_every_layout(how):
+    x, weight, bias, residual, call = problem(6, 8, (7, 7), (3, 1, 1, 1))
+    leaves = [t.requires_grad_() for t in (x, weight, bias, residual)]
+    plain = torch.randn(2, 8, 7, 7)
+    for dy in (plain, layout(plain, "channels_last"), layout(plain, "transposed"), torch.ones(()).expand(2, 8, 7, 7)):
+        got = torch.autograd.grad(conv_act(*leaves, **call, backend=how), leaves, dy)
+        want = torch.autograd.grad(eager(*leaves, **call), leaves, dy)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_row24_what_changes_after_the_forward_is_noticed():
+    x = torch.randn(1, 3, 4, 4, requires_grad=True) * 1
+    weight = torch.randn(3, 3, 1, 1, requires_grad=True)
+    y = conv_act(x, weight)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_opcheck_over_layouts(act):
+    for kind, residual in itertools.product(LAYOUTS, (True, False)):
+        x, weight, bias, r, _ = problem(3, 5, (5, 6), (3, 2, 1, 1), kind=kind, residual=residual)
+        leaves = [t if t is None else t.requires_grad_(act in ("relu", "none")) for t in (x, weight, bias, r)]
+        opcheck(torch.ops.fastres.conv_act.default, (*leaves, [2, 2], [1, 1], [1, 1], 1, act))
+
+
+def test_row19_gradcheck_to_second_order():
+    x, weight, bias, r, call = problem(4, 4, (4, 4), (3, 1, 1, 1), torch.float64, groups=2)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, r)]
+    assert torch.autograd.gradcheck(lambda *a: conv_act(*a, **call), leaves)
+    assert torch.autograd.gradgradcheck(lambda *a: conv_act(*a, **call), leaves)
+
+
+def test_row23_compile_fullgraph_equals_eager_without_recompiles(how):
+    import torch._dynamo.testing
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *a: conv_act(*a, padding=1, backend=how), fullgraph=True, backend=counter)
+    weight, bias = torch.randn(8, 4, 3, 3, requires_grad=True), torch.randn(8, requires_grad=True)
+    for n in range(2, 12):
+        x = layout(torch.randn(n, 4, 6, 6), "channels_last").requires_grad_()
+        got, want = compiled(x, weight, bias), eager(x, weight, bias, padding=1)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        grads = [torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (got, want)]
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+    assert counter.frame_count <= 2
+    assert any("fastres.conv_act" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_row20_row21_autocast_casts_as_conv2d(dtype):
+    x, weight, bias, residual, call = problem(4, 8, (6, 6), (3, 1, 1, 1))
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    with torch.autocast("cpu", dtype=dtype):
+        got = conv_act(*leaves, residual, **call)
+        assert got.dtype == F.conv2d(*leaves, **call).dtype == dtype
+        with torch.autocast("cpu", enabled=False):
+            assert conv_act(*leaves, **call).dtype == torch.float32
+    assert [g.dtype for g in torch.autograd.grad(got.sum(), leaves)] == [torch.float32] * 3
+    torch.testing.assert_close(got.float(), eager(*leaves, residual, **call), rtol=3e-2, atol=0.2)
+
+
+def test_flops_are_counted():
+    x, weight = torch.randn(2, 8, 6, 6), torch.randn(16, 8, 3, 3)
+    with FlopCounterMode(display=False) as ours:
+        conv_act(x, weight, padding=1)
+    with FlopCounterMode(display=False) as theirs:
+        F.conv2d(x, weight, padding=1)
+    assert ours.get_total_flops() == theirs.get_total_flops() == 2 * 2 * 16 * 36 * 8 * 9
+
+
+# ---- shapes and refusals ---------------------------------------------------------------------------------------------
+
+
+def test_row3_no_images(how):
+    weight = torch.randn(5, 3, 3, 3)
+    x = torch.randn(0, 3, 8, 8)
+    if how == "onednn":
+        with pytest.raises(BackendError, match="an empty tensor"):
+            conv_act(x, weight, backend=how)
+    assert conv_act(x, weight).shape == (0, 5, 6, 6)
+    assert conv_act(x.to("meta"), weight.to("meta")).shape == (0, 5, 6, 6)
+
+
+BAD = [
+    ({"x": torch.zeros(4, 6, 6)}, ValueError, "x: got 3 dimensions"),
+    ({"x": torch.zeros(2, 4, 6, 6).int()}, TypeError, "x: got dtype torch.int32"),
+    ({"x": None}, TypeError, "x: got NoneType"),
+    ({"x": torch.zeros(2, 5, 6, 6)}, ValueError, r"weight: got shape \[8, 4, 3, 3\], expected \[K, 5, R, S\]"),
+    ({"x": torch.zeros(2, 4, 2, 6)}, ValueError, r"x: got images of 2x6, too small for a 3x3 kernel"),
+    ({"weight": torch.zeros(8, 4, 3)}, ValueError, "weight: got 3 dimensions"),
+    ({"weight": torch.zeros(8, 4, 0, 3)}, ValueError, "expected a kernel of at least 1x1"),
+    ({"weight": torch.zeros(8, 4, 3, 3).half()}, TypeError, "weight: got dtype torch.float16, expected x's dtype"),
+    ({"weight": torch.zeros(8, 4, 3, 3, device="meta")}, ValueError, "weight: got device meta, expected x's device"),
+    ({"bias": torch.zeros(7)}, ValueError, r"bias: got shape \[7\], expected \[8\]"),
+    ({"bias": torch.zeros(8).double()}, TypeError, "bias: got dtype torch.float64"),
+    ({"residual": torch.zeros(2, 8, 4, 5)}, ValueError, r"residual: got shape \[2, 8, 4, 5\], expected \[2, 8, 4, 4\]"),
+    ({"residual": torch.zeros(2, 8, 4, 4).half()}, TypeError, "residual: got dtype torch.float16"),
+    ({"groups": 3}, ValueError, "groups: got 3, expected a divisor of x's 4"),
+    ({"groups": 0}, ValueError, "groups: got 0"),
+    ({"padding": -1}, ValueError, r"padding: got \(-1, -1\), expected two numbers of at least 0"),
+    ({"stride": 0}, ValueError, r"stride: got \(0, 0\)"),
+    ({"dilation": (1, 0)}, ValueError, r"dilation: got \(1, 0\)"),
+    ({"stride": (1, 1, 1)}, ValueError, r"stride: got \(1, 1, 1\), expected a number or two"),
+    ({"act": "gelu"}, ValueError, "act: got 'gelu'"),
+    ({"backend": "nope"}, ValueError, "backend: got 'nope'"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "words"), BAD)
+def test_bad_input_names_both_sides_on_real_and_meta_tensors(change, error, words):
+    given = {"x": torch.randn(2, 4, 6, 6), "weight": torch.randn(8, 4, 3, 3)} | change
+    for need in (False, True):
+        call = {k: t.clone().requires_grad_() if need and k == "weight" and t.ndim else t for k, t in given.items()}
+        with pytest.raises(error, match=words):
+            conv_act(**call)
+    if "backend" not in change and not any(isinstance(t, torch.Tensor) and t.is_meta for t in change.values()):
+        meta = {k: t.to("meta") if isinstance(t, torch.Tensor) else t for k, t in given.items()}
+        with pytest.raises(error, match=words):
+            conv_act(**meta)
+
+
+NETWORKS = ("resnet18", "resnet50", "resnet152", "resnext50_32x4d", "mobilenet_v2")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_convolution_of_known_networks_is_taken(name):
+    """The must-not-refuse table: oneDNN takes them all, in both layouts for fp32, in channels_last for bf16."""
+    found = set()
+    with torch.device("meta"):
+        net = getattr(torchvision.models, name)(weights=None)
+    for m in net.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            found.add((tuple(m.weight.shape), m.stride, m.padding, m.dilation, m.groups))
+    assert len(found) > 8
+    for (shape, stride, padding, dilation, groups), residual in itertools.product(found, (True, False)):
+        weight = torch.empty(shape, device="meta")
+        for kind, dtype in (("nchw", torch.float32), ("channels_last", torch.float32)):
+            x = layout(torch.empty(2, shape[1] * groups, 14, 14, dtype=dtype), kind)
+            r = torch.empty(0) if residual else None
+            explanation = fastres.explain("conv_act", x, weight, None, r, stride, padding, dilation, groups)
+            assert explanation.chosen == "onednn" and not explanation.refusals["onednn"]
+
+
+def test_refusals_are_sentences():
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 3, 3)
+    explanation = fastres.explain("conv_act", x, weight)
+    assert explanation.refusals["cudnn"] == ["x is on cpu, cuDNN runs on cuda"]
+    half = fastres.explain("conv_act", x.bfloat16(), weight)
+    assert "16-bit types in NCHW fail inside oneDNN; channels_last works" in half.refusals["onednn"]
+    assert half.chosen == "reference"
+    assert fastres.explain("conv_act", x.double(), weight).chosen == "reference"
+    with pytest.raises(BackendError, match="conv_act: backend 'onednn' refuses: dtype torch.float64"):
+        conv_act(x.double(), weight.double(), backend="onednn")
+    with torch.backends.mkldnn.flags(enabled=False):
+        OPERATORS["conv_act"].chosen.clear()
+        assert fastres.explain("conv_act", x, weight).chosen == "reference"
+    OPERATORS["conv_act"].chosen.clear()
+
+
+def test_the_fused_call_is_one_operator_and_adds_nothing():
+    """Launch counts: one convolution with the residual inside it, one activation in place, no addition."""
+    x, weight, bias, residual, call = problem(8, 8, (6, 6), (3, 1, 1, 1))
+    skip_if_refused("onednn", x, weight, bias, residual, **call)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
+        conv_act(x, weight, bias, residual, **call)
+    names = {event.key: event.count for event in trace.key_averages()}
+    assert names["mkldnn::_convolution_pointwise"] == 1 and names["aten::relu_"] == 1
+    assert not any(name in names for name in ("aten::add", "aten::add_", "aten::conv2d", "aten::relu"))
