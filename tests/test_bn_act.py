@@ -16,7 +16,7 @@ from fastres.functional import bn_act
 from referee import DTYPES, INTERPRETER_DTYPES, LAYOUTS, assert_as_good, layout
 
 EPS = 1e-5
-ROW9_CHANNELS = (1, 2, 3, 5, 7, 9, 15, 17, 31, 33, 63, 65, 127, 129, 255, 257, 1000)
+ROW9_CHANNELS = (1, 2, 3, 5, 7, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 1000)
 
 
 def eager(x, mean, var, weight, bias, residual=None, act="relu", training=True):

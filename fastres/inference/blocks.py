@@ -1,4 +1,4 @@
-"""The forward of residual blocks whose BN are folded: ReLU in place, the residual and the last ReLU in one pass.
+"""The forward of residual blocks whose BN are folded: one call per convolution, the residual and ReLU inside the last.
 
 A block becomes one of these classes by its ``__class__``; its children keep their names. Only blocks of exactly
 torchvision's and our own classes, with plain ReLUs and every BN folded.
@@ -11,41 +11,59 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastres.inference.conv import FrozenConv
 from fastres.nn import BasicBlock, Bottleneck
-from fastres.nn.steps import fused_add_relu, is_bare, is_plain
+from fastres.nn.steps import is_bare, is_plain
 
 
-class FrozenBasicBlock(nn.Module):
+class _Frozen(nn.Module):
+    """A residual block whose `main` convolutions each take their epilogue in; the last one the shortcut as well."""
+
+    main: tuple[str, ...] = ()
+    downsample: nn.Module | None
+    # The block before it in one nn.Sequential, in a tuple so that it is not a child; see `own_residuals`.
+    previous: tuple[nn.Module, ...] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        *inner, last = (getattr(self, name) for name in self.main)
+        out = x
+        for conv in inner:
+            out = conv.run(out, None, "relu")  # [N, planes, H / stride, W / stride]
+        if self.downsample is None:
+            # x is the output of the block before, and this block its only reader
+            own = bool(self.previous) and is_bare(self.previous[0]) and not _global_hooks()
+            return last.run(out, x, "relu", overwrite=own)  # type: ignore[no-any-return]
+        residual = self.downsample(x)
+        own = _is_fresh(self.downsample) and not _global_hooks()
+        return last.run(out, residual, "relu", overwrite=own)  # type: ignore[no-any-return]
+
+
+def _is_fresh(shortcut: Any) -> bool:
+    """Whether the projection's output is new memory that nobody else has seen."""
+    if type(shortcut) is not nn.Sequential or not is_bare(shortcut):
+        return False
+    chain = list(shortcut.children())
+    return any(isinstance(m, FrozenConv) for m in chain) and all(is_bare(m) for m in chain)
+
+
+def _global_hooks() -> bool:
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
+class FrozenBasicBlock(_Frozen):
     """relu(conv2(relu(conv1(x))) + shortcut(x)). Shapes: x [N, C_in, H, W] -> y [N, C, H / stride, W / stride]."""
 
-    conv1: nn.Module
-    conv2: nn.Module
-    downsample: nn.Module | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(x).relu_()  # [N, C, H / stride, W / stride]
-        out = self.conv2(out)
-        residual = x if self.downsample is None else self.downsample(x)
-        return fused_add_relu(out, residual, "auto")
+    main = ("conv1", "conv2")
 
 
-class FrozenBottleneck(nn.Module):
+class FrozenBottleneck(_Frozen):
     """relu(conv3(relu(conv2(relu(conv1(x))))) + shortcut(x)). Shapes: x [N, C_in, H, W] -> y, smaller by the stride."""
 
-    conv1: nn.Module
-    conv2: nn.Module
-    conv3: nn.Module
-    downsample: nn.Module | None
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.conv1(x).relu_()  # [N, C, H, W]
-        out = self.conv2(out).relu_()  # [N, C, H / stride, W / stride]
-        out = self.conv3(out)  # [N, 4 C, H / stride, W / stride]
-        residual = x if self.downsample is None else self.downsample(x)
-        return fused_add_relu(out, residual, "auto")
+    main = ("conv1", "conv2", "conv3")
 
 
-_KNOWN: dict[str, tuple[type[nn.Module], tuple[str, ...]]] = {
+_KNOWN: dict[str, tuple[type[_Frozen], tuple[str, ...]]] = {
     "BasicBlock": (FrozenBasicBlock, ("bn1", "bn2")),
     "Bottleneck": (FrozenBottleneck, ("bn1", "bn2", "bn3")),
 }
@@ -62,5 +80,21 @@ def freeze_block(block: Any) -> bool:
         return False
     if not all(type(getattr(block, name)) is nn.Identity and is_bare(getattr(block, name)) for name in norms):
         return False
+    if not all(isinstance(getattr(block, name), FrozenConv) for name in frozen.main):
+        return False
     block.__class__ = frozen
     return True
+
+
+def own_residuals(model: nn.Module, allowed: bool) -> None:
+    """Lets each block of an nn.Sequential write its output over that of the block before it, which it alone reads.
+
+    A network that keeps the outputs between (a pyramid's features) reads them elsewhere too: FrozenModel compares its
+    outputs with and without, on the example, and asks for `allowed=False` where they differ. A forward hook on a block
+    ends it for the block behind it.
+    """
+    for parent in model.modules():
+        children = list(parent.children()) if type(parent) is nn.Sequential else []
+        for before, block in zip(children, children[1:], strict=False):
+            if isinstance(block, _Frozen):
+                block.previous = (before,) if allowed and isinstance(before, _Frozen) else ()

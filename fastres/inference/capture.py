@@ -22,9 +22,15 @@ from fastres.verify.runs import call, named_tensors
 
 @dataclass
 class Capture:
-    """``pairs`` maps a convolution's name to its BN's; every other convolution and norm has its reason."""
+    """``pairs`` maps a convolution's name to its BN's; every other convolution and norm has its reason.
+
+    ``acts`` maps a convolution or a norm to the activation module that alone reads it, and reads nothing else.
+    """
 
     pairs: dict[str, str] = field(default_factory=dict)
+    acts: dict[str, tuple[str, str]] = field(
+        default_factory=dict
+    )  # convolution or norm -> (its activation, "relu", ...)
     convs: dict[str, Refusal] = field(default_factory=dict)
     norms: dict[str, Refusal] = field(default_factory=dict)
 
@@ -32,7 +38,9 @@ class Capture:
 class _Watch(TorchDispatchMode):
     """Follows the outputs of convolutions, by identity: they are kept alive while it lasts."""
 
-    def __init__(self, convs: dict[str, nn.Module], norms: dict[str, nn.Module]) -> None:
+    def __init__(
+        self, convs: dict[str, nn.Module], norms: dict[str, nn.Module], acts: dict[str, nn.Module] | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.running: list[str] = []  # the convolutions and norms inside whose forward we are
         self.outputs: dict[int, tuple[str, Tensor]] = {}  # id of an output -> (its convolution, itself)
@@ -40,6 +48,10 @@ class _Watch(TorchDispatchMode):
         self.sources: dict[str, list[str | None]] = {name: [] for name in norms}  # a convolution for each of its calls
         self.calls = dict.fromkeys(convs, 0)
         self.leaks: set[str] = set()  # modules whose output or tensors something else reads
+        acts = acts or {}
+        self.finals: dict[int, tuple[str, Tensor]] = {}  # id of an output, of a convolution or a norm
+        self.final_leaks: set[str] = set()  # whose output something else than an activation module reads
+        self.act_sources: dict[str, list[str | None]] = {name: [] for name in acts}
         self.owners: dict[int, set[str]] = {}  # id of a parameter or buffer -> the modules that hold it
         for name, module in {**convs, **norms}.items():
             for t in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
@@ -51,6 +63,9 @@ class _Watch(TorchDispatchMode):
         for t in named_tensors((args, kwargs), "").values():
             if id(t) in self.outputs and current not in self.sources:
                 self.leaks.add(self.outputs[id(t)][0])
+            final = self.finals.get(id(t))
+            if final is not None and current not in self.act_sources and current != final[0]:
+                self.final_leaks.add(final[0])
             owners = self.owners.get(id(t), set())
             if current not in owners:
                 self.leaks |= owners
@@ -59,6 +74,9 @@ class _Watch(TorchDispatchMode):
     def enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             self.running.append(name)
+            if name in self.act_sources:
+                final = self.finals.get(id(args[0])) if args else None
+                self.act_sources[name].append(final[0] if final else None)
             if name in self.sources:
                 source = self.outputs.get(id(args[0])) if args else None
                 self.sources[name].append(source[0] if source else None)
@@ -70,6 +88,10 @@ class _Watch(TorchDispatchMode):
     def leave(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self.running.pop()
+            if name in self.act_sources:
+                self.finals.pop(id(output), None)  # in place: what comes out is no longer the source's output
+                return
+            self.finals[id(output)] = name, output
             if name in self.calls:
                 self.calls[name] += 1
                 self.outputs[id(output)] = name, output
@@ -94,6 +116,14 @@ class _Watch(TorchDispatchMode):
             return Refusal("OTHER_USE", f"the tensors of its BN {norm} are used elsewhere too")
         return None
 
+    def act_of(self, name: str, calls: int) -> str | None:
+        """The activation module that alone reads every output of this convolution or norm, and reads nothing else."""
+        readers = {act for act, sources in self.act_sources.items() if name in sources}
+        if name in self.final_leaks or len(readers) != 1:
+            return None
+        act = readers.pop()
+        return act if self.act_sources[act] == [name] * calls else None
+
     def refuse_norm(self, name: str) -> Refusal:
         """Why this norm stays."""
         sources = self.sources[name]
@@ -102,6 +132,11 @@ class _Watch(TorchDispatchMode):
         if None in sources:
             return Refusal("NO_CONV", "it reads something else than a convolution's output")
         return Refusal("SHARED", f"it reads {', '.join(sorted({str(s) for s in sources}))}, and not alone")
+
+
+def act_name(module: nn.Module) -> str | None:
+    """What conv_act calls this activation; None for any other module."""
+    return {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}.get(type(module))
 
 
 def capture(model: nn.Module, inputs: Any) -> Capture:
@@ -132,9 +167,10 @@ def capture(model: nn.Module, inputs: Any) -> Capture:
                 found.norms[name] = refusal
         elif isinstance(module, _NormBase) and "Batch" in type(module).__name__:
             found.norms[name] = Refusal("NORM_TYPE", f"{type(module).__name__} is not a class that folding knows")
-    watch = _Watch(convs, norms)
+    acts = {name: m for name, m in model.named_modules() if act_name(m) is not None and is_bare(m)}
+    watch = _Watch(convs, norms, acts)
     handles = []
-    for name, module in {**convs, **norms}.items():
+    for name, module in {**convs, **norms, **acts}.items():
         handles.append(module.register_forward_pre_hook(watch.enter(name)))
         handles.append(module.register_forward_hook(watch.leave(name)))
     try:
@@ -146,6 +182,13 @@ def capture(model: nn.Module, inputs: Any) -> Capture:
     for t in named_tensors(output, "output").values():
         if id(t) in watch.outputs:
             watch.leaks.add(watch.outputs[id(t)][0])
+        if id(t) in watch.finals:
+            watch.final_leaks.add(watch.finals[id(t)][0])
+    for name in {**convs, **norms}:
+        calls = watch.calls[name] if name in convs else len(watch.sources[name])
+        act = watch.act_of(name, calls)
+        if act is not None:
+            found.acts[name] = act, str(act_name(acts[act]))
     for name in convs:
         refusal = watch.refuse_conv(name)
         if refusal is None:

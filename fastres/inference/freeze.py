@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastres.inference.blocks import own_residuals
 from fastres.inference.capture import capture
+from fastres.inference.conv import frozen_convs
 from fastres.inference.fold import short
 from fastres.inference.frozen import FrozenModel
-from fastres.inference.plan import measure
+from fastres.inference.plan import choose_packs, measure
 from fastres.inference.report import FreezeReport
 from fastres.inference.rewrite import rewrite
 from fastres.verify import Verification, calibrate, uncalibrated, verify
@@ -96,6 +99,8 @@ def freeze(
     if dtype is torch.bfloat16 and target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         report.notes.append("this CPU has no native bfloat16: oneDNN emulates it, slower than float32")
     frozen = _plan(frozen, source, inputs, target, tune)
+    _share_memory(frozen, inputs, target)
+    _pack(frozen, inputs, target, tune)
     _graph(frozen, inputs, target, tune, cuda_graph)
     _say_if_slower(report)
     if verify:
@@ -167,6 +172,32 @@ def _plan(
     report.milliseconds = {"eager": times["eager"], "frozen": times[best]}
     report.milliseconds |= {f"frozen {name}": times[name] for name in layouts if name != best}
     return chosen
+
+
+def _share_memory(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
+    """Blocks write over the output of the block before, if the outputs on the example are the same with it."""
+    if device.type != "cpu":
+        return
+    own_residuals(frozen.module, False)
+    want = map_tensors(call(frozen, inputs), lambda _, t: t.clone(), "")
+    own_residuals(frozen.module, True)
+    got = named_tensors(call(frozen, inputs), "")
+    # other orders of summation differ by rounding, memory written over by everything
+    for name, t in named_tensors(want, "").items():
+        scale = float(t.abs().max()) if t.numel() and t.is_floating_point() else 0.0
+        if not math.isfinite(scale) or not torch.allclose(got[name], t, rtol=0, atol=0.05 * scale):
+            own_residuals(frozen.module, False)
+            frozen.report.notes.append("outputs of blocks are used elsewhere, or not finite: none is written over")
+            return
+
+
+def _pack(frozen: FrozenModel, inputs: Any, device: torch.device, tune: bool | Literal["auto"]) -> None:
+    """On a CPU, weights reordered for the example's shapes where that is measured faster; untuned, always."""
+    convs = frozen_convs(frozen.module)
+    if device.type != "cpu" or tune is False or not convs:
+        return
+    packed = choose_packs(convs, lambda: call(frozen, inputs))
+    frozen.report.packed = packed
 
 
 def _bound(candidate: nn.Module, inputs: Any) -> Callable[[], Any]:

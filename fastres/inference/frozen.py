@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fastres.inference.capture import Capture
+from fastres.inference.conv import frozen_convs
 from fastres.inference.graphs import Graphs
 from fastres.inference.report import FreezeReport
 from fastres.inference.rewrite import rewrite
-from fastres.verify.runs import map_tensors, private
+from fastres.ops._autograd import goes_straight
+from fastres.verify.runs import map_tensors, named_tensors, private
 
 
 def source_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -55,6 +59,37 @@ class Source:
         )
 
 
+class Exact:
+    """What runs where an input on a CPU holds NaN or infinity, which oneDNN's ReLU would hide: a twin of the network
+    that shares its tensors, made when it is first needed. A deep copy or a pickle of it is empty."""
+
+    def __init__(self) -> None:
+        self._twin: nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exact:
+        return Exact()
+
+    def __reduce__(self) -> tuple[type[Exact], tuple[()]]:
+        return Exact, ()
+
+    def wanted(self, inputs: Any) -> bool:
+        """Whether a tensor is not finite: then its sum is not (nor is, rarely, that of a finite one: no harm)."""
+        return any(
+            t.is_floating_point() and t.device.type == "cpu" and not math.isfinite(float(t.detach().sum()))
+            for t in named_tensors(inputs, "").values()
+            if goes_straight(t)
+        )
+
+    def twin(self, module: nn.Module) -> nn.Module:
+        if self._twin is None:
+            shared = {id(t): t for t in source_tensors(module).values()}
+            twin = copy.deepcopy(module, shared)
+            for conv in frozen_convs(twin):
+                conv.exact = True
+            self._twin = twin
+        return self._twin
+
+
 def _version(t: Tensor) -> int:
     return -1 if t.is_inference() else t._version
 
@@ -85,9 +120,13 @@ class FrozenModel(nn.Module):
         self._found = found
         self._source = Source(source)
         self._graphs = Graphs()
+        self._exact = Exact()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = map_tensors((args, kwargs), self._prepare, "")
+        if self._exact.wanted((args, kwargs)):
+            with torch.no_grad():
+                return self._exact.twin(self.module)(*args, **kwargs)
         if len(self._graphs):
             replayed, output = self._graphs.replay((args, kwargs))
             if replayed:
@@ -151,13 +190,13 @@ class FrozenModel(nn.Module):
         source = self._source.model
         if source is None:
             raise RuntimeError("refresh: the source is gone; freeze the model you have")
-        copy = private("source", source).eval()
+        fresh_module = private("source", source).eval()
         mine = source_tensors(self.module)
         try:
-            rows = rewrite(copy, self._found, self.dtype)
+            rows = rewrite(fresh_module, self._found, self.dtype)
         except (AttributeError, RuntimeError) as error:
             raise RuntimeError(f"refresh: the source's structure has changed, freeze it again: {error}") from error
-        fresh = source_tensors(copy)
+        fresh = source_tensors(fresh_module)
         shapes = {name: t.shape for name, t in mine.items()}
         if {name: t.shape for name, t in fresh.items()} != shapes:
             changed = [f"{row.name}: {row.message}" for row in rows if row not in self.report.rows]
@@ -172,6 +211,7 @@ class FrozenModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._graphs = Graphs()
+        self._exact = Exact()
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.is_floating_point():
             self.dtype = probe.dtype

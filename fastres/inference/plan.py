@@ -1,12 +1,15 @@
-"""Choosing a memory layout: by measuring, in turn, on the example."""
+"""Choosing by measuring, in turn, on the example: the memory layout, and for each convolution whether to pack."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastres.inference.conv import FrozenConv
 
 ROUNDS = 7
 SECONDS = 2.0
@@ -33,6 +36,55 @@ def measure(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[s
                     continue
                 samples[name].append(_milliseconds(call, device))
     return {name: sorted(times)[len(times) // 2] for name, times in samples.items()}
+
+
+def choose_packs(convs: Sequence[FrozenConv], run: Callable[[], Any]) -> int:
+    """For each convolution and input that `run` shows, keeps the pack or the plain weight, whichever is faster.
+
+    Convolutions alike in shape are measured once; a layer is timed 5 times each way.
+
+    Returns:
+        How many layers run on a pack.
+    """
+    seen: list[tuple[FrozenConv, Tensor]] = []
+
+    def watch(conv: FrozenConv, real: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def record(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            seen.append((conv, torch.empty_like(x)))
+            return real(x, *args, **kwargs)
+
+        return record
+
+    for conv in convs:
+        conv.__dict__["run"] = watch(conv, conv.run)
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for conv in convs:
+            del conv.__dict__["run"]
+    faster: dict[Any, bool] = {}
+    packed = 0
+    with torch.no_grad():
+        for conv, x in seen:
+            pack = conv.weight_for(x)
+            if pack is None:
+                continue
+            key = x.shape, x.dtype, conv.weight.shape, conv.stride, conv.padding, conv.dilation
+            if key not in faster:
+                x.normal_()
+                ways = {True: pack, False: conv.weight.detach()}
+                calls = {way: _bound(conv, x, weight) for way, weight in ways.items()}
+                times = {way: [_milliseconds(call, x.device) for _ in range(6)][1:] for way, call in calls.items()}
+                faster[key] = min(times[True]) <= min(times[False])
+            packed += faster[key]
+            if not faster[key]:
+                conv.plain(x)
+    return packed
+
+
+def _bound(conv: FrozenConv, x: Tensor, weight: Tensor) -> Callable[[], Any]:
+    return lambda: conv.onednn(x, weight, None, conv.act, False)
 
 
 def _milliseconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -34,6 +34,7 @@ class FreezeReport:
     memory_format: str = "contiguous"
     memory_format_reason: str = ""
     cuda_graph: str = "off"
+    packed: int = 0  # convolutions whose weight is reordered for the example's shape (oneDNN)
     milliseconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     verification: Verification | None = None
@@ -41,7 +42,7 @@ class FreezeReport:
     @property
     def folded(self) -> int:
         """How many BN were folded."""
-        return sum(row.kind == "conv" and row.became == "conv + bias" for row in self.rows)
+        return sum(row.kind == "conv" and row.became.startswith("conv + bias") for row in self.rows)
 
     @property
     def speedup(self) -> float | None:
@@ -58,6 +59,7 @@ class FreezeReport:
             "memory_format": self.memory_format,
             "memory_format_reason": self.memory_format_reason,
             "cuda_graph": self.cuda_graph,
+            "packed": self.packed,
             "folded": self.folded,
             "speedup": self.speedup,
             "milliseconds": dict(self.milliseconds),
@@ -71,7 +73,8 @@ class FreezeReport:
         lines = [
             f"{self.model}: {self.folded} of {counts['conv']} convolutions took their BN in, {counts['norm']} BN stay, "
             f"{counts['block']} blocks fused; {self.dtype} on {self.device}",
-            f"  layout: {self.memory_format} ({self.memory_format_reason}); CUDA graph: {self.cuda_graph}",
+            f"  layout: {self.memory_format} ({self.memory_format_reason}); packed weights: {self.packed}; CUDA graph: "
+            f"{self.cuda_graph}",
         ]
         if self.milliseconds:
             times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.milliseconds.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from fastres.inference.blocks import freeze_block
 from fastres.inference.capture import Capture
+from fastres.inference.conv import freeze_conv
 from fastres.inference.fold import Refusal, fold, remainder
 from fastres.inference.report import FreezeRow
 
@@ -45,17 +47,43 @@ def rewrite(model: nn.Module, found: Capture, dtype: torch.dtype) -> list[Freeze
     for conv, result in folded:
         conv.weight = nn.Parameter(result.weight, requires_grad=False)
         conv.bias = nn.Parameter(result.bias, requires_grad=False)
+    fused = _fuse_activations(model, found, done)
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
             if child is not None and id(child) in done:
                 module._modules[name] = done[id(child)]
     rows += [FreezeRow(name, "conv", "conv", *refusal) for name, refusal in found.convs.items()]
     rows += [FreezeRow(name, "norm", "batch norm", *refusal) for name, refusal in found.norms.items()]
+    for module in model.modules():
+        freeze_conv(module)
+    for i, row in enumerate(rows):
+        if row.name in fused:
+            rows[i] = replace(row, became=f"{row.became} + {fused[row.name]}")
     for name, module in model.named_modules():
         if freeze_block(module):
-            rows.append(FreezeRow(name, "block", "fused block", "", "ReLU in place, residual and ReLU in one pass"))
+            rows.append(
+                FreezeRow(name, "block", "fused block", "", "one call per convolution, the residual in the last")
+            )
     _cast(model, dtype)
     return rows
+
+
+def _fuse_activations(model: nn.Module, found: Capture, done: dict[int, nn.Module]) -> dict[str, str]:
+    """Convolutions take the activation in that alone reads them, or the BN folded into them; which one each took."""
+    fused: dict[str, str] = {}
+    for conv_name in {**found.convs, **found.pairs}:
+        norm_name = found.pairs.get(conv_name)
+        if norm_name is not None and type(done.get(id(model.get_submodule(norm_name)))) is not nn.Identity:
+            continue  # the BN stays between, or timm's drop layer and activation do
+        act = found.acts.get(norm_name or conv_name)
+        conv: Any = model.get_submodule(conv_name)
+        if act is None or not freeze_conv(conv):
+            continue
+        where, kind = act
+        conv.act = kind
+        done[id(model.get_submodule(where))] = nn.Identity().eval()
+        fused[conv_name] = kind
+    return fused
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:

@@ -159,16 +159,17 @@ def _kind(
         _output_is_channels_last(x, weight),
         x.numel() == 0 or weight.numel() == 0,
         tuple(weight.shape),
-        _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("dilation", dilation),
+        pair(stride, "stride"),
+        pair(padding, "padding"),
+        pair(dilation, "dilation"),
         groups,
         act,
         residual is not None,
     )
 
 
-def _pair(name: str, value: int | Pair) -> tuple[int, int]:
+def pair(value: int | Pair, name: str = "value") -> tuple[int, int]:
+    """A number or two as two."""
     if isinstance(value, int | torch.SymInt):
         return value, value
     pair = tuple(value)
@@ -328,14 +329,14 @@ def _onednn(
     layout = memory_format(call.channels_last)
     x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
     where = list(call.padding), list(call.stride), list(call.dilation), call.groups
-    if residual is not None and call.weight[0] > 1:
+    if residual is not None and shape[1] > 1 and shape[2] * shape[3] > 1:
         residual = residual.contiguous(memory_format=layout)
         z = torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, weight, bias, *where, "add", None, None, [], None
         )
     else:
         z = torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, *where, "none", [], "")
-        if residual is not None:  # one channel: its strides say nothing, and oneDNN fails on them
+        if residual is not None:  # one channel or one pixel: the strides say nothing, and oneDNN fails on them
             z = z.add_(residual)
     return ACTIVATIONS[call.act](z)
 
@@ -476,7 +477,7 @@ def conv_act(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    pairs = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    pairs = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
     tensors = [t for t in (x, weight, bias, residual) if t is not None]
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if grad and act in _BEHIND:
