@@ -20,6 +20,8 @@ from fastres.ops._autograd import goes_straight
 from fastres.ops._tensors import is_channels_last
 from fastres.ops.conv_act import Conv, output_size, why_not_onednn
 
+torch.fx.wrap("fused_conv_act")
+
 _SHAPES = 4  # input shapes that a layer keeps a pack for
 _UNARY: dict[str, tuple[str, list[float]]] = {
     "none": ("none", []),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastres.inference.capture import Capture
 from fastres.inference.conv import frozen_convs
@@ -107,6 +108,7 @@ class FrozenModel(nn.Module):
     Attributes:
         report: what was folded and fused, the plan, times and the referee's verdict.
         dtype: what it computes in.
+        images_at_a_time: larger batches run in parts of so many images; None: whole.
         module: the rewritten network.
     """
 
@@ -116,6 +118,7 @@ class FrozenModel(nn.Module):
         self.report = report
         self.dtype = dtype
         self.channels_last = False
+        self.images_at_a_time: int | None = None
         self.training = False
         self._found = found
         self._source = Source(source)
@@ -132,7 +135,17 @@ class FrozenModel(nn.Module):
             if replayed:
                 return output
         with torch.no_grad():
+            if self.images_at_a_time and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
+                return self._in_parts(args[0], self.images_at_a_time)
             return self.module(*args, **kwargs)
+
+    def _in_parts(self, images: Tensor, count: int) -> Any:
+        """A few images at a time: activations stay in cache, and below the size that malloc maps and faults in anew."""
+        if images.ndim != 4 or len(images) <= count or not goes_straight(images):
+            return self.module(images)
+        parts = [tree_flatten(self.module(part)) for part in images.split(count)]
+        joined = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in parts), strict=True)]
+        return tree_unflatten(joined, parts[0][1])
 
     def _prepare(self, _: str, t: Tensor) -> Tensor:
         if t.is_floating_point() and t.dtype != self.dtype:

@@ -35,6 +35,7 @@ class FreezeReport:
     memory_format_reason: str = ""
     cuda_graph: str = "off"
     packed: int = 0  # convolutions whose weight is reordered for the example's shape (oneDNN)
+    images_at_a_time: int | None = None  # a larger batch runs in parts of so many images; None: whole
     milliseconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     verification: Verification | None = None
@@ -60,6 +61,7 @@ class FreezeReport:
             "memory_format_reason": self.memory_format_reason,
             "cuda_graph": self.cuda_graph,
             "packed": self.packed,
+            "images_at_a_time": self.images_at_a_time,
             "folded": self.folded,
             "speedup": self.speedup,
             "milliseconds": dict(self.milliseconds),
@@ -73,7 +75,8 @@ class FreezeReport:
         lines = [
             f"{self.model}: {self.folded} of {counts['conv']} convolutions took their BN in, {counts['norm']} BN stay, "
             f"{counts['block']} blocks fused; {self.dtype} on {self.device}",
-            f"  layout: {self.memory_format} ({self.memory_format_reason}); packed weights: {self.packed}; CUDA graph: "
+            f"  layout: {self.memory_format} ({self.memory_format_reason}); packed weights: {self.packed}; "
+            f"images at a time: {self.images_at_a_time or 'all'}; CUDA graph: "
             f"{self.cuda_graph}",
         ]
         if self.milliseconds:
