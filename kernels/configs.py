@@ -8,10 +8,11 @@ and not from the device, so that how a tensor is partitioned, and with it the la
 shape and the architecture alone.
 
 Shape classes: "large" and "small" of flat arrays; "rows" (channels_last) and "planes" (NCHW) of images, alone, with
-"_small", or with "_odd" where lines cannot be read in vectors; "many" and "few" partial results of a merge.
+"_small", or with "_odd" where lines cannot be read in vectors; "many" and "few" partial results of a merge; of GEMMs
+the classes of _gemm, with "_tf32" or "_ieee" in fp32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 SMALL = 1 << 20  # elements: below, tiles shrink so that the tensor still spreads over the whole GPU
@@ -26,11 +27,21 @@ class Config:
     programs: int = 0  # reductions: programs wanted in all
 
 
-def _flat(sm_count: int) -> dict[str, Config]:
+@dataclass(frozen=True)
+class GemmConfig:
+    block_m: int  # output pixels
+    block_n: int  # output channels
+    block_k: int  # depth
+    num_warps: int
+    num_stages: int  # of the pipeline that loads
+    group_m: int = 8  # tiles of pixels that meet all tiles of channels before the next do
+
+
+def _flat(arch: int) -> dict[str, Config]:
     return {"large": Config(tile=2048, num_warps=4), "small": Config(tile=512, num_warps=4)}
 
 
-def _normalise(sm_count: int) -> dict[str, Config]:
+def _normalise(arch: int) -> dict[str, Config]:
     return {
         "rows": Config(tile=2048, num_warps=4, line=512),
         "rows_small": Config(tile=512, num_warps=4, line=256),
@@ -42,7 +53,7 @@ def _normalise(sm_count: int) -> dict[str, Config]:
     }
 
 
-def _gradient(sm_count: int) -> dict[str, Config]:
+def _gradient(arch: int) -> dict[str, Config]:
     # One tensor and two vectors more than the forward: with 16 elements per thread some variants spill 8 bytes.
     return {
         "rows": Config(tile=2048, num_warps=8, line=512),
@@ -58,7 +69,8 @@ def _gradient(sm_count: int) -> dict[str, Config]:
 # 128-byte lines a row in fp32. `programs` is what the GPU's registers hold at once: one wave, nothing queues behind it.
 
 
-def _statistics(sm_count: int) -> dict[str, Config]:
+def _statistics(arch: int) -> dict[str, Config]:
+    sm_count = _SM_COUNT[arch]
     return {
         "rows": Config(tile=2048, num_warps=4, line=128, programs=6 * sm_count),
         "rows_small": Config(tile=1024, num_warps=4, line=64, programs=2 * sm_count),
@@ -69,7 +81,8 @@ def _statistics(sm_count: int) -> dict[str, Config]:
     }
 
 
-def _sums(sm_count: int) -> dict[str, Config]:
+def _sums(arch: int) -> dict[str, Config]:
+    sm_count = _SM_COUNT[arch]
     # Up to five tensors at a time: half the elements per thread that the statistics take.
     return {
         "rows": Config(tile=2048, num_warps=8, line=128, programs=3 * sm_count),
@@ -81,9 +94,39 @@ def _sums(sm_count: int) -> dict[str, Config]:
     }
 
 
-def _merge(sm_count: int) -> dict[str, Config]:
+def _merge(arch: int) -> dict[str, Config]:
     # 8 channels are one 32-byte sector: few channels a program, so that a 64-channel tensor still uses 8 SMs.
     return {"many": Config(tile=1024, num_warps=4, line=8), "few": Config(tile=512, num_warps=4, line=64)}
+
+
+# Implicit GEMMs: an iteration takes 128 bytes of depth, the longest swizzle of shared memory. What bounds a tile is the
+# epilogue, where sums and residual are in registers at once: 255 a thread without a spill means 128 x 128 for 256
+# threads, and 128 x 256, which asks the L2 cache for a quarter less, where there is no residual.
+
+
+def _gemm(arch: int) -> dict[str, GemmConfig]:
+    rows = {
+        # mma.sync of sm_80 has its operands in registers too: 128 x 256 spills 8 bytes there
+        "deep": GemmConfig(128, 256, 64, num_warps=8, num_stages=4) if arch >= 90 else GemmConfig(128, 128, 64, 8, 4),
+        "wide": GemmConfig(128, 128, 64, num_warps=8, num_stages=4),
+        # memory-bound mostly: two or three programs to an SM, so that one's loads go under another's epilogue
+        "narrow": GemmConfig(128, 64, 64, num_warps=4, num_stages=3),
+        # latency-bound: many programs of few, long iterations
+        "few": GemmConfig(64, 32, 128, num_warps=4, num_stages=4),
+        # an address per element and not per vector, and loads that pass through registers
+        "odd": GemmConfig(64, 64, 32, num_warps=4, num_stages=3),
+    }
+    tf32 = {name: replace(entry, block_k=entry.block_k // 2) for name, entry in rows.items()}
+    if arch >= 100:
+        tf32["deep"] = tf32["wide"]  # fp32 outputs of 128 x 256 spill 108 bytes there
+    # ordinary cores: each thread computes block_m * block_n / threads outer products, 16 here, from registers
+    ieee = {name: GemmConfig(64, 64, 16, num_warps=8, num_stages=3) for name in ("deep", "wide", "narrow")}
+    ieee |= {name: GemmConfig(64, 32, 16, num_warps=4, num_stages=3) for name in ("few", "odd")}
+    return (
+        rows
+        | {f"{name}_tf32": entry for name, entry in tf32.items()}
+        | {f"{name}_ieee": entry for name, entry in ieee.items()}
+    )
 
 
 _KERNELS = {
@@ -95,12 +138,13 @@ _KERNELS = {
     "bn_act_backward_sums_kernel": _sums,
     "bn_act_backward_merge_kernel": _merge,
     "bn_act_backward_kernel": _gradient,
+    "conv_act_forward_kernel": _gemm,
 }
 _SM_COUNT = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 
 # (kernel, architecture) -> shape class -> configuration
-TABLE: dict[tuple[str, int], dict[str, Config]] = {
-    (kernel, arch): rows(_SM_COUNT[arch]) for kernel, rows in _KERNELS.items() for arch in ARCHITECTURES
+TABLE: dict[tuple[str, int], dict[str, Config | GemmConfig]] = {
+    (kernel, arch): rows(arch) for kernel, rows in _KERNELS.items() for arch in ARCHITECTURES
 }
 
 
@@ -121,6 +165,48 @@ def image_class(numel: int, length: int, channels_last: bool) -> str:
 
 def merge_class(parts: int) -> str:
     return "few" if parts <= 8 else "many"
+
+
+FEW = 1 << 21  # outputs of a GEMM: 128 tiles of 128 x 128, about one for every SM
+MANY = 1 << 23  # 256 tiles of 128 x 256, about two
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """What a GEMM's class follows from: `groups` times pixels x out_channels x depth."""
+
+    pixels: int
+    out_channels: int
+    depth: int  # of one tap, or of all where they are one axis
+    groups: int
+    vectors: bool  # inputs and outputs move in vectors of at least 8 bytes, along the depth and the output channels
+    residual: bool
+    precision: str  # "": 16-bit products; "_tf32"; "_ieee"
+
+    @property
+    def shape_class(self) -> str:
+        outputs = self.pixels * self.out_channels * self.groups
+        if not self.vectors:
+            shape = "odd"
+        elif outputs < FEW:
+            shape = "few"
+        elif self.out_channels <= 64:
+            shape = "narrow"
+        else:
+            shape = "deep" if outputs >= MANY and self.out_channels % 256 == 0 and not self.residual else "wide"
+        return shape + self.precision
+
+
+def gemm(kernel: str, arch: int, shape: Gemm) -> GemmConfig:
+    """The entry of a GEMM, its blocks cut to what a narrower or shallower one fills."""
+    if arch >= 120:
+        arch = 80  # GeForce: 99 KB of shared memory and mma.sync, which sm_80's entries fit, as they do sm_86 and sm_89
+    entry = config(kernel, arch, shape.shape_class)
+    return replace(
+        entry,
+        block_n=min(entry.block_n, max(next_power_of_2(shape.out_channels), 16)),
+        block_k=min(entry.block_k, max(next_power_of_2(shape.depth), 16)),
+    )
 
 
 def next_power_of_2(n: int) -> int:

@@ -22,3 +22,37 @@ def reciprocal_std(var, eps):
     """rstd = 1 / sqrt(var + eps), correctly rounded twice: rsqrt.approx is 2 ulp off and flushes subnormals, and this
     runs once per channel and tile."""
     return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
+
+
+@triton.jit
+def relu6(z):
+    """min(max(z, 0), 6) by selects: NaN passes."""
+    return tl.where(z > 6, 6.0, relu(z))
+
+
+@triton.jit
+def hardswish(z):
+    """z * relu6(z + 3) / 6: NaN at -inf, as in torch."""
+    return z * relu6(z + 3) * (1.0 / 6)
+
+
+@triton.jit
+def silu(z):
+    """z * sigmoid(z): NaN at -inf, as in torch."""
+    return z / (1 + tl.exp(-z))
+
+
+@triton.jit
+def activate(z, ACT: tl.constexpr):
+    """act(z) in fp32, by its name."""
+    if ACT == "relu":
+        z = relu(z)
+    elif ACT == "relu6":
+        z = relu6(z)
+    elif ACT == "hardswish":
+        z = hardswish(z)
+    elif ACT == "silu":
+        z = silu(z)
+    else:
+        tl.static_assert(ACT == "none")
+    return z

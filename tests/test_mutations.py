@@ -19,6 +19,7 @@ FILES = ("setup.py", "pyproject.toml", "LICENSE", "README.md")
 OPERATORS = ("tests/test_bn_act.py", "tests/test_bn_act_contract.py", "tests/test_add_relu.py")
 INTERPRETER = ("tests/test_triton_interpreter.py::test_lane[lane_bn_act]",)
 GEOMETRY = ("tests/test_triton_interpreter.py::test_lane[lane_geometry]",)
+CONV = ("tests/test_triton_interpreter.py::test_lane[lane_conv_act]",)
 LARGE = ("tests/test_large.py",)
 
 
@@ -60,8 +61,8 @@ MUTANTS = [
     Mutant(
         "cpu-int32-offset",
         "csrc/cpu/add_relu.cpp",
-        "int64_t i = begin * kBlock;",
-        "int64_t i = static_cast<int>(begin * kBlock);",
+        "const int64_t last = end * kBlock < n ? end * kBlock : n;",
+        "const int64_t last = static_cast<int>(end * kBlock < n ? end * kBlock : n);",
         LARGE,
     ),
     Mutant(
@@ -118,6 +119,92 @@ MUTANTS = [
         "row = (tile // line_blocks) * BLOCK_R",
         GEOMETRY,
     ),
+    Mutant(
+        "conv-depth-tail-mask-dropped",
+        "kernels/conv_act_forward.py",
+        "in_depth = c < channels",
+        "in_depth = c < channels + BLOCK_K",
+        CONV,
+    ),
+    Mutant(
+        "conv-flat-depth-tail-mask-dropped",
+        "kernels/conv_act_forward.py",
+        "in_depth = depth < R * S * channels",
+        "in_depth = depth < R * S * channels + BLOCK_K",
+        CONV,
+    ),
+    Mutant(
+        "conv-padding-mask-dropped",
+        "kernels/conv_act_forward.py",
+        "x_valid = row_valid & inside(h + r * dilation_h, w + s * dilation_w, height, width)",
+        "x_valid = row_valid",
+        CONV,
+    ),
+    Mutant(
+        "conv-padding-mask-one-too-wide",
+        "kernels/conv_act_forward.py",
+        "return in_height & (w.to(tl.uint32) < tl.cast(width, tl.uint32))",
+        "return in_height & (w.to(tl.uint32) <= tl.cast(width, tl.uint32))",
+        CONV,
+    ),
+    Mutant(
+        "conv-dilation-omitted",
+        "kernels/conv_act_forward.py",
+        "shift = image_rows(origin, r * dilation_h, s * dilation_w, height, width, all_channels, X_LAST)\n",
+        "shift = image_rows(origin, r, s, height, width, all_channels, X_LAST)\n",
+        CONV,
+    ),
+    Mutant(
+        "conv-bias-omitted",
+        "kernels/conv_act_forward.py",
+        "    if bias_ptr is not None:",
+        '    if bias_ptr is not None and ACT == "never":',
+        CONV,
+    ),
+    Mutant(
+        "conv-residual-after-the-activation",
+        "kernels/conv_act_forward.py",
+        "z += tl.load(residual_ptr + local, valid, other=0.0).to(tl.float32)\n"
+        "    tl.store(y_ptr + local, activate(z, ACT)",
+        "z = activate(z, ACT) + tl.load(residual_ptr + local, valid, other=0.0).to(tl.float32)\n"
+        "    tl.store(y_ptr + local, (activate(z, ACT) if residual_ptr is None else z)",
+        CONV,
+    ),
+    Mutant(
+        "conv-output-row-mask-dropped",
+        "kernels/conv_act_forward.py",
+        "valid = row_valid[:, None] & column_valid[None, :]",
+        "valid = (m >= 0)[:, None] & column_valid[None, :]",
+        CONV,
+    ),
+    Mutant(
+        "conv-band-tail-too-high",
+        "kernels/conv_act_forward.py",
+        "height = tl.minimum(tiles_m - first, GROUP_M)",
+        "height = tl.minimum(tiles_m, GROUP_M)",
+        CONV,
+    ),
+    Mutant(
+        "conv-int32-pixel",
+        "kernels/conv_act_forward.py",
+        "first = tl.cast(tile, tl.int64) * BLOCK_M",
+        "first = tile * BLOCK_M",
+        CONV,
+    ),
+    Mutant(
+        "conv-int32-output-offset",
+        "kernels/conv_act_forward.py",
+        "y_rows = m * all_out_channels if Y_LAST",
+        "y_rows = (m * all_out_channels).to(tl.int32) if Y_LAST",
+        CONV,
+    ),
+    Mutant(
+        "conv-relu-drops-nan",
+        "kernels/element.py",
+        "tl.where(z < 0, 0.0, z)",
+        "tl.where(z > 0, z, 0.0)",
+        CONV,
+    ),
 ]
 
 
@@ -167,7 +254,9 @@ def checkout(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("tests", [OPERATORS, INTERPRETER, GEOMETRY, LARGE], ids=["ops", "lane", "geometry", "large"])
+@pytest.mark.parametrize(
+    "tests", [OPERATORS, INTERPRETER, GEOMETRY, CONV, LARGE], ids=["ops", "lane", "geometry", "conv", "large"]
+)
 def test_the_sound_copy_passes(checkout, tests):
     done = run_tests(checkout, tests, "cpu")
     assert done.returncode == 0, done.stdout[-3000:]

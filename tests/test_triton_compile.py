@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process", allow_module_level=True)
 
 import fastres.kernels  # noqa: E402
-from fastres.kernels import add_relu, bn_act, configs  # noqa: E402
+from fastres.kernels import add_relu, bn_act, configs, conv_act  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -53,6 +53,7 @@ class Launch:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
     num_warps: int
+    num_stages: int
 
     @property
     def entry(self):
@@ -73,7 +74,7 @@ class Launch:
 
     def __str__(self):
         absent = [n.removesuffix("_ptr") for n, v in self.constants if v is None]
-        blocks = [str(v) for v in self.constant.values() if type(v) is int]
+        blocks = [str(v) for v in self.constant.values() if type(v) in (int, str)]
         without = "-without-" + "-".join(absent) if absent else ""
         name, kind = self.kernel.__name__.removesuffix("_kernel"), self.element_type.removeprefix("*")
         return f"{name}-sm{self.arch}-{self.shape_class}-{kind}-{'x'.join(blocks)}{without}"
@@ -88,7 +89,7 @@ def recorded(arch):
         looked_up[kernel] = shape_class
         return real_config(kernel, at, shape_class)
 
-    def run(self, *args, grid, warmup, num_warps, **constants):
+    def run(self, *args, grid, warmup, num_warps, num_stages=3, **constants):
         assert not warmup and len(grid) == 1 and 0 < grid[0] < 2**31
         bound = dict(zip(self.arg_names, args, strict=False)) | constants
         assert list(bound) == self.arg_names
@@ -106,12 +107,12 @@ def recorded(arch):
                 assert parameter.do_not_specialize, f"{self.__name__} is compiled again for some values of {name}"
                 signature.append((name, "i32" if value < 2**31 else "i64"))
         name = self.__name__
-        launches.append(Launch(self, arch, looked_up[name], tuple(signature), tuple(fixed), num_warps))
+        launches.append(Launch(self, arch, looked_up[name], tuple(signature), tuple(fixed), num_warps, num_stages))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JITFunction, "run", run)
         patch.setattr(configs, "config", config)
-        for module in (add_relu, bn_act):
+        for module in (add_relu, bn_act, conv_act):
             patch.setattr(module, "architecture", lambda x: arch)
         yield launches
 
@@ -151,14 +152,81 @@ def launch_everything(shape, channels_last, dtype):
     bn_act.bn_act_backward(x, x, x, v, v, v, None, None, None, x, **layout, training=True, act="relu")
 
 
+NHWC, NCHW = torch.channels_last, torch.contiguous_format
+
+
+@dataclass(frozen=True)
+class Conv:
+    """A convolution of square images, kernels and strides, and its epilogue."""
+
+    n: int
+    c: int
+    size: int
+    k: int
+    kernel: int = 1
+    stride: int = 1
+    dilation: int = 1
+    groups: int = 1
+    x_format: torch.memory_format = NHWC
+    weight_format: torch.memory_format = NHWC
+    y_format: torch.memory_format = NHWC
+    act: str = "relu"
+    bias: bool = True
+    residual: bool = False
+
+    def launch(self, dtype, tf32):
+        def meta(format, *shape):
+            return torch.empty(shape, dtype=dtype, device="meta", memory_format=format)
+
+        x = meta(self.x_format, self.n, self.c, self.size, self.size)
+        weight = meta(self.weight_format, self.k, self.c // self.groups, self.kernel, self.kernel)
+        bias = torch.empty(self.k, device="meta") if self.bias else None
+        stride, dilation, padding = ((v, v) for v in (self.stride, self.dilation, self.dilation * (self.kernel // 2)))
+        assert not conv_act.why_not(x, weight, stride, padding, dilation, self.groups)
+        y = meta(self.y_format, self.n, self.k, *2 * [(self.size - 1) // self.stride + 1])
+        how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": self.groups}
+        conv_act.conv_act_forward(
+            x, weight, bias, y if self.residual else None, y, **how, act=self.act, tf32=tf32 and dtype == torch.float32
+        )
+
+
+# ResNets at batch 256 and 1 and what else a convolution can be; first in its shape class: what the default run compiles
+CONVS = [
+    Conv(256, 64, 56, 256, residual=True),  # wide
+    Conv(256, 64, 56, 64, kernel=3, residual=True),  # narrow
+    Conv(1, 512, 7, 512, kernel=3, residual=True),  # few
+    Conv(256, 3, 224, 64, kernel=7, stride=2),  # odd: the stem
+    Conv(256, 256, 14, 256, kernel=3),  # deep
+    Conv(256, 128, 28, 128, kernel=3),
+    Conv(256, 256, 56, 512, stride=2, act="none", bias=False),
+    Conv(256, 256, 56, 64),
+    Conv(1, 256, 56, 64),
+    Conv(256, 64, 56, 64, kernel=3),
+    Conv(256, 16, 32, 16, kernel=3),
+    Conv(64, 1024, 14, 1024, kernel=3, dilation=2, groups=32),
+    Conv(8, 17, 56, 33, kernel=3, stride=2, residual=True, act="relu6"),
+    Conv(64, 12, 56, 96, act="hardswish"),
+    Conv(64, 20, 56, 100, kernel=3, residual=True),
+    Conv(64, 24, 56, 1000, residual=True),
+    Conv(256, 256, 56, 64, x_format=NCHW, y_format=NCHW, act="silu"),
+    Conv(256, 64, 56, 128, kernel=3, x_format=NCHW, weight_format=NCHW, y_format=NCHW, residual=True),
+    Conv(256, 3, 224, 64, kernel=7, stride=2, x_format=NCHW, weight_format=NCHW),
+    Conv(256, 128, 28, 128, kernel=3, y_format=NCHW, residual=True),
+    Conv(16384, 128, 56, 128, kernel=3, residual=True, act="hardswish"),  # more than 2^31 elements
+]
+
+
 def all_launches():
     found = {}
     for arch in configs.ARCHITECTURES:
         for dtype in DTYPES:
-            for shape, channels_last in SHAPES:
-                with recorded(arch) as launches:
+            with recorded(arch) as launches:
+                for shape, channels_last in SHAPES:
                     launch_everything(shape, channels_last, dtype)
-                found.update(dict.fromkeys(launches))
+                for conv in CONVS:
+                    for tf32 in {False, dtype == torch.float32}:
+                        conv.launch(dtype, tf32)
+            found.update(dict.fromkeys(launches))
     return list(found)
 
 
@@ -177,16 +245,21 @@ def one_for_each_entry(launches):
 ALL = all_launches()
 FAST = one_for_each_entry(ALL)
 REST = [x for x in ALL if x not in set(FAST)]
-PARAMS = [pytest.param(x, id=str(x), marks=marks) for xs, marks in ((FAST, ()), (REST, pytest.mark.full)) for x in xs]
+FULL = pytest.mark.full
 
 
-@pytest.mark.parametrize("launch", PARAMS)
-def test_compiles_well(launch, tmp_path):
-    kernel = launch.kernel
+def parameters(kernels):
+    """pytest's parameters: the kernels' launches, those that are not in the default run marked."""
+    default, full = ([x for x in xs if x.kernel.__name__.startswith(kernels)] for xs in (FAST, REST))
+    return [pytest.param(x, id=str(x)) for x in default] + [pytest.param(x, id=str(x), marks=FULL) for x in full]
+
+
+def compiled_well(launch, tmp_path):
+    """-> what Triton makes of a launch, its PTX, its registers; asserts what holds for every kernel."""
     aligned = {(i,): [["tt.divisibility", 16]] for i, (_, t) in enumerate(launch.signature) if t[0] == "*"}
-    source = ASTSource(kernel, dict(launch.signature), launch.constant, aligned)
-    target = GPUTarget("cuda", launch.arch, 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": launch.num_warps})
+    source = ASTSource(launch.kernel, dict(launch.signature), launch.constant, aligned)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=options)
     ptx = compiled.asm["ptx"]
 
     # ptxas again, for what it says: registers, spills, warnings (C7510 and C7511: serialised wgmma)
@@ -196,10 +269,19 @@ def test_compiles_well(launch, tmp_path):
     log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers, spilled = int(re.search(r"Used (\d+) registers", log)[1]), re.findall(r"(\d+) bytes spill", log)
     assert spilled and not any(map(int, spilled)) and not re.search(r"(?i)warning|C751[01]", log), log
-    assert registers <= 128, f"{registers}: fewer than 512 threads on an SM keep too few bytes in flight"
 
-    assert ".f64" not in ptx, "double precision from a Python float (eps)"
+    assert ".f64" not in ptx, "double precision from a Python float"
     assert not re.search(r"\b(max|min)\.(?!NaN)(?:\w+\.)*b?f(?:16|32)", ptx), "drops NaN"
+    # row 1: what leads from a tensor's base to a tile is int64
+    assert all(", i64 " in line or "xi64>" in line for line in activation_offsets(launch, compiled))
+    return compiled, ptx, registers
+
+
+@pytest.mark.parametrize("launch", parameters(("add_relu", "bn_")))
+def test_compiles_well(launch, tmp_path):
+    kernel = launch.kernel
+    compiled, ptx, registers = compiled_well(launch, tmp_path)
+    assert registers <= 128, f"{registers}: fewer than 512 threads on an SM keep too few bytes in flight"
     # the only comparisons are ReLU's z < 0 and its gradient's y <= 0, or their negations: those that let NaN pass
     compares = set(re.findall(r"setp\.(\w+)\.b?f(?:16|32)", ptx))
     relu = launch.constant.get("RELU", kernel.__name__.startswith("add_relu"))
@@ -212,14 +294,58 @@ def test_compiles_well(launch, tmp_path):
     if "merge" not in kernel.__name__:
         assert_vector_access(launch, ptx)
         assert len(activation_offsets(launch, compiled)) >= len(launch.activations())
-    # row 1: what leads from a tensor's base to a tile is int64
-    assert all(", i64 " in line for line in activation_offsets(launch, compiled))
+
+
+# what every architecture multiplies matrices with, and the shared memory of a program: 80 stands for 86, 89 and 120 too
+PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.mark.parametrize("launch", parameters(("conv_act",)))
+def test_convolutions_compile_well(launch, tmp_path):
+    compiled, ptx, _ = compiled_well(launch, tmp_path)
+    assert compiled.metadata.shared <= SHARED[launch.arch]
+    assert len(activation_offsets(launch, compiled)) >= len(launch.activations())
+
+    kind, precision, act = launch.element_type.removeprefix("*"), launch.constant["PRECISION"], launch.constant["ACT"]
+    multiplies = re.findall(r"(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)[.\w:]*", ptx)
+    if (kind, precision) == ("fp32", "ieee"):
+        assert not multiplies and "fma.rn.f32" in ptx
+    else:
+        assert multiplies and all(m.startswith(PRODUCTS[launch.arch]) for m in multiplies), set(multiplies)
+        types = {"fp32": "tf32", "fp16": "f16", "bf16": "bf16"}
+        # tcgen05 has the types in a descriptor, and a kind for both 16-bit ones
+        wanted = r"\.kind::(tf32|f16)" if launch.arch == 100 else rf"\.{types[kind]}\.{types[kind]}\b"
+        assert all(re.search(wanted, m) for m in multiplies), set(multiplies)
+
+    compares = set(re.findall(r"setp\.(\w+)\.b?f(?:16|32)", ptx))  # with 0, and with 6: those that let NaN pass
+    zero, six = {"lt", "geu"}, {"gt", "leu"}
+    assert compares <= {"relu": zero, "relu6": zero | six, "hardswish": zero | six}.get(act, set())
+    assert bool(compares) == (act not in ("none", "silu"))
+
+    if "odd" not in launch.shape_class:
+        assert_pipelined_vectors(launch, ptx)
+
+
+def assert_pipelined_vectors(launch, ptx):
+    """Both operands come through cp.async 16 or 8 bytes at a time, for every stage of the pipeline; y likewise."""
+    constant, size = launch.constant, 4 if launch.element_type == "*fp32" else 2
+    width = min(16, size * constant["UNIT"])
+    lanes = (constant["BLOCK_M"], constant["BLOCK_N"])
+    copies = sum(lane * constant["BLOCK_K"] * size // width // (32 * launch.num_warps) for lane in lanes)
+    found = len(re.findall(rf"cp\.async\.c[ag]\.shared\.global [^;]*, 0x{width:x}, ", ptx))
+    assert found >= copies * (launch.num_stages - 1), f"{found} of {copies} copies of {width} bytes a stage"
+    outputs = constant["BLOCK_M"] * constant["BLOCK_N"] * size // (32 * launch.num_warps)
+    width = min(16, size * constant["OUT_UNIT"], outputs)
+    words = {16: r"\.v4\.b32", 8: r"\.v2\.b32"}[width]
+    assert len(re.findall(rf"st\.global[\w.:]*{words}\b", ptx)) >= outputs // width
 
 
 def activation_offsets(launch, compiled):
-    """The TTIR's lines that move a base pointer of an activation."""
-    names = "|".join(launch.activations()) or "none"
-    return re.findall(rf"^.*tt\.addptr %(?:{names}), .*$", compiled.asm["ttir"], re.MULTILINE)
+    """The TTIR's lines that move a base pointer of an activation, or one spread over a tile's rows."""
+    names, ttir = "|".join(launch.activations()) or "none", compiled.asm["ttir"]
+    names = "|".join([names, *re.findall(rf"^ *%(\w+) = tt\.splat %(?:{names}) ", ttir, re.MULTILINE)])
+    return re.findall(rf"^.*tt\.addptr %(?:{names}), .*$", ttir, re.MULTILINE)
 
 
 def assert_vector_access(launch, ptx):
@@ -282,6 +408,65 @@ def test_launch_counts():
         with recorded(90) as launches:  # the second pass reads g, which the first has written, and neither y nor dy
             bn_act.bn_act_backward(x, x, x, v, v, v, x, v, v, x, **train)
         assert launches[-1].constant["y_ptr"] is None and launches[-1].constant["dresidual_ptr"] is None
+
+
+def test_conv_act_is_one_launch_and_empty_outputs_are_none():
+    for conv in CONVS:
+        with recorded(90) as launches:
+            conv.launch(torch.float16, False)
+        assert [launch.kernel.__name__ for launch in launches] == ["conv_act_forward_kernel"]
+    with recorded(90) as launches:
+        Conv(0, 64, 56, 64).launch(torch.float16, False)
+    assert launches == []
+
+
+def test_resnets_convolutions_are_not_refused():
+    """Every convolution of ResNet-18 to 152 in both layouts; of ResNeXt-50 32x4d the groups of fewer than 16 are."""
+    for stage, width in enumerate((64, 128, 256, 512)):
+        size, c = 56 >> stage, max(width // 2, 64)
+        convs = [Conv(2, 3, 224, 64, kernel=7, stride=2)]
+        for k, outer, stride in ((width, 4 * width, 1), (width, 4 * width, 2)):
+            convs += [Conv(2, c, size, k, kernel=3, stride=stride), Conv(2, 4 * c, size, k, stride=stride)]
+            convs += [
+                Conv(2, k, size, k, kernel=3),
+                Conv(2, k, size, outer),
+                Conv(2, 4 * c, size, outer, stride=stride),
+            ]
+        for conv in convs:
+            for format in (NHWC, NCHW):
+                with recorded(80) as launches:
+                    replace(conv, x_format=format, y_format=format, weight_format=format).launch(torch.float32, True)
+                assert len(launches) == 1
+        x = torch.empty(2, 2 * width, size, size, device="meta")
+        weight = torch.empty(2 * width, width // 16, 3, 3, device="meta")
+        reasons = conv_act.why_not(x, weight, (1, 1), (1, 1), (1, 1), 32)
+        assert bool(reasons) == (width // 16 < 16) and all("a matrix product needs 16" in r for r in reasons)
+
+
+def test_refusals_of_conv_act_are_sentences():
+    def reasons(x, weight, padding=(0, 0), groups=1):
+        return conv_act.why_not(x, weight, (1, 1), padding, (1, 1), groups)
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, weight = meta(2, 16, 8, 8), meta(16, 16, 3, 3)
+    assert reasons(x, weight) == []
+    assert "2-d convolutions" in reasons(x[0], weight)[0]
+    assert "torch.float64" in reasons(x.double(), weight.double())[0]
+    assert "torch.float16" in reasons(x, weight.half())[0]
+    assert "strides" in reasons(meta(2, 16, 8, 9)[..., ::2], weight)[0]
+    assert reasons(x, meta(32, 16, 3, 6)[..., ::2]) == []  # weights of any strides
+    assert "groups of 1 to 1 channels" in reasons(x, meta(16, 1, 3, 3), groups=16)[0]
+    assert "plane" in reasons(meta(1, 16, 2**16, 2**15), meta(16, 16, 1, 1))[0]
+    assert "products" in reasons(meta(1, 2**21, 32, 32), meta(1, 2**21, 32, 32))[0]
+
+
+def test_gemms_of_newer_geforces_take_sm_80_s_entries():
+    wide = configs.Gemm(2**20, 128, 64, groups=1, vectors=True, residual=True, precision="")
+    table = {arch: configs.TABLE["conv_act_forward_kernel", arch]["wide"] for arch in configs.ARCHITECTURES}
+    for arch, known in ((0, 80), (80, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80), (121, 80)):
+        assert configs.gemm("conv_act_forward_kernel", arch, wide) == table[known]
 
 
 def test_an_unknown_architecture_takes_the_nearest_older_entry():

@@ -41,4 +41,4 @@ def test_lane(lane):
 
 
 def test_there_are_lanes_for_every_operator():
-    assert {"lane_add_relu.py", "lane_bn_act.py"} <= {p.name for p in LANES.glob("lane_*.py")}
+    assert {"lane_add_relu.py", "lane_bn_act.py", "lane_conv_act.py"} <= {p.name for p in LANES.glob("lane_*.py")}

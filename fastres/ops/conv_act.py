@@ -376,8 +376,9 @@ def _why_not_triton(x: Tensor, call: Conv) -> list[str]:
         return reasons
     from fastres.kernels.conv_act import why_not
 
+    dense = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=memory_format(call.channels_last))
     weight = torch.empty(call.weight, dtype=x.dtype, device="meta")
-    return list(why_not(x, weight, call.stride, call.padding, call.dilation, call.groups))
+    return list(why_not(dense, weight, call.stride, call.padding, call.dilation, call.groups))
 
 
 def _triton(

@@ -21,16 +21,18 @@ class Arena:
     def __init__(self):
         self.buffers, self.inputs = [], []
 
-    def _place(self, shape, dtype, channels_last, offset, nan):
+    def _place(self, shape, dtype, order, offset, nan):
+        """order: channels_last or not, or the dimensions as they lie in memory, the outermost first."""
         numel = torch.Size(shape).numel()
         raw = torch.full((2 * GUARD + numel + offset,), nan, dtype=BITS[dtype])
         start = GUARD + offset  # an odd offset misaligns the tensor
         self.buffers.append((raw, start, start + numel, nan))
         flat = raw.view(dtype)[start : start + numel]
-        if channels_last:
-            n, c, h, w = shape
-            return flat.view(n, h, w, c).permute(0, 3, 1, 2)
-        return flat.view(shape)
+        if order is True:
+            order = (0, 2, 3, 1)
+        if not order:
+            return flat.view(shape)
+        return flat.view([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
 
     def input(self, values, channels_last=False, offset=0):
         if values is None:
@@ -64,6 +66,12 @@ def small_tiles(monkeypatch, tile=128, line=8, programs=9):
         return configs.Config(tile=tile, num_warps=4, line=line, programs=programs)
 
     monkeypatch.setattr(configs, "config", config)
+
+
+def small_gemm_tiles(monkeypatch, block_m=16, block_n=16, block_k=16, group_m=2):
+    """The same for implicit GEMMs."""
+    entry = configs.GemmConfig(block_m, block_n, block_k, num_warps=4, num_stages=3, group_m=group_m)
+    monkeypatch.setattr(configs, "config", lambda kernel, arch, shape_class: entry)
 
 
 def per_channel(vector):
