@@ -10,6 +10,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3.11
 LOCK := requirements/dev.lock
+BENCH_LOCK := requirements/bench.lock
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check -q
 
@@ -18,6 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 $(VPY) -m pytest -q -n $(WORKERS) --dist loadgroup
 
 STAMP_PYTHON := $(VENV)/.stamp-python
 STAMP_LOCK := $(VENV)/.stamp-lock
+STAMP_BENCH := $(VENV)/.stamp-bench
 STAMP_PACKAGE := $(VENV)/.stamp-package
 STAMP_EXTENSION := $(VENV)/.stamp-extension
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -44,7 +46,7 @@ test: $(STAMP_EXTENSION)  ## the default tests (ARGS="tests/test_bn_act.py" to c
 test-full: $(STAMP_EXTENSION)  ## every test, also those that take minutes or build and install packages
 	$(PYTEST) -m "full or not full" $(ARGS)
 
-bench: $(STAMP_EXTENSION)  ## the benchmarks beside eager and torch.compile
+bench: $(STAMP_EXTENSION) $(STAMP_BENCH)  ## the benchmarks beside every engine (15 to 20 minutes; ARGS="-k networks")
 	$(VPY) -m pytest benchmarks/ $(ARGS)
 
 lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict
@@ -85,6 +87,12 @@ $(STAMP_LOCK): $(LOCK) | $(STAMP_PYTHON)
 	$(call say,installing $(LOCK) (torch and the rest$(comma) about 6 GB on disk; a few minutes the first time))
 	@if ! $(PIP) install -r $(LOCK) >$(LOCK_LOG) 2>&1; then \
 	  tail -n 40 $(LOCK_LOG) >&2; echo 'fastres: the lock was not installed ($(LOCK_LOG))' >&2; exit 1; fi
+	@touch $@
+
+$(STAMP_BENCH): $(BENCH_LOCK) $(STAMP_LOCK)
+	$(call say,installing $(BENCH_LOCK) (ONNX Runtime and OpenVINO))
+	@if ! $(PIP) install -r $(LOCK) -r $(BENCH_LOCK) >$(LOCK_LOG) 2>&1; then \
+	  tail -n 40 $(LOCK_LOG) >&2; echo 'fastres: $(BENCH_LOCK) was not installed ($(LOCK_LOG))' >&2; exit 1; fi
 	@touch $@
 
 # The package is mapped in place; the extension is built apart, so that an edit recompiles only what it touches.

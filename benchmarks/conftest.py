@@ -3,7 +3,8 @@
 The first test of a case judges and times all its peers together; every test of the case then hands its own samples to
 pytest-benchmark through a replaying timer. At the end the session's results are printed and written (see report.py).
 
-    pytest benchmarks/                                  about ten minutes on two cores
+    pytest benchmarks/                                  15 to 20 minutes on two cores
+    pytest benchmarks/bench_networks.py -k "resnet50 and fp32"
     pytest benchmarks/bench_bn_act.py -k "train and residual"
     pytest benchmarks/ --budget tiny --peers eager      proves that it runs
 """
@@ -16,11 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import roofline
 from fastres.lab.devices import pick_device
 from fastres.lab.errors import DeviceError, OutputError
 from fastres.lab.results import prepare_folder
 from measure import JUDGE_ONLY, TINY, Effort, Replay, Result, bandwidth, measure
-from peers import LEVELS
+from peers import DTYPES, LEVELS
 from report import document, lines, machine, write
 
 REPLAY = Replay()
@@ -49,9 +51,10 @@ def pytest_addoption(parser):
     group.addoption(
         "--budget",
         type=_budget,
-        default=2.0,
+        default=1.5,
         metavar="SECONDS",
-        help="timed seconds of one operator's case, all peers together; blocks get 2x, training steps 40x (default 2); "
+        help="timed seconds of one operator's case, all peers together; blocks get 2x, networks 5x, training steps 40x "
+        "(default 1.5); "
         "'tiny' runs everything twice and says nothing about speed",
     )
     group.addoption("--rounds", type=_positive, default=25, metavar="N", help="most rounds of a case (default 25)")
@@ -59,8 +62,8 @@ def pytest_addoption(parser):
         "--peers",
         choices=LEVELS,
         default="quick",
-        help="where torch.compile stands beside eager: eager, nowhere; quick, at a few operator shapes (default); all, "
-        "everywhere, which takes minutes for a network",
+        help="what stands beside: eager, nothing else; quick, every engine installed, torch.compile at a few shapes "
+        "and one network (default); all, torch.compile everywhere, which takes minutes for a network",
     )
     group.addoption("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     group.addoption(
@@ -118,7 +121,9 @@ def beside(benchmark, request, pytestconfig):
         if key not in results:
             effort = _effort(pytestconfig) if benchmark.enabled else JUDGE_ONLY
             try:
-                results[key] = measure(case, _device(pytestconfig), effort, case.peers(pytestconfig.option.peers))
+                level = pytestconfig.option.peers
+                results[key] = measure(case, _device(pytestconfig), effort, case.peers(level))
+                results[key].left_out.update(case.absent(level))
             except Exception as error:
                 results[key] = error
                 raise
@@ -154,7 +159,9 @@ def pytest_terminal_summary(terminalreporter, config):
     if not measured:
         return
     device = _device(config)
-    data = document(measured, device, _effort(config), config.option.peers, bandwidth(device))
+    computed = {r.case.facts()["dtype"] for r in measured if any(work.flops for work in r.case.work())}
+    rates = roofline.measured(device, bandwidth(device), {name: DTYPES[name] for name in computed})
+    data = document(measured, device, _effort(config), config.option.peers, rates)
     terminalreporter.section("fastres: speed-up over eager")
     terminalreporter.write_line(machine(data))
     for line in lines(data):

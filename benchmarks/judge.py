@@ -78,6 +78,33 @@ class BatchNormExact:
         return list(zip(grads, sizes, strict=False))
 
 
+class ConvActExact:
+    """conv_act in float64, and what rounding its terms moves it by.
+
+    A sum of thousands of products cancels: the sum of their absolute values would be a floor that hides any error. The
+    size is that of independent roundings of every x, weight, bias and residual instead, as in fastres.verify:
+    sqrt((2 * conv(x^2, w^2) + b^2 + r^2) / 3), and at least the result itself.
+
+    Args:
+        x: [N, C, H, W], weight: [O, C, K, K], bias: [O], residual: [N, O, P, Q] or None.
+    """
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, stride: int, padding: int, act: str
+    ) -> None:
+        x, weight, bias = (t.detach().double() for t in (x, weight, bias))
+        z = F.conv2d(x, weight, bias, stride, padding)  # [N, O, P, Q]
+        size = 2 * F.conv2d(x.square(), weight.square(), None, stride, padding) + bias.square()[:, None, None]
+        if residual is not None:
+            z += residual.double()
+            size += residual.double().square()
+        size = torch.maximum((size / 3).sqrt_(), z.abs())
+        self.outputs = [(z.relu() if act == "relu" else z, size)]
+
+    def gradients(self, y: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
+        raise NotImplementedError("conv_act is measured in inference alone")
+
+
 class AddReluExact:
     """add_relu in float64, and the sizes of its terms."""
 
@@ -91,7 +118,7 @@ class AddReluExact:
 
 
 def judge_operator(
-    exact: BatchNormExact | AddReluExact,
+    exact: BatchNormExact | AddReluExact | ConvActExact,
     results: Mapping[str, Sequence[Tensor]],
     dy: Tensor | None,
     names: Sequence[str],
@@ -158,3 +185,36 @@ def judge_module(reference: nn.Module, candidate: nn.Module, inputs: Any, traini
         "" if found.passed or worst is None else f"{worst.name}: {worst.message}, ratio {worst.ratio:.3g}, at most 2"
     )
     return Verdict(found.passed, found.error_ratio, message)
+
+
+class _Same(nn.Module):
+    """The module's output once for each name, so that one reference run serves every peer."""
+
+    def __init__(self, module: nn.Module, names: Sequence[str]) -> None:
+        super().__init__()
+        self.module, self.names = module, tuple(names)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        y = self.module(x)
+        return {name: y for name in self.names}
+
+
+def judge_outputs(reference: nn.Module, x: Tensor, outputs: Mapping[str, Tensor]) -> dict[str, Verdict]:
+    """fastres.verify's verdicts on what several engines answered to the same images, by name.
+
+    Args:
+        reference: the network, in eval mode and in float32 or finer.
+        x: the images that all of them saw, in the working dtype. [N, 3, H, W]
+        outputs: logits in the working dtype. [N, classes]
+    """
+    if not outputs:
+        return {}
+    module = _Same(reference, list(outputs))
+    found = fastres.verify(
+        module, lambda _: dict(outputs), x, backward=False, training=False, dtype=x.dtype, calibrate_bn=False
+    )
+    verdicts = {}
+    for row in found.rows:
+        message = "" if row.passed else f"{row.message}, ratio {row.ratio:.3g}, at most 2"
+        verdicts[row.name.removeprefix("output.")] = Verdict(row.passed, row.ratio, message)
+    return verdicts

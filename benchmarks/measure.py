@@ -23,8 +23,13 @@ from typing import Any, ClassVar
 import torch
 
 from fastres.lab.timing import Function, Ratio, Timer, interleave, paired_ratio, timer_for
+from roofline import Work
 
-COMPILE = "compile"  # the optional peers' names begin with it: one that cannot run here is left out, with its reason
+COMPILE = "compile"  # the names of torch.compile's peers begin with it
+
+
+class Absent(Exception):
+    """An optional peer cannot run here: what is missing, and the command that brings it."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,16 @@ class Verdict:
 
 @dataclass
 class Prepared:
-    """A case with its tensors: what is called, and how the results are judged."""
+    """A case with its tensors: what is called, and how the results are judged.
+
+    `build` holds what makes a call, for peers whose making may fail: an optional one is then left out, with the reason.
+    """
 
     calls: dict[str, Callable[[], Any]]
     judge: Callable[[Mapping[str, Any]], dict[str, Verdict]]  # results of one call, by peer -> verdicts, by peer
     backend: str | None = None  # the backend that fastres' chooser takes
     timer: Timer | None = None
+    build: dict[str, Callable[[], Callable[[], Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ class Case(ABC):
     baselines: ClassVar[tuple[str, ...]] = ("eager",)  # ratios are over the fastest of them
     ours: ClassVar[tuple[str, ...]] = ("fastres",)
     compiled: ClassVar[tuple[str, ...]] = (COMPILE,)
+    runtimes: ClassVar[tuple[str, ...]] = ()  # other engines: beside it but with --peers eager
     alone: ClassVar[tuple[str, ...]] = ()  # timed in the same rounds, compared with nothing
     threads: ClassVar[int | None] = None  # None: torch's setting
 
@@ -97,12 +107,27 @@ class Case(ABC):
         return False
 
     def peers(self, level: str) -> tuple[str, ...]:
-        optional = self.compiled if level == "all" or (level == "quick" and self.quick()) else ()
-        return (*self.baselines, *self.ours, *optional, *self.alone)
+        compiled = self.compiled if level == "all" or (level == "quick" and self.quick()) else ()
+        runtimes = self.runtimes if level != "eager" else ()
+        return (*self.baselines, *self.ours, *runtimes, *compiled, *self.alone)
+
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The peers that are left out, with the reason, where they cannot run."""
+        return (*self.runtimes, *self.compiled)
+
+    def absent(self, level: str) -> dict[str, str]:
+        """Peers that only another --peers brings, with what to say of them."""
+        return {}
 
     def bytes_moved(self) -> int | None:
         """The bytes that the fused kernels have to move in one call, each pass reading its tensors from memory."""
         return None
+
+    def work(self) -> list[Work]:
+        """The kernels of one call, for the roofline: what their bound is made of; empty where there is none."""
+        moved = self.bytes_moved()
+        return [Work(self.what, moved)] if moved else []
 
     def images(self) -> int | None:
         return None
@@ -180,11 +205,13 @@ def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str,
     results: dict[str, Any] = {}
     for name in peers:
         try:
+            if name in prepared.build:
+                prepared.calls[name] = prepared.build.pop(name)()
             results[name] = prepared.calls[name]()
         except Exception as error:
-            if not name.startswith(COMPILE):
+            if name not in case.optional:
                 raise
-            result.left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            result.left_out[name] = _reason(error)
     result.verdicts = prepared.judge(results)
     calls = {name: prepared.calls[name] for name in results}
     results.clear()
@@ -205,6 +232,12 @@ def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str,
         torch.compiler.reset()
     gc.collect()
     return result
+
+
+def _reason(error: Exception) -> str:
+    """One line: an Absent says it all, any other error says its type too."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return first if isinstance(error, Absent) else f"{type(error).__name__}: {first}"[:300]
 
 
 def _estimate(call: Function, timer: Timer) -> float:

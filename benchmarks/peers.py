@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastres
 from fastres.functional import add_relu, bn_act
 
-LEVELS = ("eager", "quick", "all")  # no torch.compile; torch.compile at a few operator shapes; torch.compile everywhere
+LEVELS = ("eager", "quick", "all")  # eager alone; other engines, torch.compile at a few cases; torch.compile everywhere
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,6 +45,16 @@ def eager_add_relu(x: Tensor, residual: Tensor) -> Tensor:
 
 
 fused_add_relu = add_relu
+
+
+def eager_conv_act(stride: int, padding: int, act: str) -> Forward:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = F.conv2d(x, weight, bias, stride, padding)
+        if residual is not None:
+            out += residual
+        return out.relu_() if act == "relu" else out
+
+    return forward
 
 
 def compiled(forward: Any) -> Any:

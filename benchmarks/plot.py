@@ -1,11 +1,12 @@
 """Draws a result file: every case's speed-up over eager with its 95 % interval, losses in the same picture.
 
+Where a case has many peers, their points share its row, in the order of the legend.
+
 python benchmarks/plot.py out/bench/all-cpu-torch2.11.0.json [picture.png]
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,21 @@ from typing import Any
 from fastres.lab.errors import MissingExtra
 from fastres.lab.results import write_atomically
 
-COLORS = {"channels_last": "#1f6fb4", "nchw": "#d98c1f", "compile": "#7a7f85"}
+COLORS = {  # from the top of a row to its bottom
+    "frozen": "#1f6fb4",
+    "channels_last": "#1f6fb4",
+    "compile": "#7a7f85",
+    "compile_freezing": "#33383d",
+    "compile_max_autotune": "#a9adb2",
+    "nchw": "#d98c1f",
+    "torchscript": "#7b52a8",
+    "onnxruntime": "#2c9a6b",
+    "openvino": "#c2456f",
+    "openvino_throughput": "#e39ab4",
+    "cudagraph": "#8a6d3b",
+    "jax": "#4bb3c4",
+}
+NAMES = {"nchw": "NCHW", "compile": "torch.compile", "frozen": "fastres frozen"}
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
@@ -33,17 +48,20 @@ def draw(data: dict[str, Any], path: Path) -> None:
         max(len(_labels(panels[i + j])) for j in range(columns) if i + j < len(panels))
         for i in range(0, len(panels), columns)
     ]
-    figure = Figure(figsize=(5.6 * columns, sum(1.3 + 0.3 * h for h in height) + 0.8), dpi=110, layout="constrained")
+    figure = Figure(
+        figsize=(max(5.6 * columns, 7.5), sum(1.3 + 0.3 * h for h in height) + 0.8), dpi=110, layout="constrained"
+    )
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(height), columns, height_ratios=[1.3 + 0.3 * h for h in height])
     for i, panel in enumerate(panels):
         _draw_panel(figure.add_subplot(grid[i // columns, i % columns]), *panel)
-    names = {"nchw": "NCHW", "compile": "torch.compile"}
+    shown = {name for _, points in panels for _, name, _ in points}
     handles = [
-        Line2D([], [], marker="o", linestyle="", color=color, label=names.get(name, name))
+        Line2D([], [], marker="o", linestyle="", color=color, label=NAMES.get(name, name))
         for name, color in COLORS.items()
+        if name in shown
     ]
-    figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower left", ncols=min(6, 3 * columns), frameon=False, fontsize=8)
     where = data["environment"]
     device = where["gpu"]["name"] if where["gpu"] else where["cpu"]["model"]
     figure.suptitle(
@@ -64,20 +82,31 @@ def _panels(data: dict[str, Any]) -> list[Panel]:
     for case in data["cases"]:
         dtype = f", {case['dtype']}" if case["dtype"] else ""
         form = f" {case['form']}" if "form" in case and case["what"] != "overhead" else ""
-        title = case["what"] if case["what"] == "overhead" else f"{case['what']}{form}, {case['mode']}{dtype}"
+        batch = f", batch {case['shape'][0]}" if case["what"] == "conv_act" else ""
+        title = case["what"] if case["what"] == "overhead" else f"{case['what']}{form}, {case['mode']}{dtype}{batch}"
         for name, peer in case["peers"].items():
             ratio = peer["speedup"].get(case["baseline"])
             if ratio is None or name in ("eager", "eager_channels_last"):
                 continue
-            color = "channels_last" if "channels_last" in f"{name} {case['layout']}" else "nchw"
-            color = "compile" if name.startswith("compile") else color
-            panels.setdefault(title, []).append((_label(case), color, ratio))
+            panels.setdefault(title, []).append((_label(case), _color(case, name), ratio))
     return list(panels.items())
+
+
+def _color(case: dict[str, Any], peer: str) -> str:
+    """The key of COLORS: the engine's where it has one, else the layout's."""
+    engine = peer.removesuffix("_channels_last")
+    if engine in COLORS:
+        return engine
+    return "channels_last" if "channels_last" in f"{peer} {case['layout']}" else "nchw"
 
 
 def _label(case: dict[str, Any]) -> str:
     if case["what"] in ("bn_act", "add_relu"):
         return "x".join(map(str, case["shape"][1:]))
+    if case["what"] == "conv_act":
+        return str(case["id"]).rsplit("-", 2)[0]
+    if case["what"] == "networks":
+        return f"{case['network']}, batch {case['shape'][0]}"
     if case["what"] == "blocks":
         return f"{case['network']} {case['block']}"
     return str(case["network"] if case["what"] == "train" else case["id"])
@@ -89,8 +118,9 @@ def _labels(panel: Panel) -> list[str]:
 
 def _draw_panel(axes: Any, title: str, points: list[tuple[str, str, dict[str, float]]]) -> None:
     labels = _labels((title, points))
+    colors = [name for name in COLORS if any(color == name for _, color, _ in points)]
     for label, color, ratio in points:
-        place = labels.index(label) + {"channels_last": -0.16, "nchw": 0.16, "compile": 0.0}[color]
+        place = labels.index(label) + 0.6 * ((colors.index(color) + 0.5) / len(colors) - 0.5)
         axes.plot([ratio["low"], ratio["high"]], [place, place], color=COLORS[color], linewidth=1.6)
         axes.plot(ratio["median"], place, "o", color=COLORS[color], markersize=4.5)
     axes.axvline(1.0, color="#c8452f", linewidth=1)
@@ -107,7 +137,7 @@ def _draw_panel(axes: Any, title: str, points: list[tuple[str, str, dict[str, fl
 
 
 def main(arguments: list[str]) -> int:
-    from report import validate
+    from result_schema import load
 
     if not 1 <= len(arguments) <= 2:
         print("usage: python benchmarks/plot.py RESULT.json [PICTURE.png]", file=sys.stderr)
@@ -115,9 +145,7 @@ def main(arguments: list[str]) -> int:
     source = Path(arguments[0])
     target = Path(arguments[1]) if len(arguments) == 2 else source.with_suffix(".png")
     try:
-        data = json.loads(source.read_text())
-        validate(data)
-        draw(data, target)
+        draw(load(source), target)
     except (OSError, ValueError, MissingExtra) as error:
         print(f"plot: {source}: {error}", file=sys.stderr)
         return 1

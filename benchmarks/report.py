@@ -1,7 +1,6 @@
 """What a benchmark session leaves behind: one JSON with every sample, a Markdown table, a plot; and what it prints.
 
-`SCHEMA` is the JSON's shape; `validate` holds a file to it, and a reader of results calls it first. A loss is a row
-like any other.
+The JSON's shape is in result_schema.py. A loss is a row like any other.
 """
 
 from __future__ import annotations
@@ -18,94 +17,25 @@ import torch
 from fastres.lab.errors import MissingExtra
 from fastres.lab.results import environment, write_atomically, write_json
 from measure import Effort, Result
+from result_schema import SCHEMA_NAME, SCHEMA_VERSION, validate
+from roofline import Rates, bound
 from shapes import BLOCK_END
 
-SCHEMA_NAME, SCHEMA_VERSION = "fastres.benchmarks", 1
-EVERYTHING = ("add_relu", "blocks", "bn_act", "import", "overhead", "train")
+EVERYTHING = ("add_relu", "blocks", "bn_act", "conv_act", "import", "networks", "overhead", "train")
 ENVIRONMENT = tuple("FASTRES_ OMP_ MKL_ KMP_ GOMP_ TORCH PYTORCH_ TRITON_ CUDA_ MALLOC_ LD_PRELOAD".split())
-
-_RATIO = {"median": float, "low": float, "high": float, "n": int, "coverage": float}
-_VERDICT = {"passed": bool, "error_ratio": (float, None), "message": str}
-_PEER = {
-    "samples": [float],  # seconds of `iterations` calls, round by round
-    "median": float,  # seconds of one call
-    "q1": float,
-    "q3": float,
-    "bytes_per_s": (float, None),  # the bytes the fused kernels have to move, over the median
-    "of_bandwidth": (float, None),
-    "images_per_s": (float, None),
-    "peak_bytes": (int, None),
-    "verdict": (_VERDICT, None),  # None for a baseline, which is the yardstick
-    "speedup": {str: _RATIO},  # over every peer that is not fastres; entry `baseline` is the headline
-}
-_CASE = {
-    "id": str,
-    "what": str,
-    "mode": str,
-    "layout": (str, None),
-    "dtype": (str, None),
-    "backend": (str, None),
-    "threads": int,
-    "iterations": int,
-    "rounds": int,
-    "bytes_moved": (int, None),
-    "baseline": str,
-    "ours": [str],
-    "peers": {str: _PEER},
-    "left_out": {str: str},
-}
-_BAR = {"name": str, "aim": str, "measured": str, "value": float, "n": int}
-SCHEMA = {
-    "schema": str,
-    "schema_version": int,
-    "environment": dict,
-    "settings": {"budget_s": float, "rounds": int, "peers": str, "bandwidth_bytes_per_s": float},
-    "cases": [_CASE],
-    "bars": [_BAR],
-}
-
-
-def validate(data: Any, schema: Any = SCHEMA, where: str = "result") -> None:
-    """Raises ValueError naming the place where `data` is not what `schema` says; it may hold more keys."""
-    if isinstance(schema, tuple):  # (schema, None): may be null
-        if data is not None:
-            validate(data, schema[0], where)
-    elif isinstance(schema, list):
-        _expect(isinstance(data, list), where, "a list", data)
-        for i, entry in enumerate(data):
-            validate(entry, schema[0], f"{where}[{i}]")
-    elif isinstance(schema, dict) and str in schema:
-        _expect(isinstance(data, dict), where, "an object", data)
-        for key, entry in data.items():
-            validate(entry, schema[str], f"{where}[{key!r}]")
-    elif isinstance(schema, dict):
-        _expect(isinstance(data, dict), where, "an object", data)
-        for key, entry in schema.items():
-            _expect(key in data, where, f"the key {key!r}", sorted(data))
-            validate(data[key], entry, f"{where}.{key}")
-    else:
-        allowed = (int, float) if schema is float else schema
-        right = isinstance(data, allowed) and not (isinstance(data, bool) and schema is not bool)
-        _expect(right, where, f"{schema.__name__}", data)
-
-
-def _expect(right: bool, where: str, expected: str, got: Any) -> None:
-    if not right:
-        raise ValueError(f"{where}: got {got!r}, expected {expected}")
-
 
 # ---- data ------------------------------------------------------------------------------------------------------------
 
 
 def document(
-    results: Sequence[Result], device: torch.device, effort: Effort, peers: str, bandwidth: float
+    results: Sequence[Result], device: torch.device, effort: Effort, peers: str, rates: Rates
 ) -> dict[str, Any]:
     """The result file of a session."""
     where = environment(device, " ".join(["pytest", *sys.argv[1:]]))
     where["environment"] = {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)}
     where["cpu"]["flags"] = _cpu_flags()
     where["load"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
-    cases = [case_data(result, bandwidth) for result in results]
+    cases = [case_data(result, rates) for result in results]
     return {
         "schema": SCHEMA_NAME,
         "schema_version": SCHEMA_VERSION,
@@ -114,38 +44,49 @@ def document(
             "budget_s": effort.budget_s,
             "rounds": effort.rounds,
             "peers": peers,
-            "bandwidth_bytes_per_s": bandwidth,
+            "bandwidth_bytes_per_s": rates.bandwidth,
+            "flops_per_s": rates.flops,
         },
         "cases": cases,
         "bars": bars(cases),
     }
 
 
-def case_data(result: Result, bandwidth: float) -> dict[str, Any]:
-    case = result.case
+def case_data(result: Result, rates: Rates) -> dict[str, Any]:
+    case, works = result.case, result.case.work()
+    facts = case.facts()
+    moved, flops = sum(work.bytes for work in works), sum(work.flops for work in works)
+    rate = rates.flops.get(facts["dtype"] or "")
+    known = bool(works) and (rate is not None or not flops)
+    totals = {
+        "bytes_moved": moved or None,
+        "flops": flops or None,
+        "bound_s": bound(works, rates.bandwidth, rate or 1.0) if known else None,
+    }
     return {
         "id": case.id,
         "what": case.what,
         "mode": case.mode,
-        **case.facts(),
+        **facts,
         "backend": result.backend,
         "threads": case.threads or torch.get_num_threads(),
         "iterations": result.iterations,
         "rounds": len(next(iter(result.samples.values()))),
-        "bytes_moved": case.bytes_moved(),
+        **totals,
         "baseline": result.baseline,
         "ours": list(case.ours),
-        "peers": {name: _peer_data(result, name, bandwidth) for name in result.samples},
+        "peers": {name: _peer_data(result, name, rates.bandwidth, totals) for name in result.samples},
         "left_out": result.left_out,
     }
 
 
-def _peer_data(result: Result, name: str, bandwidth: float) -> dict[str, Any]:
+def _peer_data(result: Result, name: str, bandwidth: float, totals: dict[str, Any]) -> dict[str, Any]:
     case, seconds = result.case, result.seconds(name)
     calls = [sample / result.iterations for sample in result.samples[name]]
     q1, _, q3 = statistics.quantiles(calls, n=4, method="inclusive") if len(calls) > 1 else calls * 3
-    moved, images, verdict = case.bytes_moved(), case.images(), result.verdicts.get(name)
+    images, verdict = case.images(), result.verdicts.get(name)
     others = [n for n in result.samples if n != name and n not in case.ours + case.alone and name not in case.alone]
+    moved, flops, least = totals["bytes_moved"], totals["flops"], totals["bound_s"]
     return {
         "samples": result.samples[name],
         "median": seconds,
@@ -153,6 +94,8 @@ def _peer_data(result: Result, name: str, bandwidth: float) -> dict[str, Any]:
         "q3": q3,
         "bytes_per_s": moved / seconds if moved else None,
         "of_bandwidth": moved / seconds / bandwidth if moved else None,
+        "flops_per_s": flops / seconds if flops else None,
+        "of_bound": least / seconds if least else None,
         "images_per_s": images / seconds if images else None,
         "peak_bytes": result.memory.get(name),
         "verdict": verdict.to_dict() if verdict else None,
@@ -181,7 +124,7 @@ def bars(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         ends = [_headline(c) for c in here if c["role"] == BLOCK_END]
         share(f"bn_act + residual, forward+backward, {layout}: every shape", aim, [_headline(c) for c in here], 1.3)
         share(f"bn_act + residual, forward+backward, {layout}: block ends", aim, ends, 1.3)
-    chosen = [_headline(c) for c in cases if c["what"] in ("bn_act", "add_relu")]
+    chosen = [_headline(c) for c in cases if c["what"] in ("bn_act", "add_relu", "conv_act")]
     share("operators, every case", "0.97x eager or more everywhere", chosen, 0.97)
     for case in (c for c in cases if c["what"] == "train"):
         best = min(case["ours"], key=lambda name: case["peers"][name]["median"])
@@ -189,6 +132,11 @@ def bars(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         measured = f"{best} {_interval(ratio)} over {case['baseline']}"
         aim = "0.97x the faster eager or more, hoped for 1.1x"
         bar(f"training step, {case['network']}", aim, measured, ratio["median"], ratio["n"])
+    for case in (c for c in cases if c["what"] == "networks"):
+        name, other, ratio = ours_beside(case)
+        what = f"inference, {case['network']}, {case['dtype']}, batch {case['shape'][0]}"
+        measured = f"{name} {_interval(ratio)} over {other}, the fastest other"
+        bar(what, "faster than every engine beside it", measured, ratio["median"], ratio["n"])
     for case in (c for c in cases if c["what"] == "import"):
         beyond = case["peers"]["fastres_beyond_torch"]
         measured = f"{1e3 * beyond['median']:.0f} ms ({1e3 * beyond['q1']:.0f} to {1e3 * beyond['q3']:.0f})"
@@ -198,6 +146,14 @@ def bars(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _headline(case: dict[str, Any]) -> float:
     return max(float(case["peers"][name]["speedup"][case["baseline"]]["median"]) for name in case["ours"])
+
+
+def ours_beside(case: dict[str, Any], other: str | None = None) -> tuple[str, str, dict[str, Any]]:
+    """(the fastest of ours, the peer, the ratio of the one over the other); by default over the fastest other peer."""
+    peers = case["peers"]
+    best = min(case["ours"], key=lambda name: peers[name]["median"])
+    other = other or min(peers[best]["speedup"], key=lambda name: peers[name]["median"])
+    return best, other, peers[best]["speedup"][other]
 
 
 def _cpu_flags() -> list[str]:
@@ -212,7 +168,7 @@ def _cpu_flags() -> list[str]:
 
 # ---- text ------------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("case", "peer", "time", "IQR", "speed-up over", "95 % interval", "rate", "answers")
+COLUMNS = ("case", "peer", "time", "IQR", "speed-up over", "95 % interval", "fastres over it", "rate", "answers")
 
 
 def rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -227,10 +183,12 @@ def rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
             else:
                 speedup = f"{ratio['median']:.2f}x {case['baseline']}"
                 interval = f"{ratio['low']:.2f}-{ratio['high']:.2f}" + ("" if ratio["coverage"] >= 0.95 else " (range)")
-            row = (_seconds(peer["median"]), f"{low}-{high}", speedup, interval, _rate(peer), _answers(peer))
+            best = min(case["ours"], key=lambda ours: case["peers"][ours]["median"])
+            over = _interval(ours_beside(case, name)[2]) if name in case["peers"][best]["speedup"] else ""
+            row = (_seconds(peer["median"]), f"{low}-{high}", speedup, interval, over, _rate(peer), _answers(peer))
             table.append((f"{case['what']} {case['id']}", name, *row))
         for name, reason in case["left_out"].items():
-            table.append((f"{case['what']} {case['id']}", name, "left out", "", "", "", "", reason))
+            table.append((f"{case['what']} {case['id']}", name, "absent", "", "", "", "", "", reason))
     return table
 
 
@@ -243,11 +201,17 @@ def _answers(peer: dict[str, Any]) -> str:
 
 
 def _rate(peer: dict[str, Any]) -> str:
+    """images/s, TFLOP/s, GB/s, each where it is known, and the share of the roofline's bound."""
+    parts = []
     if peer["images_per_s"] is not None:
-        return f"{peer['images_per_s']:.4g} images/s"
+        parts.append(f"{peer['images_per_s']:.4g} images/s")
+    if peer["flops_per_s"] is not None:
+        parts.append(f"{peer['flops_per_s'] / 1e12:.3g} TFLOP/s")
     if peer["bytes_per_s"] is not None:
-        return f"{peer['bytes_per_s'] / 1e9:.3g} GB/s, {100 * peer['of_bandwidth']:.0f} %"
-    return ""
+        parts.append(f"{peer['bytes_per_s'] / 1e9:.3g} GB/s")
+    if peer["of_bound"] is not None:
+        parts.append(f"{100 * peer['of_bound']:.0f} %")
+    return ", ".join(parts)
 
 
 def _seconds(seconds: float) -> str:
@@ -267,8 +231,9 @@ def machine(data: dict[str, Any]) -> str:
     device = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']['model']}, {where['cpu']['isa']}"
     versions = where["versions"]
     commit, measured = (where["commit"] or "unknown")[:10], data["settings"]["bandwidth_bytes_per_s"] / 1e9
+    flops = "".join(f", {rate / 1e12:.3g} TFLOP/s {name}" for name, rate in data["settings"]["flops_per_s"].items())
     return (
-        f"{device}, {where['threads']} threads, {measured:.3g} GB/s measured bandwidth, torch {versions['torch']}, "
+        f"{device}, {where['threads']} threads, measured here {measured:.3g} GB/s{flops}; torch {versions['torch']}, "
         f"fastres {versions['fastres']}, commit {commit}"
     )
 
@@ -305,8 +270,9 @@ def markdown(data: dict[str, Any]) -> str:
             f"{machine(data)}. {where['time']}. Command: `{where['command']}`.",
             "",
             "Times are medians of interleaved rounds, speed-ups medians of the paired ratios with their 95 % interval.",
-            "GB/s counts the bytes that the fused kernels have to move, % is of the bandwidth measured in this session",
-            "(data in cache exceeds it). Answers: the error against float64 over eager's, where 2 is allowed.",
+            "GB/s and TFLOP/s count what the fused kernels have to move and compute, % is of the roofline's bound at",
+            "the bandwidth and the matmul rate measured in this session (data in cache exceeds it). Answers: the error",
+            "against float64 over eager's, where 2 is allowed.",
             "",
             *table(("bar", "aim", "measured"), _bar_rows(data)),
             "",

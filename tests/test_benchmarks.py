@@ -21,6 +21,7 @@ import plot  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 from judge import AddReluExact, BatchNormExact, judge_operator  # noqa: E402
+from roofline import Rates  # noqa: E402
 
 SMALL = shapes.Activation(5, 6, 7, shapes.BLOCK_END, 1, 1)
 FAST = measure.Effort(budget_s=0.02, rounds=6, sample_s=1e-4)
@@ -195,7 +196,7 @@ def document():
         for layout in ("nchw", "channels_last")
     ]
     results = [measure.measure(case, torch.device("cpu"), FAST, case.peers("eager")) for case in cases]
-    return report.document(results, torch.device("cpu"), FAST, "eager", 1e10)
+    return report.document(results, torch.device("cpu"), FAST, "eager", Rates(1e10))
 
 
 def test_document_holds_its_schema():

@@ -1,0 +1,288 @@
+"""The engines that stand beside a frozen network, each set up as its own documentation says is fastest.
+
+A builder takes the network (float32, eval mode, on the device) and the images in the working dtype, and gives a call
+without arguments that returns the logits. It raises Absent where its library is missing, with the command that brings
+it; any other error also leaves the peer out, with that error as the reason.
+
+    eager, eager_channels_last   the network in the working dtype, without gradients
+    frozen                       fastres.freeze on these images, whatever it decides
+    torchscript                  trace, torch.jit.freeze, torch.jit.optimize_for_inference; channels_last
+    compile, compile_freezing    torch.compile, default mode; with Inductor's freezing, without gradients; channels_last
+    compile_max_autotune         torch.compile, mode "max-autotune" (with CUDA graphs); GPUs
+    cudagraph                    eager channels_last, captured once as a CUDA graph; GPUs
+    onnxruntime                  torch.onnx.export, all graph optimisations, as many threads as torch, batch size fixed
+    openvino                     one request with the whole batch, hint LATENCY: all threads work on it
+    openvino_throughput          hint THROUGHPUT: the batch cut into as many parallel requests as OpenVINO calls optimal
+    jax                          the folded network in jax.numpy, NHWC, under jax.jit; GPUs
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastres
+from measure import Absent
+
+Call = Callable[[], Any]
+Build = Callable[[nn.Module, Tensor], Call]
+
+INSTALL = {
+    "onnx": "onnx onnxscript",
+    "onnxscript": "onnx onnxscript",
+    "onnxruntime": "onnxruntime onnx onnxscript",
+    "openvino": "openvino",
+    "jax": "'jax[cuda13]'",
+}
+
+
+def needed(name: str) -> Any:
+    """The module, or Absent with the command that brings it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Absent(f"{name} is not installed: pip install {INSTALL[name]}") from error
+
+
+def cuda_only(images: Tensor) -> None:
+    if images.device.type != "cuda":
+        raise Absent(f"needs a CUDA device, the images are on {images.device.type}")
+
+
+def cpu_only(images: Tensor, library: str) -> None:
+    if images.device.type != "cpu":
+        raise Absent(f"{library} has no engine for a CUDA device; it stands beside on a CPU")
+
+
+def without_gradients(function: Callable[[Tensor], Any], images: Tensor) -> Call:
+    def call() -> Any:
+        with torch.no_grad():
+            return function(images)
+
+    return call
+
+
+def laid_out(net: nn.Module, images: Tensor, layout: torch.memory_format) -> tuple[nn.Module, Tensor]:
+    """A copy of the network in the images' dtype, and the images, both in the layout."""
+    module: Any = copy.deepcopy(net).to(images.dtype)
+    return module.to(memory_format=layout), images.contiguous(memory_format=layout)
+
+
+def eager(net: nn.Module, images: Tensor) -> Call:
+    return without_gradients(*laid_out(net, images, torch.contiguous_format))
+
+
+def eager_channels_last(net: nn.Module, images: Tensor) -> Call:
+    return without_gradients(*laid_out(net, images, torch.channels_last))
+
+
+def frozen(net: nn.Module, images: Tensor) -> Call:
+    """The referee that freeze would run is left to the benchmark, which judges what was timed."""
+    fast = fastres.freeze(net, images.float(), dtype=images.dtype, verify=False)
+    return without_gradients(fast, images)
+
+
+def torchscript(net: nn.Module, images: Tensor) -> Call:
+    module, images = laid_out(net, images, torch.channels_last)
+    with torch.no_grad():
+        traced = torch.jit.trace(module, images)
+        script = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
+        script(images)  # it specialises in its first two calls
+        script(images)
+    return without_gradients(script, images)
+
+
+def compiled(net: nn.Module, images: Tensor, *, freezing: bool = False, mode: str = "default") -> Call:
+    from torch._inductor import config
+
+    module, images = laid_out(net, images, torch.channels_last)
+    call = without_gradients(torch.compile(module, dynamic=False, fullgraph=True, mode=mode), images)
+    with config.patch(freezing=freezing):
+        call()  # compiles
+    return call
+
+
+def compile_freezing(net: nn.Module, images: Tensor) -> Call:
+    return compiled(net, images, freezing=True)
+
+
+def compile_max_autotune(net: nn.Module, images: Tensor) -> Call:
+    cuda_only(images)
+    return compiled(net, images, mode="max-autotune")
+
+
+def cudagraph(net: nn.Module, images: Tensor) -> Call:
+    cuda_only(images)
+    eager = eager_channels_last(net, images)
+    side = torch.cuda.Stream(images.device)
+    side.wait_stream(torch.cuda.current_stream(images.device))
+    with torch.cuda.stream(side):  # cuDNN chooses its algorithms outside the capture
+        for _ in range(3):
+            eager()
+    torch.cuda.current_stream(images.device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = eager()
+
+    def call() -> Tensor:
+        graph.replay()
+        return logits
+
+    return call
+
+
+@cache
+def exported(net: nn.Module, dtype: torch.dtype) -> bytes:
+    """The network as ONNX, with a free batch size called "batch"; exported once for each dtype."""
+    needed("onnx"), needed("onnxscript")
+    module = copy.deepcopy(net).to("cpu", dtype)
+    example = torch.randn(2, 3, 224, 224, dtype=dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        torch.onnx.export(
+            module,
+            (example,),
+            path,
+            dynamo=True,
+            verbose=False,
+            external_data=False,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+        return path.read_bytes()
+
+
+def onnxruntime(net: nn.Module, images: Tensor) -> Call:
+    """https://onnxruntime.ai/docs/performance/tune-performance: all optimisations, one pool of torch's size.
+
+    Its threads spin while a call lasts; that they stop with the call keeps them out of the other peers' rounds.
+    """
+    ort = needed("onnxruntime")
+    gpu = images.device.type == "cuda"
+    if gpu and "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise Absent("onnxruntime here has no CUDAExecutionProvider: pip install onnxruntime-gpu")
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_free_dimension_override_by_name("batch", len(images))
+    options.log_severity_level = 3
+    provider = ("CUDAExecutionProvider", {"device_id": images.device.index or 0}) if gpu else "CPUExecutionProvider"
+    session = ort.InferenceSession(exported(net, images.dtype), options, providers=[provider])
+    if not gpu:
+        feed = {"images": images.numpy()}
+        return lambda: session.run(["logits"], feed)[0]
+    import numpy as np
+
+    images = images.contiguous()
+    logits = torch.empty(len(images), 1000, device=images.device, dtype=images.dtype)
+    element = np.float16 if images.dtype is torch.float16 else np.float32
+    binding = session.io_binding()
+    for name, t, bind in (("images", images, binding.bind_input), ("logits", logits, binding.bind_output)):
+        bind(name, "cuda", images.device.index or 0, element, tuple(t.shape), t.data_ptr())
+
+    def call() -> Tensor:
+        session.run_with_iobinding(binding)
+        return logits
+
+    return call
+
+
+@cache
+def converted(net: nn.Module) -> Any:
+    """The network as an OpenVINO model with a free batch size."""
+    ov = needed("openvino")
+    return ov.convert_model(copy.deepcopy(net), example_input=torch.randn(2, 3, 224, 224), input=[-1, 3, 224, 224])
+
+
+def _openvino(net: nn.Module, images: Tensor, hint: str, batch: int | None = None) -> tuple[Any, Any]:
+    """(openvino, the compiled model). numpy has no bfloat16: images and logits are float32, whatever it computes in."""
+    ov = needed("openvino")
+    cpu_only(images, "OpenVINO")
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[images.dtype]
+    if precision != "f32" and precision.upper() not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise Absent(f"OpenVINO does not compute in {precision} on this CPU")
+    model = converted(net).clone()
+    model.reshape([batch or len(images), *images.shape[1:]])
+    settings = {
+        "PERFORMANCE_HINT": hint,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+        "EXECUTION_MODE_HINT": "PERFORMANCE",
+    }
+    return ov, ov.Core().compile_model(model, "CPU", settings)
+
+
+def openvino(net: nn.Module, images: Tensor) -> Call:
+    """https://docs.openvino.ai, "High-level Performance Hints": LATENCY for one request at a time."""
+    _, model = _openvino(net, images, "LATENCY")
+    request, feed = model.create_infer_request(), {0: images.float().numpy()}
+    return lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0]
+
+
+def openvino_throughput(net: nn.Module, images: Tensor) -> Call:
+    """The same page: THROUGHPUT for many requests in parallel, as many as OPTIMAL_NUMBER_OF_INFER_REQUESTS says."""
+    import numpy as np
+
+    _, model = _openvino(net, images, "THROUGHPUT")
+    parallel = min(int(model.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")), len(images))
+    while len(images) % parallel:
+        parallel -= 1
+    part = len(images) // parallel
+    ov, model = _openvino(net, images, "THROUGHPUT", part)
+    feeds = [{0: piece} for piece in np.split(images.float().numpy(), parallel)]  # each [part, 3, 224, 224]
+    logits = np.empty((parallel, part, 1000), np.float32)
+    queue = ov.AsyncInferQueue(model, parallel)
+
+    def keep(request: Any, index: int) -> None:
+        logits[index] = request.get_output_tensor(0).data
+
+    queue.set_callback(keep)
+
+    def call() -> Any:
+        for index, feed in enumerate(feeds):
+            queue.start_async(feed, index, share_inputs=True)
+        queue.wait_all()
+        return logits.reshape(len(images), 1000)
+
+    return call
+
+
+def jax(net: nn.Module, images: Tensor) -> Call:
+    needed("jax")
+    from jax_resnet import build
+
+    return build(net, images)
+
+
+BUILDERS: dict[str, Build] = {
+    "eager": eager,
+    "eager_channels_last": eager_channels_last,
+    "frozen": frozen,
+    "torchscript": torchscript,
+    "onnxruntime": onnxruntime,
+    "openvino": openvino,
+    "openvino_throughput": openvino_throughput,
+    "compile": compiled,
+    "compile_freezing": compile_freezing,
+    "compile_max_autotune": compile_max_autotune,
+    "cudagraph": cudagraph,
+    "jax": jax,
+}
+
+
+def forget() -> None:
+    """Drops the exported networks."""
+    exported.cache_clear()
+    converted.cache_clear()
