@@ -114,6 +114,10 @@ def test_row10_nan_and_infinity_pass_as_in_eager():
     close(frozen(x), net(x).detach())
     shared = {t.data_ptr() for t in frozen.module.parameters()}
     assert {t.data_ptr() for t in frozen._exact._twin.parameters()} == shared  # no second copy of the weights
+    other = {name: t * 0.9 for name, t in frozen.state_dict().items()}
+    frozen.load_state_dict(other, assign=True)
+    x[0, 0, 0, 0] = float("nan")
+    close(frozen(x)[1], frozen(x[1:])[0])  # the twin follows replaced tensors
 
 
 # ---- memory shared between blocks ------------------------------------------------------------------------------------
@@ -154,6 +158,25 @@ def test_a_network_that_keeps_every_blocks_output_is_noticed():
     with torch.no_grad():
         for got, want in zip(frozen(x), net(x), strict=True):
             close(got, want)
+
+
+class OnRequest(EveryBlock):
+    def forward(self, x, features=False):
+        found = super().forward(x)
+        return found if features else found[-1]
+
+
+def test_a_flag_that_the_example_lacks_gets_true_features():
+    net = OnRequest(calibrated(vision.resnet50()))
+    frozen = fastres.freeze(net, torch.randn(2, 3, 64, 64), tune=False)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        close(frozen(x), net(x))
+        assert frozen._overwrites  # the blocks' outputs are nobody else's there
+        for call in (lambda model: model(x, features=True), lambda model: model(x, True)):
+            frozen.overwrite_residuals(True)
+            for got, want in zip(call(frozen), call(net), strict=True):
+                close(got, want)
 
 
 def test_a_hook_on_a_block_keeps_its_output():

@@ -28,9 +28,7 @@ class Capture:
     """
 
     pairs: dict[str, str] = field(default_factory=dict)
-    acts: dict[str, tuple[str, str]] = field(
-        default_factory=dict
-    )  # convolution or norm -> (its activation, "relu", ...)
+    acts: dict[str, tuple[str, str]] = field(default_factory=dict)  # -> (the activation's name, what conv_act calls it)
     convs: dict[str, Refusal] = field(default_factory=dict)
     norms: dict[str, Refusal] = field(default_factory=dict)
 
@@ -38,9 +36,7 @@ class Capture:
 class _Watch(TorchDispatchMode):
     """Follows the outputs of convolutions, by identity: they are kept alive while it lasts."""
 
-    def __init__(
-        self, convs: dict[str, nn.Module], norms: dict[str, nn.Module], acts: dict[str, nn.Module] | None = None
-    ) -> None:
+    def __init__(self, convs: dict[str, nn.Module], norms: dict[str, nn.Module], acts: dict[str, nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.running: list[str] = []  # the convolutions and norms inside whose forward we are
         self.outputs: dict[int, tuple[str, Tensor]] = {}  # id of an output -> (its convolution, itself)
@@ -48,7 +44,6 @@ class _Watch(TorchDispatchMode):
         self.sources: dict[str, list[str | None]] = {name: [] for name in norms}  # a convolution for each of its calls
         self.calls = dict.fromkeys(convs, 0)
         self.leaks: set[str] = set()  # modules whose output or tensors something else reads
-        acts = acts or {}
         self.finals: dict[int, tuple[str, Tensor]] = {}  # id of an output, of a convolution or a norm
         self.final_leaks: set[str] = set()  # whose output something else than an activation module reads
         self.act_sources: dict[str, list[str | None]] = {name: [] for name in acts}

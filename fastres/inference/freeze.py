@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from fastres.inference.blocks import own_residuals
 from fastres.inference.capture import capture
 from fastres.inference.conv import frozen_convs
 from fastres.inference.fold import short
@@ -100,7 +99,7 @@ def freeze(
     if dtype is torch.bfloat16 and target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         report.notes.append("this CPU has no native bfloat16: oneDNN emulates it, slower than float32")
     frozen = _plan(frozen, source, inputs, target, tune)
-    _share_memory(frozen, inputs, target)
+    _overwrite_residuals(frozen, inputs, target)
     _pack(frozen, inputs, target, tune)
     _split(frozen, inputs, target, tune)
     _graph(frozen, inputs, target, tune, cuda_graph)
@@ -176,20 +175,22 @@ def _plan(
     return chosen
 
 
-def _share_memory(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
-    """Blocks write over the output of the block before, if the outputs on the example are the same with it."""
-    if device.type != "cpu":
+def _overwrite_residuals(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
+    """Blocks write over the output of the block before, if the outputs on the example are the same with it.
+
+    For calls with tensors alone: a flag could ask for the outputs of blocks, and the example would not show it.
+    """
+    given = [inputs] if isinstance(inputs, Tensor) else inputs
+    if device.type != "cpu" or isinstance(given, Mapping) or not all(isinstance(t, Tensor) for t in given):
         return
-    own_residuals(frozen.module, False)
+    frozen.overwrite_residuals(False)
     want = map_tensors(call(frozen, inputs), lambda _, t: t.clone(), "")
-    own_residuals(frozen.module, True)
+    frozen.overwrite_residuals(True)
     got = named_tensors(call(frozen, inputs), "")
     # other orders of summation differ by rounding, memory written over by everything
-    for name, t in named_tensors(want, "").items():
-        if not _close(got[name], t):
-            own_residuals(frozen.module, False)
-            frozen.report.notes.append("outputs of blocks are used elsewhere, or not finite: none is written over")
-            return
+    if not all(_close(got[name], t) for name, t in named_tensors(want, "").items()):
+        frozen.overwrite_residuals(False)
+        frozen.report.notes.append("outputs of blocks are used elsewhere, or not finite: none is written over")
 
 
 def _pack(frozen: FrozenModel, inputs: Any, device: torch.device, tune: bool | Literal["auto"]) -> None:
@@ -290,5 +291,7 @@ def _judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeRe
             twin = FrozenModel(module, calibrated, frozen._found, report, frozen.dtype)
             if frozen.channels_last:
                 twin.use_channels_last()
+            twin.overwrite_residuals(frozen._overwrites)
+            twin.images_at_a_time = frozen.images_at_a_time
             source, frozen = calibrated, twin
     return _verify(source, frozen, inputs, backward=False, training=False, calibrate_bn=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastres.inference.blocks import own_residuals
 from fastres.inference.capture import Capture
 from fastres.inference.conv import frozen_convs
 from fastres.inference.graphs import Graphs
@@ -82,9 +83,9 @@ class Exact:
         )
 
     def twin(self, module: nn.Module) -> nn.Module:
-        if self._twin is None:
-            shared = {id(t): t for t in source_tensors(module).values()}
-            twin = copy.deepcopy(module, shared)
+        tensors = source_tensors(module)
+        if self._twin is None or any(t is not tensors[name] for name, t in source_tensors(self._twin).items()):
+            twin = copy.deepcopy(module, {id(t): t for t in tensors.values()})
             for conv in frozen_convs(twin):
                 conv.exact = True
             self._twin = twin
@@ -119,6 +120,7 @@ class FrozenModel(nn.Module):
         self.dtype = dtype
         self.channels_last = False
         self.images_at_a_time: int | None = None
+        self._overwrites = False
         self.training = False
         self._found = found
         self._source = Source(source)
@@ -127,6 +129,8 @@ class FrozenModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = map_tensors((args, kwargs), self._prepare, "")
+        if self._overwrites and (kwargs or not all(isinstance(arg, Tensor) for arg in args)):
+            self.overwrite_residuals(False)  # a call unlike the example may keep what the example did not
         if self._exact.wanted((args, kwargs)):
             with torch.no_grad():
                 return self._exact.twin(self.module)(*args, **kwargs)
@@ -158,6 +162,11 @@ class FrozenModel(nn.Module):
         """Run in channels_last from now on: weights and 4-dimensional inputs."""
         self.channels_last = True
         self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def overwrite_residuals(self, allowed: bool) -> None:
+        """Let blocks write over the output of the block before, which must be nobody else's."""
+        own_residuals(self.module, allowed)
+        self._overwrites = allowed
 
     def record_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record a CUDA graph for inputs of these shapes; other shapes run eagerly."""
