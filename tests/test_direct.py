@@ -6,11 +6,12 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres.ops  # noqa: F401  (declares the operators that fastres._C implements)
 from fastres import _extension
-from fastres.functional import add_relu, bn_act, bn_act_module
+from fastres.functional import add_relu, bn_act, bn_act_module, conv_act
 from referee import DTYPES, LAYOUTS, layout
 from shapes import ACTIVATIONS
 
@@ -197,6 +198,21 @@ def test_transforms_tracers_and_subclasses_see_the_operator():
     with fake:
         assert f(fake.from_tensor(x), fake.from_tensor(residual)).shape == want.shape
     assert called(lambda: f(x, residual)) == set(SHORT)
+
+
+@pytest.mark.parametrize("name", ["bn_act", "add_relu", "conv_act"])
+def test_forward_mode_is_refused_and_no_tangent_is_lost(name):
+    x = torch.randn(2, 4, 3, 3)
+    call = {
+        "bn_act": lambda x: bn_act(x, None, None, training=True),
+        "add_relu": lambda x: add_relu(x, x),
+        "conv_act": lambda x: conv_act(x, torch.randn(4, 4, 1, 1)),
+    }[name]
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match=f"fastres::{name}: got a tensor with a tangent"):
+            call(forward_ad.make_dual(x, torch.ones_like(x)))
+        assert call(x).shape == x.shape  # nothing to lose
+    assert call(x).shape == x.shape
 
 
 def test_batched_gradients_take_the_general_way():

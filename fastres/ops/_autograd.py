@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _below_autograd = torch._C._AutoDispatchBelowAutograd
 _after_autograd = torch._C._after_autograd_keyset
@@ -42,7 +43,18 @@ def goes_straight(first: object, *others: object) -> bool:
         and not _transforms()
         and _tracing() is None
         and not _is_batched(first)
+        and forward_ad._current_level < 0
     )
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Forward mode has no formula here: without this, a tangent would be lost without a word."""
+    for t in args:
+        if isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                f"fastres::{name}: got a tensor with a tangent, expected none: forward-mode differentiation is not "
+                "implemented; use backward, or the stock modules"
+            )
 
 
 def leave_to_the_general_way(library: torch.library.Library, name: str) -> None:
@@ -92,6 +104,8 @@ def register_autograd(
 
     def autograd(keyset: Any, *args: Any) -> Any:
         keyset = keyset & _after_autograd
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(name, args)
         if torch.is_grad_enabled() and any_requires_grad(*args):
             return apply(*args, *defaults[len(args) :], keyset)
         with _below_autograd():
