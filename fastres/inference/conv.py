@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from fastres.nn.steps import fused_conv_act, is_bare
 from fastres.ops._autograd import goes_straight
+from fastres.ops._conv_backends import Conv, output_size, why_not_onednn
 from fastres.ops._tensors import is_channels_last
-from fastres.ops.conv_act import Conv, output_size, why_not_onednn
 
 torch.fx.wrap("fused_conv_act")
 

@@ -17,9 +17,10 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastres.ops._conv_backends import ACTIVATIONS, output_size, pair
 from fastres.ops.add_relu import add_relu
 from fastres.ops.bn_act import batch_norm_arguments, bn_act
-from fastres.ops.conv_act import ACTIVATIONS, conv_act, output_size, pair
+from fastres.ops.conv_act import conv_act
 
 M = TypeVar("M", bound=nn.Module)
 

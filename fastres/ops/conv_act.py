@@ -16,7 +16,6 @@ and y for its sign. The other activations' gradients need z: where gradients are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,27 +23,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
+from fastres.ops import _conv_backends
 from fastres.ops._autograd import goes_straight, register_autograd
+from fastres.ops._conv_backends import ACTS, Conv, Pair, output_size, pair
 from fastres.ops._flops import register_flops
 from fastres.ops._tensors import (
-    KERNEL_DTYPES,
     check_activation,
     empty_elementwise,
     is_channels_last,
     memory_format,
-    why_not_triton,
 )
 
-Pair = Sequence[int]
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "none": lambda z: z,
-    "relu6": lambda z: F.hardtanh_(z, 0.0, 6.0),
-    "hardswish": lambda z: F.hardswish(z, inplace=True),
-    "silu": lambda z: F.silu(z, inplace=True),
-}  # in place, on a tensor of our own
-ACTS = tuple(ACTIVATIONS)
 _BEHIND: dict[str, Callable[[Tensor], Tensor]] = {"relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
 
 _LIB = torch.library.Library("fastres", "FRAGMENT")
@@ -55,30 +44,6 @@ _LIB.define(
 
 
 # ---- the call: checks, shapes, layout --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Conv:
-    """What a backend's refusals follow from, beside x's dtype and device."""
-
-    channels_last: bool  # of the output, as eager's
-    empty: bool
-    weight: tuple[int, ...]  # [K, C / groups, R, S]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    act: str
-    residual: bool
-
-
-def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
-    """(P, Q) of a convolution over (H, W); not positive where the kernel does not fit."""
-    p, q = (
-        (n + 2 * pad - d * (k - 1) - 1) // s + 1
-        for n, k, s, pad, d in zip(size, kernel, stride, padding, dilation, strict=True)
-    )
-    return p, q
 
 
 def _check(
@@ -166,16 +131,6 @@ def _kind(
         act,
         residual is not None,
     )
-
-
-def pair(value: int | Pair, name: str = "value") -> tuple[int, int]:
-    """A number or two as two."""
-    if isinstance(value, int | torch.SymInt):
-        return value, value
-    pair = tuple(value)
-    if len(pair) != 2 or isinstance(value, str):
-        raise ValueError(f"conv_act: {name}: got {value!r}, expected a number or two")
-    return pair
 
 
 # ---- operator: kernel, fake, autograd --------------------------------------------------------------------------------
@@ -289,121 +244,6 @@ register_flops(torch.ops.fastres.conv_act, _flops)
 # ---- backends: each returns y ----------------------------------------------------------------------------------------
 
 
-def _why_not_reference(x: Tensor, call: Conv) -> list[str]:
-    return []
-
-
-def _reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
-) -> Tensor:
-    z = F.conv2d(x, weight, bias, call.stride, call.padding, call.dilation, call.groups)
-    if residual is not None:
-        z = z.add_(residual)
-    return ACTIVATIONS[call.act](z)
-
-
-def why_not_onednn(x: Tensor, call: Conv) -> list[str]:
-    """Refusals of oneDNN's convolution with a fused sum, PyTorch's `mkldnn::_convolution_pointwise`."""
-    if x.device.type != "cpu":
-        return [f"x is on {x.device}, oneDNN runs on cpu"]
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return ["this build of torch has no oneDNN, or torch.backends.mkldnn.enabled is False"]
-    reasons = []
-    if x.dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        reasons.append("float16 needs a CPU with avx512_fp16 or AMX")
-    elif x.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        reasons.append("bfloat16 needs a CPU with AVX-512")
-    elif x.dtype not in KERNEL_DTYPES:
-        reasons.append(f"dtype {x.dtype} runs through the reference")
-    if x.dtype is not torch.float32 and not call.channels_last:
-        reasons.append("16-bit types in NCHW fail inside oneDNN; channels_last works")
-    if call.empty:
-        reasons.append("an empty tensor runs through the reference")
-    return reasons
-
-
-def _onednn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
-) -> Tensor:
-    # oneDNN's own ReLU turns NaN into 0: the activation runs in place behind it, on an output that is still in cache.
-    layout = memory_format(call.channels_last)
-    x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
-    where = list(call.padding), list(call.stride), list(call.dilation), call.groups
-    if residual is not None and shape[1] > 1 and shape[2] * shape[3] > 1:
-        residual = residual.contiguous(memory_format=layout)
-        z = torch.ops.mkldnn._convolution_pointwise.binary(
-            x, residual, weight, bias, *where, "add", None, None, [], None
-        )
-    else:
-        z = torch.ops.mkldnn._convolution_pointwise.default(x, weight, bias, *where, "none", [], "")
-        if residual is not None:  # one channel or one pixel: the strides say nothing, and oneDNN fails on them
-            z = z.add_(residual)
-    return ACTIVATIONS[call.act](z)
-
-
-def _why_not_cudnn(x: Tensor, call: Conv) -> list[str]:
-    if x.device.type != "cuda":
-        return [f"x is on {x.device}, cuDNN runs on cuda"]
-    if not (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled):
-        return ["cuDNN is missing, or torch.backends.cudnn.enabled is False"]
-    reasons = []
-    if x.dtype not in KERNEL_DTYPES:
-        reasons.append(f"dtype {x.dtype} runs through the reference")
-    if call.act != "relu":
-        reasons.append(f"cuDNN fuses ReLU alone, act is {call.act!r}")
-    if call.empty:
-        reasons.append("an empty tensor runs through the reference")
-    return reasons
-
-
-def _cudnn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
-) -> Tensor:
-    where = call.stride, call.padding, call.dilation, call.groups
-    if residual is None:
-        y: Tensor = torch.ops.aten.cudnn_convolution_relu.default(x, weight, bias, *where)
-    else:
-        residual = residual.contiguous(memory_format=memory_format(call.channels_last))
-        y = torch.ops.aten.cudnn_convolution_add_relu.default(x, weight, residual, None, bias, *where)
-    return y
-
-
-def _why_not_triton(x: Tensor, call: Conv) -> list[str]:
-    reasons = why_not_triton(x)
-    if call.empty:
-        reasons.append("an empty tensor runs through the reference")
-    if reasons:
-        return reasons
-    from fastres.kernels.conv_act import why_not
-
-    dense = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=memory_format(call.channels_last))
-    weight = torch.empty(call.weight, dtype=x.dtype, device="meta")
-    return list(why_not(dense, weight, call.stride, call.padding, call.dilation, call.groups))
-
-
-def _triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
-) -> Tensor:
-    from fastres.kernels.conv_act import conv_act_forward
-
-    layout = memory_format(call.channels_last)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    conv_act_forward(
-        x.contiguous(memory_format=layout),
-        weight,
-        bias,
-        None if residual is None else residual.contiguous(memory_format=layout),
-        y,
-        stride=call.stride,
-        padding=call.padding,
-        dilation=call.dilation,
-        groups=call.groups,
-        act=call.act,
-        tf32=torch.backends.cudnn.allow_tf32,
-    )
-    return y
-
-
 _OP = torch.ops.fastres.conv_act.default
 
 
@@ -415,10 +255,10 @@ def _example(probe: Tensor) -> tuple[Tensor, Tensor]:
 OPERATOR = register(
     Operator("conv_act", {"cpu": ("onednn",), "cuda": ("cudnn", "triton")}, kind=_kind, example=_example)
 )
-OPERATOR.add(Backend(REFERENCE, _why_not_reference, _reference))
-OPERATOR.add(Backend("onednn", why_not_onednn, _onednn))
-OPERATOR.add(Backend("cudnn", _why_not_cudnn, _cudnn))
-OPERATOR.add(Backend("triton", _why_not_triton, _triton))
+OPERATOR.add(Backend(REFERENCE, _conv_backends.why_not_reference, _conv_backends.reference))
+OPERATOR.add(Backend("onednn", _conv_backends.why_not_onednn, _conv_backends.onednn))
+OPERATOR.add(Backend("cudnn", _conv_backends.why_not_cudnn, _conv_backends.cudnn))
+OPERATOR.add(Backend("triton", _conv_backends.why_not_conv_triton, _conv_backends.triton))
 
 
 # ---- public function -------------------------------------------------------------------------------------------------
