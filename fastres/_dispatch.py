@@ -118,6 +118,11 @@ def _from_environment() -> Settings:
 _settings = _from_environment()  # not at every call: reading the environment costs more than choosing
 
 
+def settings() -> Settings:
+    """What the environment asked for when it was last read: another object after each reading."""
+    return _settings
+
+
 def reload_environment() -> None:
     """Takes changes of FASTRES_BACKEND and FASTRES_DISABLE since import into account."""
     global _settings

@@ -9,7 +9,7 @@ from torch import nn
 
 from fastres import models
 from fastres.inference import freeze
-from fastres.inference.fold import Folded, Refusal, fold
+from fastres.nn.fold import Folded, Refusal, fold
 
 
 def conv_bn(cin=3, cout=4, kernel=3, bias=False, **options):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastres.inference.conv import FrozenConv
 from fastres.nn import BasicBlock, Bottleneck
-from fastres.nn.steps import is_bare, is_plain
+from fastres.nn.steps import has_global_hooks, is_bare, is_plain
 
 
 class _Frozen(nn.Module):
@@ -31,10 +31,10 @@ class _Frozen(nn.Module):
             out = conv.run(out, None, "relu")  # [N, planes, H / stride, W / stride]
         if self.downsample is None:
             # x is the output of the block before, and this block its only reader
-            own = bool(self.previous) and is_bare(self.previous[0]) and not _global_hooks()
+            own = bool(self.previous) and is_bare(self.previous[0]) and not has_global_hooks()
             return last.run(out, x, "relu", overwrite=own)  # type: ignore[no-any-return]
         residual = self.downsample(x)
-        own = _is_fresh(self.downsample) and not _global_hooks()
+        own = _is_fresh(self.downsample) and not has_global_hooks()
         return last.run(out, residual, "relu", overwrite=own)  # type: ignore[no-any-return]
 
 
@@ -44,11 +44,6 @@ def _is_fresh(shortcut: Any) -> bool:
         return False
     chain = list(shortcut.children())
     return any(isinstance(m, FrozenConv) for m in chain) and all(is_bare(m) for m in chain)
-
-
-def _global_hooks() -> bool:
-    hooks = nn.modules.module
-    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
 
 class FrozenBasicBlock(_Frozen):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres.inference.fold import CONVS, Refusal, is_norm, refuse_norm
+from fastres.nn.fold import CONVS, Refusal, is_norm, refuse_norm
 from fastres.nn.steps import is_bare
 from fastres.verify.runs import call, named_tensors
 

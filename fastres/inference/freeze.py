@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_flatten
 
 from fastres.inference.capture import capture
 from fastres.inference.conv import frozen_convs
-from fastres.inference.fold import short
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.plan import choose_packs, measure
 from fastres.inference.report import FreezeReport
 from fastres.inference.rewrite import rewrite
+from fastres.nn.fold import short
 from fastres.verify import Verification, calibrate, uncalibrated, verify
 from fastres.verify.runs import call, map_tensors, named_tensors, private
 

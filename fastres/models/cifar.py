@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.nn import BasicBlock, norm_act
+from fastres.nn import BasicBlock, conv_norm_act
+from fastres.nn.conv_steps import ForgetsFolds
 
 from .shortcut import Block, Init, PlainBlock, Shortcut, Zeros, initialise, make_stage, one_of, positive
 
 
-class CifarResNet(nn.Module):
+class CifarResNet(ForgetsFolds):
     """``x [N, in_channels, H, W] -> logits [N, num_classes]``; 32x32 in the paper, any size of at least 1x1 here.
 
     Args:
@@ -62,7 +63,7 @@ class CifarResNet(nn.Module):
         initialise(self, init, zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = norm_act(self.conv1(x), self.bn1, self.relu)  # [N, 16, H, W]
+        x = conv_norm_act(x, self.conv1, self.bn1, self.relu)  # [N, 16, H, W]
         x = self.layer1(x)
         x = self.layer2(x)  # [N, 32, H / 2, W / 2]
         x = self.layer3(x)  # [N, 64, H / 4, W / 4]

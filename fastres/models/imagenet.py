@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.nn import BasicBlock, Bottleneck, norm_act
+from fastres.nn import BasicBlock, Bottleneck, conv_norm_act
+from fastres.nn.conv_steps import ForgetsFolds
 
 from .shortcut import Block, Init, PlainBlock, Shortcut, Zeros, initialise, make_stage, one_of, positive
 
 
-class ResNet(nn.Module):
+class ResNet(ForgetsFolds):
     """A residual or plain network for images of about 224x224: ``x [N, in_channels, H, W] -> logits [N, num_classes]``.
 
     Args:
@@ -83,7 +84,7 @@ class ResNet(nn.Module):
         initialise(self, init, zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = norm_act(self.conv1(x), self.bn1, self.relu)  # [N, 64, H / 2, W / 2]
+        x = conv_norm_act(x, self.conv1, self.bn1, self.relu)  # [N, 64, H / 2, W / 2]
         x = self.maxpool(x)  # [N, 64, H / 4, W / 4]
         x = self.layer1(x)
         x = self.layer2(x)  # [N, 128 * expansion, H / 8, W / 8]

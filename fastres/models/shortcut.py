@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.nn import BasicBlock, Bottleneck, norm_act
+from fastres.nn import BasicBlock, Bottleneck, conv_norm_act
+from fastres.nn.conv_steps import ForgetsFolds
 
 Shortcut = Literal["A", "B", "C"]
 Zeros = Literal["end", "both"]
@@ -81,7 +82,7 @@ def make_shortcut(kind: Shortcut, in_planes: int, out_planes: int, stride: int, 
     return None if same else ZeroPadShortcut(in_planes, out_planes, stride, zeros)
 
 
-class PlainBlock(nn.Module):
+class PlainBlock(ForgetsFolds):
     """Two layers of the plain network, a basic block without shortcut: ``relu(bn2(conv2(relu(bn1(conv1(x))))))``.
 
     ``x [N, inplanes, H, W] -> [N, planes, H / stride, W / stride]``. Parameter names are the basic block's.
@@ -99,8 +100,8 @@ class PlainBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        x = norm_act(self.conv1(x), self.bn1, self.relu)  # [N, planes, H / stride, W / stride]
-        return norm_act(self.conv2(x), self.bn2, self.relu)
+        x = conv_norm_act(x, self.conv1, self.bn1, self.relu)  # [N, planes, H / stride, W / stride]
+        return conv_norm_act(x, self.conv2, self.bn2, self.relu)
 
 
 Block = type[BasicBlock] | type[Bottleneck] | type[PlainBlock]

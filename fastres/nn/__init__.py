@@ -6,8 +6,9 @@ hooked child) runs its stock modules instead, with the same result.
 
 from fastres.nn.blocks import BasicBlock, Bottleneck
 from fastres.nn.checkpoint import bn_once
+from fastres.nn.conv_steps import conv_bn_act, conv_norm_act, run_sequence
 from fastres.nn.layers import AddReLU, BNAddReLU, BNReLU, ConvBNReLU
-from fastres.nn.steps import bn_step, norm_act, run_sequence
+from fastres.nn.steps import bn_step, norm_act
 
 __all__ = [
     "AddReLU",
@@ -18,6 +19,8 @@ __all__ = [
     "ConvBNReLU",
     "bn_once",
     "bn_step",
+    "conv_bn_act",
+    "conv_norm_act",
     "norm_act",
     "run_sequence",
 ]

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastres.nn.steps import norm_act
+from fastres.nn.conv_steps import ForgetsFolds, conv_norm_act
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -24,7 +24,7 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(ForgetsFolds):
     """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 5 left; torchvision's `BasicBlock`).
 
     Args:
@@ -76,13 +76,12 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         relu: Any = self.relu
-        out = norm_act(self.conv1(x), self.bn1, relu, backend=self.backend)  # [N, planes, H/s, W/s]
-        out = self.conv2(out)
+        out = conv_norm_act(x, self.conv1, self.bn1, relu, backend=self.backend)  # [N, planes, H/s, W/s]
         residual = x if self.downsample is None else self.downsample(x)  # [N, planes, H/s, W/s]
-        return norm_act(out, self.bn2, relu, residual, self.backend)
+        return conv_norm_act(out, self.conv2, self.bn2, relu, residual, self.backend)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(ForgetsFolds):
     """1x1, 3x3, 1x1 convolutions and a shortcut (He et al. 2016, figure 5 right; torchvision's `Bottleneck`).
 
     Args:
@@ -134,8 +133,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         relu: Any = self.relu
-        out = norm_act(self.conv1(x), self.bn1, relu, backend=self.backend)  # [N, width, H, W]
-        out = norm_act(self.conv2(out), self.bn2, relu, backend=self.backend)  # [N, width, H/s, W/s]
-        out = self.conv3(out)  # [N, planes * 4, H/s, W/s]
-        residual = x if self.downsample is None else self.downsample(x)
-        return norm_act(out, self.bn3, relu, residual, self.backend)
+        out = conv_norm_act(x, self.conv1, self.bn1, relu, backend=self.backend)  # [N, width, H, W]
+        out = conv_norm_act(out, self.conv2, self.bn2, relu, backend=self.backend)  # [N, width, H/s, W/s]
+        residual = x if self.downsample is None else self.downsample(x)  # [N, planes * 4, H/s, W/s]
+        return conv_norm_act(out, self.conv3, self.bn3, relu, residual, self.backend)

@@ -2,7 +2,6 @@
 
     norm_act       BN [+ residual] [+ ReLU] given as modules: fused when both modules are stock and bare
     bn_step        the same once the modules are known to be stock and bare
-    run_sequence   a chain of modules, each BN fused with the ReLU behind it
 
 Nothing is cached: every call reads the modules' own tensors and flags, so a replaced Parameter, `load_state_dict(...,
 assign=True)`, `.to()` and a child switched to eval alone are followed. The operator call is one leaf under torch.fx: it
@@ -11,7 +10,6 @@ takes tensors and scalars only, and nothing here branches on a value that a trac
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, TypeGuard, TypeVar
 
 import torch
@@ -34,6 +32,12 @@ def is_bare(module: nn.Module) -> bool:
         or module._backward_pre_hooks
         or "forward" in module.__dict__
     )
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook on every module's forward is set: `torch.nn.modules.module.register_module_forward_hook`."""
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
 
 def is_plain(module: Any, cls: type[M]) -> TypeGuard[M]:
@@ -145,20 +149,3 @@ def norm_act(
     if residual is not None:
         x = x + residual
     return x if act is None else act(x)
-
-
-def run_sequence(modules: Iterable[nn.Module], x: Any, backend: str = "auto") -> Any:
-    """`nn.Sequential`'s forward, each plain BatchNorm2d fused with the plain ReLU behind it, if any."""
-    chain = tuple(modules)
-    last = len(chain) - 1
-    index = 0
-    while index <= last:
-        module = chain[index]
-        if is_plain(module, nn.BatchNorm2d):
-            relu = index < last and is_plain(chain[index + 1], nn.ReLU)
-            x = bn_step(x, module, None, "relu" if relu else "none", backend)
-            index += 2 if relu else 1
-        else:
-            x = module(x)
-            index += 1
-    return x

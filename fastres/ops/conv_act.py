@@ -252,10 +252,9 @@ def _example(probe: Tensor) -> tuple[Tensor, Tensor]:
     return x, probe.new_empty(32, 32, 3, 3)
 
 
-OPERATOR = register(
-    Operator("conv_act", {"cpu": ("onednn",), "cuda": ("cudnn", "triton")}, kind=_kind, example=_example)
-)
+OPERATOR = register(Operator("conv_act", {"cpu": ("cpu",), "cuda": ("cudnn", "triton")}, kind=_kind, example=_example))
 OPERATOR.add(Backend(REFERENCE, _conv_backends.why_not_reference, _conv_backends.reference))
+OPERATOR.add(Backend("cpu", _conv_backends.why_not_conv_cpu, _conv_backends.cpu))
 OPERATOR.add(Backend("onednn", _conv_backends.why_not_onednn, _conv_backends.onednn))
 OPERATOR.add(Backend("cudnn", _conv_backends.why_not_cudnn, _conv_backends.cudnn))
 OPERATOR.add(Backend("triton", _conv_backends.why_not_conv_triton, _conv_backends.triton))
@@ -290,7 +289,7 @@ def conv_act(
         stride, padding, dilation: a number or two, as for conv2d; padding is of zeros.
         groups: divides C and K.
         act: "relu", "none", "relu6", "hardswish" or "silu".
-        backend: "auto", "reference", "onednn" (CPU), "cudnn" or "triton" (CUDA).
+        backend: "auto", "reference", "cpu", "onednn" (CPU), "cudnn" or "triton" (CUDA).
 
     Returns:
         y: [N, K, P, Q], P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1; channels_last when x or weight is.

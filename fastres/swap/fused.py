@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from fastres.nn.conv_steps import forget
 from fastres.swap import library as _library  # noqa: F401  (registers the known classes)
 from fastres.swap.adapters import find_adapter, inherits_method
 
@@ -44,6 +45,7 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
             "fastres_stock": stock,
             "fastres_backend": "auto",
             adapter.method: _method(stock, adapter.method),
+            "train": _train(stock),
         }
         fused = _CLASSES.setdefault(stock, metaclass(f"Fused{stock.__name__}", (stock,), namespace))
     fused.fastres_adapter = adapter  # follows a later registration
@@ -64,6 +66,16 @@ def restore(block: Any) -> None:
     """Gives a swapped block its stock class back."""
     block.__class__ = block.fastres_stock
     block.__dict__.pop("fastres_backend", None)
+
+
+def _train(stock: type[nn.Module]) -> Callable[..., Any]:
+    """The stock `train`, which also drops the folds of the block's BN; see fastres/nn/conv_steps.py."""
+
+    def train(self: Any, mode: bool = True) -> Any:
+        forget(self.children())
+        return stock.train(self, mode)
+
+    return train
 
 
 def _method(stock: type[nn.Module], name: str) -> Callable[..., Any]:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.nn.steps import bn_step, is_bare, is_plain, run_sequence
+from fastres.nn.conv_steps import conv_bn_act, run_sequence
+from fastres.nn.steps import is_bare, is_plain
 from fastres.swap.adapters import (
     BlockAdapter,
     Refusal,
@@ -66,19 +67,17 @@ def _sequence(block: Any, input: Any) -> Any:
 
 def _basic(block: Any, x: Tensor) -> Tensor:
     backend = block.fastres_backend
-    out = bn_step(block.conv1(x), block.bn1, None, "relu", backend)  # [N, planes, H/s, W/s]
-    out = block.conv2(out)
+    out = conv_bn_act(x, block.conv1, block.bn1, None, "relu", backend)  # [N, planes, H/s, W/s]
     residual = x if block.downsample is None else block.downsample(x)
-    return bn_step(out, block.bn2, residual, "relu", backend)
+    return conv_bn_act(out, block.conv2, block.bn2, residual, "relu", backend)
 
 
 def _bottleneck(block: Any, x: Tensor) -> Tensor:
     backend = block.fastres_backend
-    out = bn_step(block.conv1(x), block.bn1, None, "relu", backend)  # [N, width, H, W]
-    out = bn_step(block.conv2(out), block.bn2, None, "relu", backend)  # [N, width, H/s, W/s]
-    out = block.conv3(out)  # [N, planes * 4, H/s, W/s]
-    residual = x if block.downsample is None else block.downsample(x)
-    return bn_step(out, block.bn3, residual, "relu", backend)
+    out = conv_bn_act(x, block.conv1, block.bn1, None, "relu", backend)  # [N, width, H, W]
+    out = conv_bn_act(out, block.conv2, block.bn2, None, "relu", backend)  # [N, width, H/s, W/s]
+    residual = x if block.downsample is None else block.downsample(x)  # [N, planes * 4, H/s, W/s]
+    return conv_bn_act(out, block.conv3, block.bn3, residual, "relu", backend)
 
 
 # ---- stems -----------------------------------------------------------------------------------------------------------
@@ -97,8 +96,7 @@ class StemAdapter(BlockAdapter):
 
 
 def _stem(net: Any, x: Tensor) -> Tensor:
-    x = net.conv1(x)  # [N, 64, H/2, W/2]
-    x = bn_step(x, net.bn1, None, "relu", net.fastres_backend)
+    x = conv_bn_act(x, net.conv1, net.bn1, None, "relu", net.fastres_backend)  # [N, 64, H/2, W/2]
     x = net.maxpool(x)  # [N, 64, H/4, W/4]
     return net.layer4(net.layer3(net.layer2(net.layer1(x))))  # type: ignore[no-any-return]
 
@@ -131,11 +129,11 @@ class HFConvAdapter(BlockAdapter):
 
 def _hf_conv(block: Any, hidden_state: Tensor) -> Tensor:
     act = "relu" if type(block.activation) is nn.ReLU else "none"
-    return bn_step(block.convolution(hidden_state), block.normalization, None, act, block.fastres_backend)
+    return conv_bn_act(hidden_state, block.convolution, block.normalization, None, act, block.fastres_backend)
 
 
 def _hf_shortcut(block: Any, input: Tensor) -> Tensor:
-    return bn_step(block.convolution(input), block.normalization, None, "none", block.fastres_backend)
+    return conv_bn_act(input, block.convolution, block.normalization, None, "none", block.fastres_backend)
 
 
 def _is_hf_conv(module: nn.Module) -> bool:
@@ -178,8 +176,8 @@ def _hf_residual(block: Any, hidden_state: Tensor) -> Tensor:
     out = hidden_state
     for module in head:
         out = module(out)
-    out = last.convolution(out)  # [N, C, H/s, W/s]
-    return bn_step(out, last.normalization, block.shortcut(hidden_state), "relu", block.fastres_backend)
+    residual = block.shortcut(hidden_state)  # [N, C, H/s, W/s]
+    return conv_bn_act(out, last.convolution, last.normalization, residual, "relu", block.fastres_backend)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
