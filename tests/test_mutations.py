@@ -20,6 +20,7 @@ OPERATORS = ("tests/test_bn_act.py", "tests/test_bn_act_contract.py", "tests/tes
 INTERPRETER = ("tests/test_triton_interpreter.py::test_lane[lane_bn_act]",)
 GEOMETRY = ("tests/test_triton_interpreter.py::test_lane[lane_geometry]",)
 CONV = ("tests/test_triton_interpreter.py::test_lane[lane_conv_act]",)
+STEPS = ("tests/test_conv_steps.py",)
 LARGE = ("tests/test_large.py",)
 
 
@@ -38,6 +39,41 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant(
+        "fold-ignores-versions",
+        "fastres/nn/conv_steps.py",
+        " or _version(t) != version:",
+        ":",
+        STEPS,
+    ),
+    Mutant(
+        "fold-ignores-identity",
+        "fastres/nn/conv_steps.py",
+        "reference() is not t or ",
+        "",
+        STEPS,
+    ),
+    Mutant(
+        "fold-kept-when-the-mode-is-set",
+        "fastres/swap/fused.py",
+        "        forget(self.children())\n",
+        "",
+        STEPS,
+    ),
+    Mutant(
+        "fold-used-with-gradients",
+        "fastres/nn/conv_steps.py",
+        "torch.is_grad_enabled() and any_requires_grad(x, residual, *tensors)",
+        "False",
+        STEPS,
+    ),
+    Mutant(
+        "conv-residual-added-after-relu",
+        "fastres/ops/_conv_backends.py",
+        "        z = z.add_(residual)\n    return ACTIVATIONS[act](z)",
+        "        return ACTIVATIONS[act](z).add_(residual)\n    return ACTIVATIONS[act](z)",
+        STEPS,
+    ),
     Mutant(
         "cpu-tail-dropped",
         "csrc/cpu/bn_act_terms.h",
