@@ -21,6 +21,7 @@ INTERPRETER = ("tests/test_triton_interpreter.py::test_lane[lane_bn_act]",)
 GEOMETRY = ("tests/test_triton_interpreter.py::test_lane[lane_geometry]",)
 CONV = ("tests/test_triton_interpreter.py::test_lane[lane_conv_act]",)
 STEPS = ("tests/test_conv_steps.py",)
+PROGRAM = ("tests/test_program.py",)
 LARGE = ("tests/test_large.py",)
 
 
@@ -39,6 +40,48 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant(
+        "program-ignores-versions",
+        "fastres/inference/program.py",
+        "t._version != version or ",
+        "",
+        PROGRAM,
+    ),
+    Mutant(
+        "program-ignores-modules",
+        "fastres/inference/program.py",
+        "            if table.get(name) is not value:\n                return False",
+        "            pass",
+        PROGRAM,
+    ),
+    Mutant(
+        "program-ignores-hooks",
+        "fastres/inference/program.py",
+        "return not any(self.hooks) and not has_global_hooks()",
+        "return True",
+        PROGRAM,
+    ),
+    Mutant(
+        "program-writes-over-views",
+        "fastres/inference/program.py",
+        "max(last.get(_storage(t), 0), line)",
+        "0",
+        PROGRAM,
+    ),
+    Mutant(
+        "program-not-checked",
+        "fastres/inference/program.py",
+        "            self._check(program, module, args, kwargs)\n",
+        "",
+        PROGRAM,
+    ),
+    Mutant(
+        "program-keeps-counting",
+        "fastres/inference/program.py",
+        "if written and isinstance(value, Tensor) and id(value) not in self.names:",
+        "if False:",
+        PROGRAM,
+    ),
     Mutant(
         "fold-ignores-versions",
         "fastres/nn/conv_steps.py",
