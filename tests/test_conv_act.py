@@ -338,3 +338,14 @@ def test_launch_counts(which, wanted, absent):
     names = {event.key: event.count for event in trace.key_averages()}
     assert all(names.get(name) == 1 for name in wanted), names
     assert not absent & set(names), names
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_row43_the_triton_products_follow_cudnns_tf32_switch(allowed, monkeypatch):
+    kernels = pytest.importorskip("fastres.kernels.conv_act")
+    seen = []
+    monkeypatch.setattr(kernels, "conv_act_forward", lambda *args, **how: seen.append(how["tf32"]))
+    x, weight, bias, residual, call = problem(8, 8, (6, 6), (1, 1, 0, 1))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=allowed):
+        OPERATORS["conv_act"].backends["triton"].forward(x, weight, bias, residual, residual.shape, _kind(x, weight))
+    assert seen == [allowed]
