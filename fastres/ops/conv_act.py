@@ -378,11 +378,13 @@ def conv_act(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    grad = torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual)
-    if not grad and goes_straight(x, weight, bias, residual):
+    if goes_straight(x, weight, bias, residual) and not (
+        torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual)
+    ):
         return _straight(x, weight, bias, residual, stride, padding, dilation, groups, act, backend)
     pairs = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
-    if grad and act in _BEHIND:
+    tensors = [t for t in (x, weight, bias, residual) if t is not None]
+    if act in _BEHIND and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         z: Tensor = _OP(x, weight, bias, residual, *pairs, groups, "none", backend)
         return _BEHIND[act](z)
     y: Tensor = _OP(x, weight, bias, residual, *pairs, groups, act, backend)
