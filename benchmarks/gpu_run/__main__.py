@@ -37,7 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU: all phases, tiny; no figure is kept")
     options = parser.parse_args(arguments)
     options.build = ROOT / "build" / ("gpu-dry-run" if options.dry_run else "gpu")
-    options.results = options.results or options.build / "results"
+    options.results = (options.results or options.build / "results").absolute()
     return options
 
 
@@ -46,10 +46,8 @@ def check(dry: bool) -> tuple[needs.Gpu | None, list[needs.Item], list[needs.Ite
     gpu = None if dry else needs.find_gpu()
     if isinstance(gpu, str):
         sys.exit(f"make gpu: no GPU: {gpu} (make gpu-dry-run tries all of it on a CPU)")
-    required, optional = needs.required(), needs.optional()
+    required, optional = needs.required(gpu is not None), needs.optional()
     missing = [item for item in required if item.version is None]
-    if dry:  # neither a toolkit nor a torch that finds a GPU
-        missing = [item for item in missing if item.name not in ("torch", "nvcc") and item.name in ("pytest", "triton")]
     if missing:
         lines = [f"make gpu: {len(missing)} missing, of what {sys.executable} and this machine need:"]
         sys.exit("\n".join([*lines, *(f"  {item}" for item in missing)]))

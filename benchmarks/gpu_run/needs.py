@@ -121,8 +121,8 @@ def torch_facts() -> dict[str, str | None]:
     return facts
 
 
-def _torch() -> tuple[list[Item], str | None]:
-    """(torch as an item, its CUDA version)"""
+def _torch(gpu: bool) -> tuple[list[Item], str | None]:
+    """(torch as an item, its CUDA version); `gpu`: it has to find one."""
     remedy = "pip install torch (PyPI's Linux wheels have CUDA in them)"
     if module("torch").version is None:
         return [Item("torch", None, remedy)], None
@@ -131,6 +131,8 @@ def _torch() -> tuple[list[Item], str | None]:
         return [Item("torch", None, remedy, f"cannot be imported ({facts['error']})")], None
     if tuple(int(part) for part in re.findall(r"\d+", facts["version"] or "")[:2]) < (2, 11):
         return [Item("torch", None, "pip install 'torch>=2.11'", f"is {facts['version']}, older than 2.11")], None
+    if not gpu:
+        return [Item("torch", facts["version"])], None
     if facts["cuda"] is None:
         return [Item("torch", None, remedy, f"{facts['version']} is built without CUDA")], None
     if facts["gpu"] != "True":
@@ -156,18 +158,20 @@ def _nvcc(cuda: str | None) -> Item:
     return Item("nvcc", f"{release[1]}.{release[2]}")
 
 
-def required() -> list[Item]:
-    """Everything without which a run cannot prove what it should."""
+def required(gpu: bool = True) -> list[Item]:
+    """Everything without which a run cannot prove what it should; without a GPU, what a dry run needs."""
     items = []
     if sys.version_info < PYTHON:
         version = ".".join(map(str, sys.version_info[:3]))
         items.append(Item("python", None, "make gpu PYTHON=python3.12", f"is {version}, older than 3.11"))
-    torch, cuda = _torch()
+    torch, cuda = _torch(gpu)
     items += torch
     items += [module("triton"), module("safetensors"), module("pytest", remedy="pip install 'pytest>=8'")]
     items += [module("setuptools", remedy="pip install 'setuptools>=77,<82'"), module("pybind11"), module("ninja")]
     if items[-1].version is None and shutil.which("ninja"):
         items[-1] = Item("ninja", shutil.which("ninja"))
+    if not gpu:  # nothing is compiled
+        return items
     items.append(_nvcc(cuda))
     compiler = os.environ.get("CXX", "").split(" ")[0] or "c++"
     items.append(tool(compiler, "apt-get install g++, or name a C++ compiler in CXX"))

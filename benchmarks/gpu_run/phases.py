@@ -66,8 +66,10 @@ def tune(run: Run, limit_s: float) -> Outcome:
         return Outcome(SKIPPED, data["why_not"])
     entries = data["entries"]
     faster = sorted((e for e in entries if e["speedup"] > 1), key=lambda e: -e["speedup"])
-    message = f"{len(entries)} of {data['planned']} entries measured, another is faster for {len(faster)}"
+    message = f"{len(entries)} of {data['planned']} entries measured, "
+    message += "no figure kept" if run.dry else f"another configuration is faster for {len(faster)}"
     lines = [f"{e['kernel']} {e['shape_class']}: {e['speedup']:.2f}x with {_config(e['config'])}" for e in faster]
+    lines = [] if run.dry else lines
     wrong = [f"wrong answers: {text}" for text in data["wrong"]]
     failed = bool(wrong) or _crashed(ended)
     if _crashed(ended):

@@ -20,7 +20,7 @@ HARDWARE = (
     r"needs \d+ GPUs",
     r"needs compute capability",
 )
-DRY = r"no CUDA device|CUDA is not available|needs a GPU|dry run"
+DRY = r"(no|needs a) CUDA device|dry run"
 TOOLS = ("memcheck", "racecheck")
 CANNOT = r"Device not supported|Unable to find injection library|not supported on this"
 WORKERS = 4
