@@ -203,9 +203,7 @@ def settle_allocator() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def _measure(
-    case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...], timer: Timer | None
-) -> Result:
+def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...], timer: Timer | None) -> Result:
     torch.manual_seed(0)
     settle_allocator()
     prepared = case.prepare(device, peers)

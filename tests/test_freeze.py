@@ -14,9 +14,9 @@ from torch import nn
 import fastres
 from fastres import models
 from fastres.inference import FrozenModel, freeze
-from fastres.nn.fold import fold
 from fastres.inference.plan import measure
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU
+from fastres.nn.fold import fold
 from fastres.verify import calibrate
 
 

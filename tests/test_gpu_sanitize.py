@@ -19,7 +19,9 @@ LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 
 def backends(operator):
     """A mark: the test runs on each of the operator's backends that launch kernels of ours on a GPU."""
-    return pytest.mark.parametrize("gpu_backend", sorted({"triton", "cuda"} & set(_dispatch.OPERATORS[operator].backends)))
+    return pytest.mark.parametrize(
+        "gpu_backend", sorted({"triton", "cuda"} & set(_dispatch.OPERATORS[operator].backends))
+    )
 
 
 def usable(operator, backend, x):
@@ -83,7 +85,10 @@ def test_bn_act(gpu_backend, dtype, layout, training):
 @pytest.mark.parametrize("kernel, stride, groups", ((1, 1, 1), (3, 2, 1), (3, 1, 2)))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_conv_act(gpu_backend, dtype, kernel, stride, groups):
-    x, weight = random((2, 32, 7, 9), dtype), random((40, 32 // groups, kernel, kernel), dtype) / (32 * kernel**2) ** 0.5
+    x, weight = (
+        random((2, 32, 7, 9), dtype),
+        random((40, 32 // groups, kernel, kernel), dtype) / (32 * kernel**2) ** 0.5,
+    )
     usable("conv_act", gpu_backend, x)
     how = {"stride": stride, "padding": kernel // 2, "groups": groups}
     z = F.conv2d(x.double(), weight.double(), **how)

@@ -250,8 +250,9 @@ def headlines(data: dict[str, Any]) -> list[str]:
     for what in ("bn_act", "add_relu", "conv_act"):
         mine = [case for case in data["cases"] if case["what"] == what]
         if mine:
-            ratios = sorted(max(case["peers"][n]["speedup"][case["baseline"]]["median"] for n in case["ours"]) for case in mine)
-            shares = sorted(max(case["peers"][n]["of_bound"] for n in case["ours"]) for case in mine)
+            ours = [[(case, case["peers"][name]) for name in case["ours"]] for case in mine]
+            ratios = sorted(max(p["speedup"][case["baseline"]]["median"] for case, p in peers) for peers in ours)
+            shares = sorted(max(p["of_bound"] for _, p in peers) for peers in ours)
             half = len(mine) // 2
             text = f"{ratios[half]:.2f}x eager ({ratios[0]:.2f} to {ratios[-1]:.2f})"
             lines.append(f"{what}, {len(mine)} cases: median {text}, {100 * shares[half]:.0f} % of the bound")

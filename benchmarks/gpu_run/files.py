@@ -78,7 +78,9 @@ def junit(tests: list[dict[str, Any]]) -> str:
     suite = ElementTree.Element("testsuite", name="gpu", tests=str(len(tests)), time=seconds, **counts)
     for test in tests:
         file, _, name = test["test"].partition("::")
-        case = ElementTree.SubElement(suite, "testcase", classname=file, name=name or file, time=f"{test['seconds']:.3f}")
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=file, name=name or file, time=f"{test['seconds']:.3f}"
+        )
         if test["outcome"] in kinds:
             message = _printable(test["message"])
             ElementTree.SubElement(case, kinds[test["outcome"]], message=message[:500]).text = message

@@ -1,10 +1,10 @@
 """`make gpu-import`: files what a run on a GPU wrote, or refuses all of it and changes nothing.
 
-    bench.json   split into benchmarks/results/<what>-<mode>-<dtype>-<device>-<versions>.json, each with its page
-    summary.md   benchmarks/results/gpu-<device>-<versions>.md
-    tuned.json   its entries into kernels/tuned.json, in place of older ones, if the run's tests passed
+bench.json   split into benchmarks/results/<what>-<mode>-<dtype>-<device>-<versions>.json, each with its page
+summary.md   benchmarks/results/gpu-<device>-<versions>.md
+tuned.json   its entries into kernels/tuned.json, in place of older ones, if the run's tests passed
 
-    python -m gpu_run.keep build/gpu/results
+python -m gpu_run.keep build/gpu/results
 """
 
 from __future__ import annotations
@@ -141,9 +141,7 @@ def split(bench: dict[str, Any]) -> dict[str, dict[str, Any]]:
         name = "-".join(part for part in (case["what"], mode, case["dtype"], place(bench)) if part)
         groups.setdefault(name, []).append(case)
     run = {"dry_run": False}
-    return {
-        name: {**bench, "run": run, "cases": cases, "bars": report.bars(cases)} for name, cases in groups.items()
-    }
+    return {name: {**bench, "run": run, "cases": cases, "bars": report.bars(cases)} for name, cases in groups.items()}
 
 
 def merged(tuned: dict[str, Any], path: Path) -> str:

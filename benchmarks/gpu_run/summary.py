@@ -63,7 +63,9 @@ class Summary:
             "commit": self.commit,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "gpu": None if gpu is None else {"name": gpu.name, "capability": gpu.capability, "memory_mib": gpu.memory_mib},
+            "gpu": None
+            if gpu is None
+            else {"name": gpu.name, "capability": gpu.capability, "memory_mib": gpu.memory_mib},
             "versions": self.versions,
             "absent": {item.name: f"{item.why}: {item.remedy}" for item in self.run.absent},
             "phases": self.phases,
@@ -85,7 +87,9 @@ class Summary:
             "| phase | status | seconds | |",
             "| --- | --- | --- | --- |",
         ]
-        lines += [f"| {n} | {p['status']} | {p['seconds']:.0f} | {_cell(p['message'])} |" for n, p in self.phases.items()]
+        lines += [
+            f"| {n} | {p['status']} | {p['seconds']:.0f} | {_cell(p['message'])} |" for n, p in self.phases.items()
+        ]
         for name, phase in self.phases.items():
             if phase["lines"]:
                 lines += ["", f"## {name}", "", *(f"- {line}" for line in phase["lines"])]

@@ -1,9 +1,10 @@
 """Times configurations of the Triton kernels on this GPU and writes tuned.json, entry by entry.
 
     compile   other processes run each candidate once: it fits, spills nothing and gives the shipped one's answers
-    time      every candidate of an entry and the shipped configuration, as CUDA graphs, in interleaved rounds with the L2
-              cache flushed, at up to three shapes that use the entry
-    choose    the candidate with the best geometric mean over the shapes, if that is 1.02x or more, and nowhere below 0.97x
+    time      every candidate of an entry and the shipped configuration, as CUDA graphs, in interleaved rounds with the
+              L2 cache flushed, at up to three shapes that use the entry
+    choose    the candidate with the best geometric mean over the shapes, if that is 1.02x or more, and nowhere below
+              0.97x
 
 Under half of the time is for compiling. What is not reached is not in the file: the shipped entry stays.
 
@@ -116,7 +117,9 @@ def compile_all(entries: dict[Entry, list[Problem]], device: torch.device, until
     options = {entry: candidates(shipped_config(entry)) for entry in entries}
     if device.type != "cuda":
         for entry, chosen in entries.items():
-            found[entry] = {config: attempt(entry, config, chosen, device) for config in options[entry][: 1 if tiny else 9]}
+            found[entry] = {
+                config: attempt(entry, config, chosen, device) for config in options[entry][: 1 if tiny else 9]
+            }
         return found
     workers = max(1, min(8, (os.cpu_count() or 2) // 2))
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))

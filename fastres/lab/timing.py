@@ -59,8 +59,8 @@ def wall_timer(clock: Callable[[], float] = time.perf_counter) -> Timer:
 def event_timer(device: torch.device, before: Function | None = None) -> Timer:
     """Times a call with CUDA events on the device's current stream; from an idle GPU, so launch gaps count.
 
-    `before` is called ahead of each call, untimed: to flush the L2 cache, for one. Its work on the GPU goes on while the
-    call is being launched, so that launch gaps are hidden as far as it lasts.
+    `before` is called ahead of each call, untimed: to flush the L2 cache, for one. Its work on the GPU goes on while
+    the call is being launched, so that launch gaps are hidden as far as it lasts.
     """
 
     def seconds(function: Function) -> float:
