@@ -88,11 +88,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for item in absent:
         print(f"  absent: {item}", flush=True)
 
+    def handle(by: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, by)
+
     def interrupt(*_: Any) -> None:
+        handle(signal.SIG_IGN)  # once: a second must not keep the files from being written
         raise Interrupted
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+    handle(interrupt)
     try:
         work(run, summary, options.phases)
     except Interrupted:

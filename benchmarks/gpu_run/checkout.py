@@ -7,11 +7,13 @@ submodules in: that folder holds `kernels` as a link. `fastres.__file__` stays t
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+SOURCES = {".py", ".cpp", ".cu", ".h", ".cuh"}
 DROPPED = ("FASTRES_BACKEND", "FASTRES_DISABLE", "TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTHONHOME")
 
 _PACKAGE = """\
@@ -26,6 +28,18 @@ _module = importlib.util.module_from_spec(_spec)
 sys.modules["fastres"] = _module
 _spec.loader.exec_module(_module)
 """
+
+
+def digest(root: Path = ROOT) -> str:
+    """SHA-256 of everything that a measurement depends on: says which sources they were where git cannot."""
+    found = hashlib.sha256()
+    folders = ("fastres", "kernels", "csrc", "benchmarks")
+    paths = [path for folder in folders for path in (root / folder).rglob("*") if path.suffix in SOURCES]
+    for path in sorted([*paths, *root.glob("setup.py")]):
+        if "results" not in path.parts:
+            data = path.read_bytes()
+            found.update(f"{path.relative_to(root)} {len(data)}\n".encode() + data)
+    return found.hexdigest()
 
 
 def import_path(build: Path, root: Path = ROOT) -> Path:

@@ -26,7 +26,8 @@ import report
 import result_schema
 from fastres.lab.errors import MissingExtra
 from gpu_run import files
-from gpu_run.checkout import ROOT
+from gpu_run.checkout import ROOT, digest
+from gpu_run.summary import commit
 
 MODES = {
     "training, forward+backward": "train",
@@ -88,42 +89,58 @@ def check(found: dict[str, Any]) -> None:
     bench, tuned = found.get(files.BENCH), found.get(files.TUNED)
     if bench is None and tuned is None:
         raise Refused(f"has neither {files.BENCH} nor {files.TUNED}: nothing was measured")
-    try:
-        if bench is not None:
+    if bench is not None:
+        try:
             result_schema.check(bench)
-            result_schema.validate(bench.get("run"), {"dry_run": bool}, f"{files.BENCH}: run")
-        if tuned is not None:
+            result_schema.validate(bench, _MEASURED | {"run": {"dry_run": bool}})
+        except ValueError as error:
+            raise Refused(f"{files.BENCH}: {error}") from error
+        _same_run(files.BENCH, bench, bench["run"]["dry_run"], run)
+    if tuned is not None:
+        try:
             measured.checked(tuned, configs.TABLE, files.TUNED)
-    except ValueError as error:
-        raise Refused(f"{files.BENCH if bench is not None else ''} {error}".strip()) from error
-    for name, data, dry in ((files.BENCH, bench, (bench or {}).get("run", {})), (files.TUNED, tuned, tuned or {})):
-        if data is not None:
-            _same_run(name, data, dry.get("dry_run"), run)
+            result_schema.validate(tuned, _MEASURED | {"dry_run": bool, "entries": [{"speedup": float}]}, files.TUNED)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        _same_run(files.TUNED, tuned, tuned["dry_run"], run)
     arch = int(run["gpu"]["capability"].replace(".", ""))
     strange = sorted({entry["arch"] for entry in (tuned or {"entries": []})["entries"]} - {arch})
     if strange:
         raise Refused(f"{files.TUNED}: entries for sm_{strange[0]}, measured on sm_{arch}")
 
 
+_GPU = ({"name": str, "capability": str}, None)
+_MEASURED = {"environment": {"time": str, "commit": (str, None), "gpu": _GPU, "versions": {"torch": str}}}
 _RUN = {
     "dry_run": bool,
     "time": str,
     "commit": (str, None),
-    "gpu": ({"name": str, "capability": str}, None),
+    "sources": str,
+    "gpu": _GPU,
     "versions": dict,
     "phases": {str: {"status": str, "message": str}},
 }
 
 
-def _same_run(name: str, data: dict[str, Any], dry: Any, run: dict[str, Any]) -> None:
-    if dry is not False:
+def _same_run(name: str, data: dict[str, Any], dry: bool, run: dict[str, Any]) -> None:
+    if dry:
         raise Refused(f"{name}: a dry run: its figures are of nothing")
-    where = data.get("environment")
-    gpu = where.get("gpu") if isinstance(where, dict) else None
-    if not isinstance(gpu, dict) or gpu.get("name") != run["gpu"]["name"]:
-        raise Refused(f"{name}: measured on {(gpu or {}).get('name', 'no GPU')}, the run was on {run['gpu']['name']}")
-    if where.get("commit") != run["commit"]:
-        raise Refused(f"{name}: of commit {where.get('commit')}, the run is of {run['commit']}")
+    gpu, at = data["environment"]["gpu"], data["environment"]["commit"]
+    if gpu is None or gpu["name"] != run["gpu"]["name"]:
+        raise Refused(f"{name}: measured on {gpu['name'] if gpu else 'no GPU'}, the run was on {run['gpu']['name']}")
+    if at != run["commit"]:
+        raise Refused(f"{name}: of commit {at}, the run is of {run['commit']}")
+
+
+def settle_commit(found: dict[str, Any], root: Path) -> None:
+    """Where the run had no git: this checkout's commit, if its sources are the run's. Raises Refused."""
+    if found[files.RUN]["commit"] is not None:
+        return
+    if found[files.RUN]["sources"] != digest(root):
+        raise Refused("of no commit that the run knew, and of other sources than this checkout's")
+    for name in (files.BENCH, files.TUNED):
+        if name in found:
+            found[name]["environment"]["commit"] = commit(root)
 
 
 def place(data: dict[str, Any]) -> str:
@@ -226,6 +243,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     try:
         found = read(options.folder)
         check(found)
+        settle_commit(found, root)
         out, notes = texts(found, root)
         write_all(out)
     except (Refused, OSError) as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_run import checkout, files
-from gpu_run.needs import Gpu, Item
+from gpu_run.needs import Gpu, Item, cuda_home
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 RUNNING, INTERRUPTED = "running", "interrupted"
@@ -66,6 +66,7 @@ class Run:
         self.work = self.build / "work"
         self.work.mkdir(parents=True, exist_ok=True)
         more = {"TORCH_CUDA_ARCH_LIST": self.gpu.arch_list} if self.gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        more["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{cuda_home()}/bin"
         self.environment = checkout.environment(self.build, more, self.root)
         self.log = files.Log(self.results / files.LOG)
         self.deadline = self.started + self.seconds

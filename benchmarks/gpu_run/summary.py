@@ -6,9 +6,11 @@ import platform
 import subprocess
 import time
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 from gpu_run import files
+from gpu_run.checkout import digest
 from gpu_run.needs import Item
 from gpu_run.run import FAILED, INTERRUPTED, RUNNING, Outcome, Run
 
@@ -16,9 +18,11 @@ WIDTH = 110
 SHOWN = 6  # lines of a phase on the screen
 
 
-def commit(run: Run) -> str | None:
+def commit(root: Path) -> str | None:
     """The sources' commit, with "+" where files differ from it; None where git does not know."""
-    git = ["git", "-C", str(run.root)]
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=30, check=True)
@@ -34,7 +38,7 @@ class Summary:
         self.run, self.command = run, command
         self.versions = {item.name: item.version for item in found}
         self.phases: dict[str, dict[str, Any]] = {}
-        self.commit = commit(run)
+        self.commit, self.sources = commit(run.root), digest(run.root)
         self.time = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
     def note(self, name: str, outcome: Outcome, seconds: float) -> None:
@@ -61,6 +65,7 @@ class Summary:
             "command": self.command,
             "time": self.time,
             "commit": self.commit,
+            "sources": self.sources,
             "python": platform.python_version(),
             "platform": platform.platform(),
             "gpu": None

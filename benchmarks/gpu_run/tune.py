@@ -115,13 +115,9 @@ def compile_all(entries: dict[Entry, list[Problem]], device: torch.device, until
     """Attempts every candidate until the time is over; what was not begun by then is not in the result."""
     found: Attempts = {entry: {} for entry in entries}
     options = {entry: candidates(shipped_config(entry)) for entry in entries}
-    if device.type != "cuda":
-        for entry, chosen in entries.items():
-            found[entry] = {
-                config: attempt(entry, config, chosen, device) for config in options[entry][: 1 if tiny else 9]
-            }
-        return found
-    workers = max(1, min(8, (os.cpu_count() or 2) // 2))
+    if tiny:
+        options = {entry: configurations[:1] for entry, configurations in options.items()}
+    workers = 1 if tiny else max(1, min(8, (os.cpu_count() or 2) // 2))
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         for entry, chosen in entries.items():
