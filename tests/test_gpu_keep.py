@@ -65,6 +65,7 @@ def run_file(**other):
         "dry_run": False,
         "time": "2026-12-01T00:00:00+00:00",
         "commit": COMMIT,
+        "sources": "0" * 64,
         "gpu": GPU,
         "versions": {"torch": "2.11.0"},
         "phases": {name: dict(phase) for name in ("build", "tests", "tune", "bench")},
@@ -145,11 +146,8 @@ def test_configurations_of_a_run_whose_tests_failed_stay_out(folder, phase, caps
 def test_a_run_without_benchmarks_or_without_tuning(folder):
     (folder / files.BENCH).unlink()
     assert imports(folder) == 0
-    assert set(state(folder)) == {
-        "benchmarks/results/older.json",
-        f"benchmarks/results/gpu-{PLACE}.md",
-        "kernels/tuned.json",
-    }
+    kept = {"benchmarks/results/older.json", f"benchmarks/results/gpu-{PLACE}.md", "kernels/tuned.json"}
+    assert set(state(folder)) == kept
 
 
 def edited(name, **other):
@@ -163,6 +161,24 @@ def elsewhere(name, **where):
         (folder / name).write_text(json.dumps(data))
 
     return edit
+
+
+def without_commit(folder, sources):
+    for name in (files.BENCH, files.TUNED):
+        elsewhere(name, commit=None)(folder)
+    edited(files.RUN, commit=None, sources=sources)(folder)
+
+
+def test_a_run_without_git_gets_the_commit_of_the_same_sources(folder, monkeypatch):
+    (folder.parent / "root" / "kernels" / "one.py").write_text("x = 1\n")
+    before = state(folder)
+    monkeypatch.setattr(keep, "commit", lambda root: COMMIT)
+    without_commit(folder, "1" * 64)
+    assert imports(folder) == 1 and state(folder) == before
+    without_commit(folder, keep.digest(folder.parent / "root"))
+    assert imports(folder) == 0
+    path = folder.parent / "root" / "benchmarks" / "results" / f"add_relu-eval-fp32-{PLACE}.json"
+    assert result_schema.load(path)["environment"]["commit"] == COMMIT
 
 
 def without_samples(folder):

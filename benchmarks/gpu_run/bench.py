@@ -69,40 +69,45 @@ class Item:
     cold: bool = False  # with the L2 cache flushed
 
 
-def operators(batch: int) -> Iterator[Item]:
-    """At the shapes of ResNet-50 and ResNet-18."""
+def operator(case: Case, compiled: bool = False) -> Item:
+    peers = (*case.baselines, *case.ours, *case.backends, *(case.compiled if compiled else ()))
+    return Item(case, peers, OPERATORS, 25.0 if compiled else 4.0, cold=True)
 
-    def item(case: Case, compiled: bool = False) -> Item:
-        peers = (*case.baselines, *case.ours, *case.backends, *(case.compiled if compiled else ()))
-        return Item(case, peers, OPERATORS, 25.0 if compiled else 4.0, cold=True)
 
-    ends, last = [a for a in with_role(BLOCK_END) if a.resnet50], "channels_last"
-    convs = [c for c in CONVS if c.resnet50]
-    for i, a in enumerate(ends):
-        yield item(BnAct(a, "train", "residual-relu", last, "fp16", batch), compiled=i == 0)
-        yield item(BnAct(a, "eval", "residual-relu", last, "fp16", batch))
-        yield item(AddRelu(a, "train", last, "fp16", batch), compiled=i == 0)
-    for i, c in enumerate(convs):
-        yield item(ConvAct(c, "fp16", batch), compiled=i == 2)
+ENDS = [a for a in with_role(BLOCK_END) if a.resnet50]
+CONVS50 = sorted((c for c in CONVS if c.resnet50), key=lambda c: -c.resnet50)  # the most frequent first
+LAST = "channels_last"
+
+
+def first_operators(batch: int) -> Iterator[Item]:
+    """The block ends of ResNet-50, and the most frequent of its convolutions."""
+    for a in ENDS:
+        yield operator(BnAct(a, "train", "residual-relu", LAST, "fp16", batch))
+        yield operator(BnAct(a, "eval", "residual-relu", LAST, "fp16", batch))
+        yield operator(AddRelu(a, "train", LAST, "fp16", batch))
+    for c in CONVS50[:8]:
+        yield operator(ConvAct(c, "fp16", batch))
+
+
+def other_operators(batch: int) -> Iterator[Item]:
+    """The other shapes, layouts and dtypes; torch.compile at the largest block end."""
+    for c in CONVS50[8:]:
+        yield operator(ConvAct(c, "fp16", batch))
     for a in distinct():
-        if a not in ends:
-            yield item(BnAct(a, "train", "residual-relu", last, "fp16", batch))
-    for a in ends:
-        yield item(BnAct(a, "train", "residual-relu", "nchw", "fp16", batch))
-        yield item(BnAct(a, "train", "residual-relu", last, "fp32", batch))
-        yield item(BnAct(a, "train", "residual-relu", last, "bf16", batch))
-
-
-def more_operators(batch: int) -> Iterator[Item]:
-    """What is measured if time is left."""
+        if a not in ENDS:
+            yield operator(BnAct(a, "train", "residual-relu", LAST, "fp16", batch))
+    for layout, dtype in (("nchw", "fp16"), (LAST, "fp32"), (LAST, "bf16")):
+        for a in ENDS:
+            yield operator(BnAct(a, "train", "residual-relu", layout, dtype, batch))
+    yield operator(BnAct(ENDS[0], "train", "residual-relu", LAST, "fp16", batch), compiled=True)
+    yield operator(AddRelu(ENDS[0], "train", LAST, "fp16", batch), compiled=True)
     for dtype, n in (("fp16", 1), ("bf16", batch), ("fp32", batch)):
-        for c in (c for c in CONVS if c.resnet50):
-            case = ConvAct(c, dtype, n)
-            yield Item(case, (*case.baselines, *case.ours, *case.backends), OPERATORS, 4.0, cold=True)
+        for c in CONVS50:
+            yield operator(ConvAct(c, dtype, n))
 
 
-def networks(batch: int) -> Iterator[Item]:
-    """Inference and training. Engines that compile for long come when everything else is measured."""
+def networks(batch: int) -> tuple[list[Item], list[Item], list[Item]]:
+    """Inference and training: the first figures, the others, and those beside engines that compile for long."""
     from bench_networks import NetworkCase
     from bench_train import TrainCase
 
@@ -116,20 +121,16 @@ def networks(batch: int) -> Iterator[Item]:
         case = TrainCase(name, batch=n, dtype=dtype)
         return Item(case, (*case.baselines, *case.ours, *peers), TRAINING, seconds)
 
-    yield inference("resnet50", "fp16", 2 * batch)
-    yield training("resnet50", "bf16", batch)
-    yield inference("resnet50", "fp16", 1)
-    yield inference("resnet18", "fp16", 2 * batch)
-    yield training("resnet50", "fp32", batch)
-    yield inference("resnet50", "fp16", 32)
-    yield inference("resnet18", "fp16", 1)
-    yield training("resnet18", "bf16", batch)
-    yield inference("resnet50", "fp32", 2 * batch)
-    yield inference("resnet50", "fp16", 2 * batch, *slow, seconds=80.0)
-    yield inference("resnet50", "fp16", 1, *slow, seconds=80.0)
-    yield training("resnet50", "bf16", batch, "compile_channels_last", seconds=70.0)
-    yield inference("resnet50", "bf16", 2 * batch)
-    yield inference("resnet50", "fp16", 2 * batch, *slow, "compile_max_autotune", seconds=200.0)
+    first = [inference("resnet50", "fp16", 2 * batch), training("resnet50", "bf16", batch)]
+    first += [inference("resnet50", "fp16", 1), inference("resnet18", "fp16", 2 * batch)]
+    others = [training("resnet50", "fp32", batch), inference("resnet50", "fp16", 32), inference("resnet18", "fp16", 1)]
+    others += [training("resnet18", "bf16", batch), inference("resnet50", "fp32", 2 * batch)]
+    others += [inference("resnet50", "bf16", 2 * batch)]
+    long = [inference("resnet50", "fp16", 2 * batch, *slow, seconds=80.0)]
+    long += [inference("resnet50", "fp16", 1, *slow, seconds=80.0)]
+    long += [training("resnet50", "bf16", batch, "compile_channels_last", seconds=70.0)]
+    long += [inference("resnet50", "fp16", 2 * batch, *slow, "compile_max_autotune", seconds=200.0)]
+    return first, others, long
 
 
 def dry() -> Iterator[Item]:
@@ -145,28 +146,28 @@ def dry() -> Iterator[Item]:
         yield Item(case, (*case.baselines, *case.ours, *cpu), TINY, 4.0, cold=True)
 
 
-def dry_networks() -> Iterator[Item]:
+def dry_networks() -> tuple[list[Item], list[Item], list[Item]]:
     from bench_networks import NetworkCase
     from bench_train import TrainCase
 
     network, train = NetworkCase("resnet18", "fp32", 2), TrainCase("resnet18", 32, 2, (2, 32), "bf16")
-    yield Item(network, (*network.baselines, *network.ours, "torchscript"), TINY, 15.0)
-    yield Item(train, (*train.baselines, *train.ours), TINY, 15.0)
+    first = [Item(network, (*network.baselines, *network.ours, "torchscript"), TINY, 15.0)]
+    return first, [Item(train, (*train.baselines, *train.ours), TINY, 15.0)], []
 
 
 def items(device: torch.device) -> list[Item]:
     """Everything, in the order in which it is measured; networks alone need torchvision."""
-    if device.type != "cuda":
-        chosen, whole, rest = list(dry()), dry_networks(), []
-    else:
-        batch = 128 if torch.cuda.get_device_properties(device).total_memory >= 60 << 30 else 32
-        chosen, whole, rest = list(operators(batch)), networks(batch), list(more_operators(batch))
+    gpu = device.type == "cuda"
+    batch = 128 if gpu and torch.cuda.get_device_properties(device).total_memory >= 60 << 30 else 32
     try:
-        chosen += list(whole)
+        first, others, long = networks(batch) if gpu else dry_networks()
     except ImportError as error:
         if error.name != "torchvision":
             raise
-    return chosen + rest
+        first, others, long = [], [], []
+    if not gpu:
+        return [*dry(), *first, *others]
+    return [*first_operators(batch), *first, *others, *long[:1], *other_operators(batch), *long[1:]]
 
 
 @contextmanager
@@ -281,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if options.dry_run else "cuda:0")
     planned = items(device)
     session = Session(options.out, device, options.dry_run, planned)
+    session.save()
     timer = cold_timer(device)
     for item in planned:
         if time.monotonic() + item.seconds > end:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = {".py", ".cpp", ".cu", ".h", ".cuh"}
+SOURCES = {".py", ".cpp", ".cu", ".h", ".cuh", ".json"}
 DROPPED = ("FASTRES_BACKEND", "FASTRES_DISABLE", "TRITON_INTERPRET", "PYTEST_ADDOPTS", "PYTHONHOME")
 
 _PACKAGE = """\

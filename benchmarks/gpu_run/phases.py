@@ -37,7 +37,9 @@ class Phase:
 def build(run: Run, limit_s: float) -> Outcome:
     """The extension, in place, for this GPU's architecture alone; then an import of all of it.
 
-    Forced: a binary of these sources may be one for another GPU. ninja compiles only what differs. A dry run compiles nothing: the extension in place may be in use.
+    Forced: a binary of these sources may be one for another GPU. ninja compiles only what differs.
+
+    A dry run compiles nothing: the extension in place may be in use.
     """
     environment = {"FASTRES_BUILD_EXT": "0" if run.dry else "1"}
     ended = run.python(["setup.py", "build_ext", "--inplace", "--force"], limit_s - 5, environment)
