@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,31 @@ def test_a_run_that_is_stopped_leaves_whole_files(tmp_path, number, code):
 
 
 # ---- what a machine lacks --------------------------------------------------------------------------------------------
+
+
+DRIVER = """
+    int cuInit(unsigned f) { return 0; }
+    int cuDeviceGetCount(int *n) { *n = COUNT; return 0; }
+    int cuDeviceGet(int *d, int i) { *d = i; return 0; }
+    int cuDeviceGetName(char *s, int n, int d) { __builtin_strcpy(s, "NVIDIA Test"); return 0; }
+    int cuDeviceTotalMem_v2(unsigned long *n, int d) { *n = 80ul << 30; return 0; }
+    int cuDeviceGetAttribute(int *v, int a, int d) { *v = a == 75 ? 9 : a == 76 ? 0 : -1; return 0; }
+"""
+
+
+@pytest.mark.parametrize("count, says", [(1, "NVIDIA Test (9.0, 80 GiB)"), (0, "none is visible")])
+def test_the_gpu_is_the_drivers_first(tmp_path, count, says):
+    """Beside a driver that is made for this test."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    source = tmp_path / "driver.c"
+    source.write_text(DRIVER.replace("COUNT", str(count)))
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1"), str(source)], check=True)
+    environment = ENVIRONMENT | {"LD_LIBRARY_PATH": str(tmp_path)}
+    code = "from gpu_run.needs import find_gpu; print(find_gpu())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(says), done.stderr
 
 
 def test_everything_missing_is_said_at_once(monkeypatch):
@@ -235,10 +261,11 @@ SUITE = """
 """
 
 
-def test_tests_are_recorded_as_they_end_and_judged(run, tmp_path):
+@pytest.mark.parametrize("how", [("-p", "no:xdist"), ("-n", "2")], ids=("alone", "xdist"))
+def test_tests_are_recorded_as_they_end_and_judged(run, tmp_path, how):
     (tmp_path / "test_suite.py").write_text(textwrap.dedent(SUITE))
     record = tmp_path / "record.jsonl"
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", os.devnull]
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", *how, "-c", os.devnull]
     arguments += ["--rootdir", str(tmp_path), str(tmp_path), *tests.plugin(record)]
     ended = run.python(arguments, 60.0)
     found = tests.once(files.read_lines(record))
@@ -258,6 +285,36 @@ def test_tests_are_recorded_as_they_end_and_judged(run, tmp_path):
         "errors": "1",
         "skipped": "3",
     }
+
+
+def test_a_module_that_is_skipped_as_a_whole_is_seen(run, tmp_path):
+    """Under xdist its controller does not hear of it."""
+    (tmp_path / "test_whole.py").write_text("import pytest\npytest.skip('it rains', allow_module_level=True)\n")
+    (tmp_path / "test_right.py").write_text("def test_right(): pass\n")
+    record = tmp_path / "record.jsonl"
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", "-c", os.devnull]
+    ended = run.python([*arguments, "--rootdir", str(tmp_path), str(tmp_path), *tests.plugin(record)], 60.0)
+    outcome = tests.judged(run, tests.once(files.read_lines(record)), [ended])
+    assert outcome.status == FAILED and outcome.lines == ["skipped without a hardware reason: 1 x it rains"]
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "status", "line"),
+    [
+        ("========= Error: Device not supported", 1, "skipped", "cannot run here: Device not supported"),
+        ("========= ERROR SUMMARY: 2 errors", 86, "failed", "memcheck: ERROR SUMMARY: 2 errors"),
+        ("3 tests were not collected", 4, "failed", "pytest ended with 4: 3 tests were not collected"),
+    ],
+)
+def test_what_the_sanitizer_says(run, tmp_path, says, code, status, line):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho '{says}'\nexit {code}\n")
+    program.chmod(0o755)
+    run.environment["PATH"] = f"{tmp_path}{os.pathsep}{run.environment['PATH']}"
+    assert tests.sanitizer(run, 60.0).status == "skipped"  # the tool is absent
+    run.absent.clear()
+    outcome = tests.sanitizer(run, 60.0)
+    assert outcome.status == status and line in "\n".join([outcome.message, *outcome.lines])
 
 
 def passing(n=3):
