@@ -164,6 +164,36 @@ def known_architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def entries_of(problem: Problem, arch: int) -> list[tuple[str, str]]:
+    """The (kernel, shape class) of every entry that a problem's launches take; on meta tensors, nothing is launched."""
+    with nothing_launched(arch), looked_up() as found:
+        problem.make(torch.device("meta"))()
+    return found
+
+
+def rank(kernel: str, shape_class: str) -> int:
+    """What is tuned first: large tensors in channels_last and 16-bit products; last what adds partial results."""
+    if "merge" in kernel:
+        return 3
+    return 0 if shape_class in ("rows", "large", "deep", "wide", "narrow") else 1 if "_" not in shape_class else 2
+
+
+@contextmanager
+def nothing_launched(arch: int) -> Iterator[None]:
+    """Inside, launch functions do all but launch, as they would on that architecture."""
+    kind, modules = type(add_relu.add_relu_forward_kernel), (add_relu, bn_act, conv_act)
+    run, real = kind.run, [module.architecture for module in modules]
+    kind.run = lambda *args, **constants: None
+    for module in modules:
+        module.architecture = lambda x: arch
+    try:
+        yield
+    finally:
+        kind.run = run
+        for module, architecture in zip(modules, real, strict=True):
+            module.architecture = architecture
+
+
 @contextmanager
 def looked_up() -> Iterator[list[tuple[str, str]]]:
     """The (kernel, shape class) of every entry that launches inside take."""

@@ -23,7 +23,7 @@ HARDWARE = (
 DRY = r"(no|needs a) CUDA device|dry run"
 TOOLS = ("memcheck", "racecheck")
 CANNOT = r"Device not supported|Unable to find injection library|not supported on this"
-WORKERS = 4
+WORKERS, WORKER_MIB = 4, 16 << 10
 
 
 def gpu_files(root: Path) -> list[str]:
@@ -44,8 +44,8 @@ def gpu_tests(run: Run, limit_s: float) -> Outcome:
     """`pytest -m gpu`: in parallel, and the large ones, which want the GPU's memory for themselves, one by one."""
     record = run.path("tests.jsonl")
     chosen = gpu_files(run.root)
-    workers = min(WORKERS, (os.cpu_count() or 1) // 2)
-    parallel = ["-n", str(workers)] if run.has("xdist") and workers > 1 and not run.dry else ["-p", "no:xdist"]
+    workers = min(WORKERS, (os.cpu_count() or 1) // 2, run.gpu.memory_mib // WORKER_MIB if run.gpu else 1)
+    parallel = ["-n", str(workers)] if run.has("xdist") and workers > 1 else ["-p", "no:xdist"]
     environment = {"FASTRES_TEST_DEVICE": "cpu"} if run.dry else {}
 
     def write() -> None:

@@ -2,11 +2,11 @@
 
     compile   other processes run each candidate once: it fits, spills nothing and gives the shipped one's answers
     time      every candidate of an entry and the shipped configuration, as CUDA graphs, in interleaved rounds with the
-              L2 cache flushed, at up to three shapes that use the entry
+              L2 cache flushed, at up to two shapes that use the entry
     choose    the candidate with the best geometric mean over the shapes, if that is 1.02x or more, and nowhere below
               0.97x
 
-Under half of the time is for compiling. What is not reached is not in the file: the shipped entry stays.
+Two thirds of the time are for compiling. What is not reached is not in the file: the shipped entry stays.
 
     python -m gpu_run.tune --out tuned.json --seconds 90
 """
@@ -39,30 +39,31 @@ from gpu_run.problems import (
     candidates,
     configured,
     differs,
+    entries_of,
     known_architecture,
-    looked_up,
     problems,
+    rank,
     tiny_problems,
 )
 
-COMPILING = 0.45  # of the time
-PROBLEMS = 3  # of an entry
+COMPILING = 0.65  # of the time
+PROBLEMS = 2  # of an entry
+WORKER_GIB = 5  # of GPU memory, at the most
 ROUNDS = 11
 GAIN, LOSS = 1.02, 0.97
 REGISTERS = 128  # of kernels that move data: with more, an SM holds too few threads (tests/test_triton_compile.py)
 
 
 def plan(device: torch.device, chosen: list[Problem]) -> dict[Entry, list[Problem]]:
-    """Each entry of the table that the problems use, with the first few of them, in the problems' order."""
-    arch, found = known_architecture(device), {}
+    """Each entry of the table that the problems use, with the first few of them; the most important first."""
+    arch = known_architecture(device)
+    found: dict[Entry, list[Problem]] = {}
     for problem in chosen:
-        with looked_up() as rows:
-            problem.make(device)()
-        for kernel, shape_class in rows:
+        for kernel, shape_class in entries_of(problem, arch):
             users = found.setdefault((kernel, arch, shape_class), [])
             if problem not in users and len(users) < PROBLEMS:
                 users.append(problem)
-    return found
+    return dict(sorted(found.items(), key=lambda item: rank(item[0][0], item[0][2])))
 
 
 @contextmanager
@@ -117,7 +118,7 @@ def compile_all(entries: dict[Entry, list[Problem]], device: torch.device, until
     options = {entry: candidates(shipped_config(entry)) for entry in entries}
     if tiny:
         options = {entry: configurations[:1] for entry, configurations in options.items()}
-    workers = 1 if tiny else max(1, min(8, (os.cpu_count() or 2) // 2))
+    workers = 1 if tiny else max(1, min((os.cpu_count() or 2) - 2, memory(device) // (WORKER_GIB << 30)))
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         for entry, chosen in entries.items():
@@ -230,7 +231,12 @@ def tune(device: torch.device, end: float, tiny: bool, save: Any) -> None:
 
 def batch_for(device: torch.device) -> int:
     """As large as the GPU's memory makes sensible: several times the L2 cache in every tensor."""
-    return 128 if torch.cuda.get_device_properties(device).total_memory >= 40 << 30 else 32
+    return 128 if memory(device) >= 40 << 30 else 32
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of the GPU."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
