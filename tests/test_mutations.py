@@ -20,6 +20,8 @@ OPERATORS = ("tests/test_bn_act.py", "tests/test_bn_act_contract.py", "tests/tes
 INTERPRETER = ("tests/test_triton_interpreter.py::test_lane[lane_bn_act]",)
 GEOMETRY = ("tests/test_triton_interpreter.py::test_lane[lane_geometry]",)
 CONV = ("tests/test_triton_interpreter.py::test_lane[lane_conv_act]",)
+STEPS = ("tests/test_conv_steps.py",)
+PROGRAM = ("tests/test_program.py",)
 LARGE = ("tests/test_large.py",)
 
 
@@ -38,6 +40,83 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant(
+        "program-ignores-versions",
+        "fastres/inference/program.py",
+        "t._version != version or ",
+        "",
+        PROGRAM,
+    ),
+    Mutant(
+        "program-ignores-modules",
+        "fastres/inference/program.py",
+        "            if table.get(name) is not value:\n                return False",
+        "            pass",
+        PROGRAM,
+    ),
+    Mutant(
+        "program-ignores-hooks",
+        "fastres/inference/program.py",
+        "return not any(self.hooks) and not has_global_hooks()",
+        "return True",
+        PROGRAM,
+    ),
+    Mutant(
+        "program-writes-over-views",
+        "fastres/inference/program.py",
+        "max(last.get(_storage(t), 0), line)",
+        "0",
+        PROGRAM,
+    ),
+    Mutant(
+        "program-not-checked",
+        "fastres/inference/program.py",
+        "            self._check(program, module, args, kwargs)\n",
+        "",
+        PROGRAM,
+    ),
+    Mutant(
+        "program-keeps-counting",
+        "fastres/inference/program.py",
+        "if written and isinstance(value, Tensor) and id(value) not in self.names:",
+        "if False:",
+        PROGRAM,
+    ),
+    Mutant(
+        "fold-ignores-versions",
+        "fastres/nn/conv_steps.py",
+        " or _version(t) != version:",
+        ":",
+        STEPS,
+    ),
+    Mutant(
+        "fold-ignores-identity",
+        "fastres/nn/conv_steps.py",
+        "reference() is not t or ",
+        "",
+        STEPS,
+    ),
+    Mutant(
+        "fold-kept-when-the-mode-is-set",
+        "fastres/swap/fused.py",
+        "        forget(self.children())\n",
+        "",
+        STEPS,
+    ),
+    Mutant(
+        "fold-used-with-gradients",
+        "fastres/nn/conv_steps.py",
+        "torch.is_grad_enabled() and any_requires_grad(x, residual, *tensors)",
+        "False",
+        STEPS,
+    ),
+    Mutant(
+        "conv-residual-added-after-relu",
+        "fastres/ops/_conv_backends.py",
+        "        z = z.add_(residual)\n    return ACTIVATIONS[act](z)",
+        "        return ACTIVATIONS[act](z).add_(residual)\n    return ACTIVATIONS[act](z)",
+        STEPS,
+    ),
     Mutant(
         "cpu-tail-dropped",
         "csrc/cpu/bn_act_terms.h",

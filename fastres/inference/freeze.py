@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from fastres.inference.capture import capture
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
-from fastres.inference.plan import choose_packs, measure
+from fastres.inference.plan import measure
 from fastres.inference.report import FreezeReport
 from fastres.inference.rewrite import rewrite
 from fastres.nn.fold import short
@@ -102,6 +102,7 @@ def freeze(
     _overwrite_residuals(frozen, inputs, target)
     _pack(frozen, inputs, target, tune)
     _split(frozen, inputs, target, tune)
+    _program(frozen, inputs, target)
     _graph(frozen, inputs, target, tune, cuda_graph)
     _say_if_slower(report)
     if verify:
@@ -155,12 +156,19 @@ def _plan(
         report.memory_format_reason = "not measured"
         if images:
             frozen.use_channels_last()
+            if not _views_fit(frozen, inputs):
+                frozen.use_channels_last(False)
+                report.notes.append(_NO_VIEWS)
+                return frozen
             report.memory_format = "channels_last"
         return frozen
     layouts = {"contiguous": frozen}
     if images:
         layouts["channels_last"] = copy.deepcopy(frozen)
         layouts["channels_last"].use_channels_last()
+        if not _views_fit(layouts["channels_last"], inputs):
+            del layouts["channels_last"]
+            report.notes.append(_NO_VIEWS)
     calls: dict[str, Callable[[], Any]] = {"eager": lambda: call(source, inputs)}
     calls |= {name: _bound(candidate, inputs) for name, candidate in layouts.items()}
     times = measure(calls, device)
@@ -168,11 +176,27 @@ def _plan(
     chosen = layouts[best]
     chosen.report = report
     report.memory_format, report.memory_format_reason = best, "the faster of the two on the example"
+    if images and len(layouts) == 1:
+        report.memory_format_reason = "the other does not run"
     if not images:
         report.memory_format_reason = "no 4-dimensional input"
     report.milliseconds = {"eager": times["eager"], "frozen": times[best]}
     report.milliseconds |= {f"frozen {name}": times[name] for name in layouts if name != best}
     return chosen
+
+
+_NO_VIEWS = "channels_last is out: the model takes a view() that only NCHW tensors have; reshape() would do in both"
+
+
+def _views_fit(frozen: FrozenModel, inputs: Any) -> bool:
+    """Whether the network runs in this layout: a view across channels and pixels exists in one of them only."""
+    try:
+        call(frozen, inputs)
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+        return False
+    return True
 
 
 def _overwrite_residuals(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
@@ -195,11 +219,9 @@ def _overwrite_residuals(frozen: FrozenModel, inputs: Any, device: torch.device)
 
 def _pack(frozen: FrozenModel, inputs: Any, device: torch.device, tune: bool | Literal["auto"]) -> None:
     """On a CPU, weights reordered for the example's shapes where that is measured faster; untuned, always."""
-    convs = frozen_convs(frozen.module)
-    if device.type != "cpu" or tune is False or not convs:
+    if device.type != "cpu" or tune is False or not frozen_convs(frozen.module):
         return
-    packed = choose_packs(convs, lambda: call(frozen, inputs))
-    frozen.report.packed = packed
+    frozen.report.packed = frozen.choose_packs(inputs)
 
 
 PARTS = (8, 4)  # images at a time; weights are read once per part
@@ -225,15 +247,23 @@ def _split(frozen: FrozenModel, inputs: Any, device: torch.device, tune: bool | 
         same = str(its_tree) == str(tree) and all(g.shape == t.shape for g, t in zip(got, leaves, strict=True))
         # a network that mixes the images of a batch is off by everything, other packs by rounding
         if same and all(_close(g, t) for g, t in zip(got, leaves, strict=True)):
-            choose_packs(frozen_convs(part.module), _bound(part, images))
+            part.choose_packs(images)
             candidates[n] = part
     times = measure({str(n): _bound(candidate, images) for n, candidate in candidates.items()}, device)
     best = min(candidates, key=lambda n: times[str(n)])
     if best and times[str(best)] < 0.97 * times["0"]:
         frozen.images_at_a_time = best
-        choose_packs(frozen_convs(frozen.module), _bound(frozen, images))
+        frozen.choose_packs(images)
         frozen.report.milliseconds |= {"frozen": times[str(best)], "frozen whole batch": times["0"]}
         frozen.report.images_at_a_time = best
+
+
+def _program(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
+    """On a CPU, the example's operator calls written down, so that the first call of the user runs them alone."""
+    if device.type == "cpu":
+        for _ in range(2):
+            call(frozen, inputs)
+        frozen.report.program = frozen.program
 
 
 def _close(got: Tensor, want: Tensor) -> bool:

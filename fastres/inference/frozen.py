@@ -16,10 +16,12 @@ from fastres.inference.blocks import own_residuals
 from fastres.inference.capture import Capture
 from fastres.inference.conv import frozen_convs
 from fastres.inference.graphs import Graphs
+from fastres.inference.plan import choose_packs
+from fastres.inference.program import Programs
 from fastres.inference.report import FreezeReport
 from fastres.inference.rewrite import rewrite
 from fastres.ops._autograd import goes_straight
-from fastres.verify.runs import map_tensors, named_tensors, private
+from fastres.verify.runs import call, map_tensors, named_tensors, private
 
 
 def source_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -125,6 +127,7 @@ class FrozenModel(nn.Module):
         self._found = found
         self._source = Source(source)
         self._graphs = Graphs()
+        self._programs = Programs()
         self._exact = Exact()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -141,13 +144,13 @@ class FrozenModel(nn.Module):
         with torch.no_grad():
             if self.images_at_a_time and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
                 return self._in_parts(args[0], self.images_at_a_time)
-            return self.module(*args, **kwargs)
+            return self._programs.run(self.module, args, kwargs)
 
     def _in_parts(self, images: Tensor, count: int) -> Any:
         """A few images at a time: activations stay in cache, and below the size that malloc maps and faults in anew."""
         if images.ndim != 4 or len(images) <= count or not goes_straight(images):
-            return self.module(images)
-        parts = [tree_flatten(self.module(part)) for part in images.split(count)]
+            return self._programs.run(self.module, (images,), {})
+        parts = [tree_flatten(self._programs.run(self.module, (part,), {})) for part in images.split(count)]
         joined = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in parts), strict=True)]
         return tree_unflatten(joined, parts[0][1])
 
@@ -158,15 +161,29 @@ class FrozenModel(nn.Module):
             t = t.contiguous(memory_format=torch.channels_last)
         return t
 
-    def use_channels_last(self) -> None:
-        """Run in channels_last from now on: weights and 4-dimensional inputs."""
-        self.channels_last = True
-        self.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def use_channels_last(self, channels_last: bool = True) -> None:
+        """Run in channels_last from now on, or in NCHW again: weights and 4-dimensional inputs."""
+        self.channels_last = channels_last
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.module.to(memory_format=layout)  # type: ignore[call-overload]
 
     def overwrite_residuals(self, allowed: bool) -> None:
         """Let blocks write over the output of the block before, which must be nobody else's."""
         own_residuals(self.module, allowed)
+        self._programs = Programs()
         self._overwrites = allowed
+
+    def choose_packs(self, inputs: Any) -> int:
+        """Keep, for each convolution of a call on these inputs, the packed or the plain weight; how many are packed."""
+        self._programs = Programs()  # they hold the weights of before, and hide the convolutions
+        packed = choose_packs(frozen_convs(self.module), lambda: call(self, inputs))
+        self._programs = Programs()
+        return packed
+
+    @property
+    def program(self) -> str:
+        """How many operator calls the last signature's program holds, or why there is none."""
+        return self._programs.describe()
 
     def record_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record a CUDA graph for inputs of these shapes; other shapes run eagerly."""
@@ -233,6 +250,7 @@ class FrozenModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._graphs = Graphs()
+        self._programs = Programs()
         self._exact = Exact()
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.is_floating_point():

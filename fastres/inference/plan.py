@@ -21,11 +21,13 @@ def measure(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[s
     """Milliseconds a call, the (upper) median of interleaved rounds: at most 7 of them, about 2 seconds, at least 3.
 
     Args:
-        calls: what to time, by name; each is warmed up once first, and one that then takes more than 3x the fastest's
-            time twice running is not timed further.
+        calls: what to time, by name; each is run twice first (a frozen network's second call records its program), and
+            one that then takes more than 3x the fastest's time twice running is not timed further.
         device: synchronised around every call when it is a GPU.
     """
     with torch.no_grad():
+        for call in calls.values():
+            call()
         warm = {name: _milliseconds(call, device) for name, call in calls.items()}
         samples: dict[str, list[float]] = {name: [] for name in calls}
         begin = time.perf_counter()

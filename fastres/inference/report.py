@@ -36,6 +36,7 @@ class FreezeReport:
     cuda_graph: str = "off"
     packed: int = 0  # convolutions whose weight is reordered for the example's shape (oneDNN)
     images_at_a_time: int | None = None  # a larger batch runs in parts of so many images; None: whole
+    program: str = "none"  # the operator calls written down for the example's shapes, or why there is none
     milliseconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     verification: Verification | None = None
@@ -62,6 +63,7 @@ class FreezeReport:
             "cuda_graph": self.cuda_graph,
             "packed": self.packed,
             "images_at_a_time": self.images_at_a_time,
+            "program": self.program,
             "folded": self.folded,
             "speedup": self.speedup,
             "milliseconds": dict(self.milliseconds),
@@ -76,8 +78,8 @@ class FreezeReport:
             f"{self.model}: {self.folded} of {counts['conv']} convolutions took their BN in, {counts['norm']} BN stay, "
             f"{counts['block']} blocks fused; {self.dtype} on {self.device}",
             f"  layout: {self.memory_format} ({self.memory_format_reason}); packed weights: {self.packed}; "
-            f"images at a time: {self.images_at_a_time or 'all'}; CUDA graph: "
-            f"{self.cuda_graph}",
+            f"images at a time: {self.images_at_a_time or 'all'}; program: "
+            f"{self.program}; CUDA graph: {self.cuda_graph}",
         ]
         if self.milliseconds:
             times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.milliseconds.items())

@@ -41,7 +41,7 @@ class _Fold:
     def __init__(self, x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, tensors: tuple[Tensor | None, ...]) -> None:
         self.conv = weakref.ref(conv)
         self.tensors = tuple(
-            (_nothing, 0, 0) if t is None else (weakref.ref(t), t.data_ptr(), _version(t)) for t in tensors
+            (None, 0, 0) if t is None else (weakref.ref(t), t.data_ptr(), _version(t)) for t in tensors
         )
         self.settings, self.eps, self.dtype = _dispatch.settings(), bn.eps, x.dtype
         self.folded: Folded | None = None  # refused
@@ -60,7 +60,10 @@ class _Fold:
     def holds(self, x: Tensor, conv: nn.Conv2d, bn: nn.BatchNorm2d, tensors: tuple[Tensor | None, ...]) -> bool:
         """Whether nothing that the fold was made of has changed."""
         for t, (reference, address, version) in zip(tensors, self.tensors, strict=True):
-            if reference() is not t or (t is not None and (t.data_ptr() != address or _version(t) != version)):
+            if t is None:
+                if reference is not None:
+                    return False
+            elif reference is None or reference() is not t or t.data_ptr() != address or _version(t) != version:
                 return False
         return (
             self.conv() is conv
@@ -68,10 +71,6 @@ class _Fold:
             and self.dtype is x.dtype
             and self.settings is _dispatch.settings()
         )
-
-
-def _nothing() -> None:
-    """The reference to a tensor that is not there."""
 
 
 def _version(t: Tensor) -> int:

@@ -7,7 +7,9 @@ backends and the fakes, so torch.compile, opcheck and functorch see no differenc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,23 @@ _tracing = torch._C._get_tracing_state
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
+_recorder = threading.local()
+
+
+@contextmanager
+def recorded_below() -> Iterator[None]:
+    """The one dispatch mode entered inside records the operators that the short way calls, so calls go that way."""
+    _recorder.depth = _dispatch_modes() + 1
+    try:
+        yield
+    finally:
+        _recorder.depth = 0
+
+
+def _only_a_recorder() -> bool:
+    return _dispatch_modes() == getattr(_recorder, "depth", 0) == 1
+
+
 def goes_straight(first: object, *others: object) -> bool:
     """Whether a call would reach the kernel as it is: no tensor subclass, mode, transform or tracer stands between.
 
@@ -38,7 +57,7 @@ def goes_straight(first: object, *others: object) -> bool:
         not torch.compiler.is_compiling()
         and type(first) is torch.Tensor
         and _PLAIN.issuperset(map(type, others))
-        and not _dispatch_modes()
+        and (not _dispatch_modes() or _only_a_recorder())
         and not _function_modes()
         and not _transforms()
         and _tracing() is None

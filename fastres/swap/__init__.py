@@ -46,7 +46,9 @@ def swap(
     sequences of convolution, BN and ReLU, classes given to `register_block`) keeps its children, their names and its
     state_dict; its class becomes a fused subclass, which also runs its stock forward whenever a child was hooked,
     parametrized or replaced since. What is not swapped has a row with the reason. Global module hooks see the block
-    alone: the BN and ReLU modules inside it are not called. Swap before `fully_shard` and before `torch.compile`.
+    alone: the BN and ReLU modules inside it are not called. In eval mode without gradients, on a CPU, each BN is folded
+    into its convolution on the fly; changed weights are followed, but a write through `.data` between two evaluations
+    is seen only after `eval()` or `train()`. Swap before `fully_shard` and before `torch.compile`.
 
     Args:
         model: any module; for training, for eager inference, or to be compiled afterwards.

@@ -80,9 +80,9 @@ class BlockAdapter:
     """How to run one block class fused.
 
     Args:
-        forward: the fused forward, called with the block and its inputs; it runs convolutions and shortcuts as the
-            modules they are, and each BN with `fastres.nn.norm_act(x, block.bn, block.relu, residual,
-            block.fastres_backend)`.
+        forward: the fused forward, called with the block and its inputs; it runs shortcuts as the modules they are,
+            each convolution and BN with `fastres.nn.conv_norm_act(x, block.conv, block.bn, block.relu, residual,
+            block.fastres_backend)`, and a BN without a convolution before it with `fastres.nn.norm_act(x, ...)`.
         norms: children that must be plain BatchNorm2d for that (others make the block run its stock forward).
         acts: children that must be plain ReLU.
         absent: optional children that must be None or Identity.
@@ -100,7 +100,7 @@ class BlockAdapter:
         ...     def forward(self, x):
         ...         return self.act(self.norm(self.conv(x)) + x)
         >>> def fused(block, x):
-        ...     return fastres.nn.norm_act(block.conv(x), block.norm, block.act, x, block.fastres_backend)
+        ...     return fastres.nn.conv_norm_act(x, block.conv, block.norm, block.act, x, block.fastres_backend)
         >>> fastres.register_block(Unit, BlockAdapter(fused, norms=("norm",), acts=("act",)))
         >>> fastres.swap(torch.nn.Sequential(Unit())).rows[0].status
         'swapped'
