@@ -1,5 +1,6 @@
 """Tuning and benchmarks of `make gpu`: what is tried and chosen, which data may enter the table, what is measured."""
 
+import contextlib
 import json
 import types
 from dataclasses import asdict, replace
@@ -15,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from fastres.kernels import configs, measured  # noqa: E402
 
+from fastres.lab.timing import event_timer  # noqa: E402
 from gpu_run import problems, tune  # noqa: E402
 
 ENTRY = ("add_relu_forward_kernel", 90, "large")
@@ -138,19 +140,24 @@ def test_a_candidate_with_other_answers_is_found_out():
     wrong = Planted(lambda config: torch.full((4,), 3.0 if config is shipped else 3.01))
     nan = Planted(lambda config: torch.full((4,), 3.0 if config is shipped else torch.nan))
 
-    def refuses(config):
-        if config is not shipped:
-            raise RuntimeError("out of resource: shared memory\nmore")
-        return torch.ones(1)
+    def raising(text):
+        def answer(config):
+            if config is not shipped:
+                raise RuntimeError(text)
+            return torch.ones(1)
+
+        return Planted(answer)
 
     assert tune.attempt(ENTRY, other, [right], cpu) is None
     for planted in (wrong, nan):
         kind, why = tune.attempt(ENTRY, other, [right, planted], cpu)
         assert kind == "wrong" and "output 0 differs" in why
-    assert tune.attempt(ENTRY, other, [Planted(refuses)], cpu) == (
-        "refused",
-        "RuntimeError: out of resource: shared memory",
+    refused = tune.attempt(ENTRY, other, [raising("out of resource: shared memory\nmore")], cpu)
+    assert refused == ("refused", "RuntimeError: out of resource: shared memory")
+    kind, _ = tune.attempt(
+        ENTRY, other, [raising("Triton Error [CUDA]: an illegal memory access was encountered")], cpu
     )
+    assert kind == "wrong"
 
 
 def test_the_best_is_chosen_over_all_shapes_and_never_one_that_loses():
@@ -164,6 +171,31 @@ def test_the_best_is_chosen_over_all_shapes_and_never_one_that_loses():
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_flushed_before_the_clock_starts(monkeypatch):
+    """event_timer on a GPU that only writes down what it is told."""
+    told = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            told.append("record")
+
+        def synchronize(self):
+            told.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: told.append("idle"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    timer = event_timer(torch.device("cuda"), before=lambda: told.append("flush"))
+    assert timer(lambda: told.append("call")) == 2e-3
+    assert told == ["idle", "flush", "record", "call", "record", "wait"]
 
 
 def test_the_items_of_a_gpu(monkeypatch):
@@ -193,7 +225,7 @@ def test_wrong_answers_and_cases_that_break_are_written_down(tmp_path, monkeypat
 
     item = next(bench.dry())
     monkeypatch.setattr(bench, "measured_rates", lambda device, small: bench.Rates(1e10, {"fp32": 1e11}))
-    session = bench.Session(tmp_path / "bench.json", torch.device("cpu"), True, [item] * 2)
+    session, timed = bench.Session(tmp_path / "bench.json", torch.device("cpu"), True, [item] * 2), []
     real = bench.measure
 
     def wrong(*arguments):
@@ -202,8 +234,9 @@ def test_wrong_answers_and_cases_that_break_are_written_down(tmp_path, monkeypat
         return result
 
     monkeypatch.setattr(bench, "measure", wrong)
-    session.add(item, wall_timer())
+    session.add(item, lambda call: timed.append(call()) or 1e-3)  # an operator is timed with the cold timer
     session.save()
+    assert timed
     found = json.loads((tmp_path / "bench.json").read_text())["run"]
     assert found["measured"] == [item.case.title] and "wrong answers: y" in found["failed"][item.case.title]
 

@@ -5,7 +5,7 @@ result schema, `results/`. The runner (`__main__`, `needs`, `checkout`, `run`, `
 library alone, so that it can say at once what a machine lacks; `tune` and `bench` are programs of their own that it
 starts, and `keep` is `make gpu-import`.
 
-    make gpu [PYTHON=python3] [RESULTS=build/gpu/results] [PHASES=tests,bench] [SECONDS_LEFT=570]
+    make gpu [PYTHON=python3] [RESULTS=build/gpu/results] [PHASES=tests,bench] [ARGS="--seconds 300"]
     make gpu-dry-run                                       the same on a CPU, tiny; no figure is kept
     make gpu-import DIR=build/gpu/results                  files the results and the tuned configurations
 

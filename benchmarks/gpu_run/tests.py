@@ -55,6 +55,7 @@ def gpu_tests(run: Run, limit_s: float) -> Outcome:
     end = time.monotonic() + limit_s
     for marks, how, share in (("gpu and not full", parallel, 0.7), ("gpu and full", ["-p", "no:xdist"], 1.0)):
         arguments = ["-m", "pytest", *chosen, "-q", "-rs", "-p", "no:cacheprovider", "-m", marks, *how]
+        arguments += ["-o", "faulthandler_timeout=60"]  # where a test hangs: in the log
         limit = _left(end) * share
         ended.append(run.python([*arguments, *plugin(record)], limit, environment, on_tick=write))
         if run.dry:

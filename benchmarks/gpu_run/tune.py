@@ -17,6 +17,7 @@ import argparse
 import math
 import multiprocessing
 import os
+import re
 import statistics
 import sys
 import time
@@ -51,6 +52,7 @@ PROBLEMS = 2  # of an entry
 WORKER_GIB = 5  # of GPU memory, at the most
 ROUNDS = 11
 GAIN, LOSS = 1.02, 0.97
+FAULTS = re.compile(r"illegal (memory access|instruction)|misaligned address|unspecified launch failure")
 REGISTERS = 128  # of kernels that move data: with more, an SM holds too few threads (tests/test_triton_compile.py)
 
 
@@ -88,7 +90,7 @@ def launched() -> Iterator[list[Any]]:
 def attempt(entry: Entry, config: Any, chosen: list[Problem], device: torch.device) -> tuple[str, str] | None:
     """Runs a candidate once at each problem: None, or ("refused" | "wrong", why)."""
     for problem in chosen:
-        call = problem.make(device)
+        call, said = problem.make(device), f"{entry[0]} {entry[2]}, {asdict(config)}, {problem.to_dict()}"
         shipped = tuple(t.clone() for t in call())
         try:
             with configured(entry, config), launched() as kernels:
@@ -96,7 +98,8 @@ def attempt(entry: Entry, config: Any, chosen: list[Problem], device: torch.devi
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
         except Exception as error:  # out of registers or shared memory, a size that the compiler has no layout for
-            return "refused", f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            return ("wrong", f"{said}: {why}") if FAULTS.search(str(error)) else ("refused", why)
         own = [kernel for kernel in kernels if getattr(kernel, "name", "") == entry[0]]
         if any(kernel.n_spills for kernel in own):
             return "refused", f"spills {max(kernel.n_spills for kernel in own)} bytes"
@@ -104,7 +107,7 @@ def attempt(entry: Entry, config: Any, chosen: list[Problem], device: torch.devi
             return "refused", f"{max(kernel.n_regs for kernel in own)} registers"
         why = differs(ours, shipped)
         if why is not None:
-            return "wrong", f"{entry[0]} {entry[2]}, {asdict(config)}, {problem.to_dict()}: {why}"
+            return "wrong", f"{said}: {why}"
     return None
 
 
@@ -145,7 +148,7 @@ def _result(future: Any, until: float) -> Any:
         future.cancel()
         return LATE
     except Exception as error:  # the process died: of a fault on the GPU, most likely
-        return "refused", f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        return "refused", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def shipped_config(entry: Entry) -> Any:
