@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from gpu_run import __main__ as command_line  # noqa: E402
 from gpu_run import checkout, files, needs, phases, tests  # noqa: E402
-from gpu_run.run import FAILED, PASSED, Outcome, Run  # noqa: E402
+from gpu_run.run import FAILED, PASSED, Ended, Outcome, Run  # noqa: E402
 from gpu_run.summary import Summary  # noqa: E402
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "FASTRES_"))} | {
@@ -220,6 +220,26 @@ def test_a_program_is_stopped_at_its_limit_with_what_it_started(run, tmp_path):
     assert "out of time" in (log := (run.results / files.LOG).read_text()) and "two" in log
 
 
+def test_a_build_that_fails_says_the_compilers_error(run, monkeypatch):
+    said = ["x.cu(3): error: planted", "fastres: FASTRES_BUILD_EXT=1, but fastres._C cannot be built: it failed"]
+    asked = []
+
+    def python(self, arguments, limit_s, environment=None):
+        asked.append((arguments, environment, self.environment["TORCH_CUDA_ARCH_LIST"]))
+        return Ended(1, said, False)
+
+    monkeypatch.setattr(Run, "python", python)
+    outcome = phases.build(run, 100.0)
+    assert outcome.status == FAILED and outcome.lines == said[:1]
+    assert asked == [(["setup.py", "build_ext", "--inplace", "--force"], {"FASTRES_BUILD_EXT": "1"}, "9.0a")]
+
+
+def test_a_torch_that_finds_no_gpu_fails_the_build(run, monkeypatch):
+    found = json.dumps({"device": "cpu", "operators": {}})
+    monkeypatch.setattr(Run, "python", lambda self, arguments, *how: Ended(0, [found], False))
+    assert phases.build(run, 100.0).message == "fastres finds no GPU to use"
+
+
 def test_time_is_kept_for_the_later_phases(run):
     total = phases.limit(run, phases.PHASES, 0)
     assert 0 < total <= 180
@@ -322,8 +342,6 @@ def passing(n=3):
 
 
 def test_what_fails_a_phase_of_tests(run):
-    from gpu_run.run import Ended
-
     right, late, crashed, none = (
         Ended(0, [], False),
         Ended(2, [], True),

@@ -52,6 +52,8 @@ def build(run: Run, limit_s: float) -> Outcome:
     if imported.code or imported.out_of_time:
         return Outcome(FAILED, f"fastres cannot be imported: {imported.last}", said)
     found = json.loads(imported.last)
+    if run.gpu and found["device"] != "cuda":
+        return Outcome(FAILED, "fastres finds no GPU to use", said)
     usable = {op: [b for b, reasons in backends.items() if not reasons] for op, backends in found["operators"].items()}
     lines = [f"{op} on {found['device']}: {', '.join(backends)}" for op, backends in usable.items()]
     for op, backends in found["operators"].items() if run.gpu else ():
