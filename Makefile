@@ -30,7 +30,12 @@ BUILD_LOG := build/extension.log
 comma := ,
 say = @printf 'fastres: %s\n' "$(1)"
 
-.PHONY: help setup demo test test-full bench lint wheel docs clean
+# A GPU machine's own Python, unless PYTHON says otherwise: neither a .venv nor an install.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
+GPU_RUN := PYTHONPATH=benchmarks PYTHONSAFEPATH=1
+DIR ?= build/gpu/results
+
+.PHONY: help setup demo test test-full bench gpu gpu-dry-run gpu-import lint wheel docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -48,6 +53,15 @@ test-full: $(STAMP_EXTENSION)  ## every test, also those that take minutes or bu
 
 bench: $(STAMP_EXTENSION) $(STAMP_BENCH)  ## the benchmarks beside every engine (15 to 20 minutes; ARGS="-k networks")
 	$(VPY) -m pytest benchmarks/ $(ARGS)
+
+gpu:  ## on a GPU: build, test, sanitize, tune, measure in ten minutes (PYTHON=python3 RESULTS=dir PHASES=tests,bench)
+	@$(GPU_RUN) $(GPU_PYTHON) -m gpu_run $(if $(RESULTS),--results $(RESULTS)) $(if $(PHASES),--phases $(PHASES)) $(ARGS)
+
+gpu-dry-run: $(STAMP_EXTENSION)  ## all phases of `make gpu` on a CPU, tiny; no figure is kept
+	@$(GPU_RUN) $(VPY) -m gpu_run --dry-run $(if $(RESULTS),--results $(RESULTS)) $(if $(PHASES),--phases $(PHASES)) $(ARGS)
+
+gpu-import: $(STAMP_PACKAGE)  ## file what `make gpu` wrote: benchmarks/results and kernels/tuned.json (DIR=build/gpu/results)
+	@$(GPU_RUN) $(VPY) -m gpu_run.keep $(DIR)
 
 lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict
 	$(VPY) -m ruff check .

@@ -13,7 +13,7 @@ import torch
 import fastres
 from judge import AddReluExact, judge_operator
 from measure import Case, Prepared
-from peers import DTYPES, LAYOUTS, compiled, eager_add_relu, forward_only, fused_add_relu, with_gradients
+from peers import DTYPES, LAYOUTS, backend_of, compiled, eager_add_relu, forward_only, fused_add_relu, with_gradients
 from shapes import BATCH, BLOCK_END, Activation, with_role
 
 MODES = {
@@ -68,7 +68,8 @@ class AddReluCase(Case):
         )
         calls = {}
         for name in peers:
-            forward = fused_add_relu if name == "fastres" else eager_add_relu
+            backend = backend_of(name)
+            forward = eager_add_relu if backend is None else fused_add_relu(backend)
             if name == "compile":
                 forward = compiled(forward)
             if self.kind == "train":

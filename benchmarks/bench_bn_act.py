@@ -13,7 +13,7 @@ import torch
 import fastres
 from judge import BatchNormExact, judge_operator
 from measure import Case, Prepared
-from peers import DTYPES, LAYOUTS, compiled, eager_bn_act, forward_only, fused_bn_act, with_gradients
+from peers import DTYPES, LAYOUTS, backend_of, compiled, eager_bn_act, forward_only, fused_bn_act, with_gradients
 from shapes import BATCH, BLOCK_END, INNER, PROJECTION, Activation, distinct, with_role
 
 MODES = {
@@ -95,8 +95,11 @@ class BnActCase(Case):
         training = self.kind != "eval"
         calls = {}
         for name in peers:
-            build = fused_bn_act if name == "fastres" else eager_bn_act
-            forward = build((mean.clone(), var.clone()), training, self.act)
+            backend, running = backend_of(name), (mean.clone(), var.clone())
+            if backend is None:
+                forward = eager_bn_act(running, training, self.act)
+            else:
+                forward = fused_bn_act(running, training, self.act, backend)
             if name == "compile":
                 forward = compiled(forward)
             if self.kind == "train":

@@ -17,7 +17,7 @@ import fastres.functional
 import roofline
 from judge import ConvActExact, judge_operator
 from measure import Case, Prepared
-from peers import DTYPES, Forward, compiled, eager_conv_act, forward_only
+from peers import DTYPES, Forward, backend_of, compiled, eager_conv_act, forward_only
 from roofline import Work
 from shapes import BATCH, BLOCK_END, CONVS, INNER, Conv
 
@@ -27,9 +27,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def fused_conv_act(stride: int, padding: int, act: str) -> Forward:
+def fused_conv_act(stride: int, padding: int, act: str, backend: str = "auto") -> Forward:
     def forward(x, weight, bias, residual=None):
-        return fastres.functional.conv_act(x, weight, bias, residual, stride, padding, act=act)
+        return fastres.functional.conv_act(x, weight, bias, residual, stride, padding, act=act, backend=backend)
 
     return forward
 
@@ -84,8 +84,8 @@ class ConvActCase(Case):
         inputs = tuple(t for t in (x, weight, bias, residual) if t is not None)
         calls = {}
         for name in peers:
-            build = fused_conv_act if name == "fastres" else eager_conv_act
-            forward = build(c.stride, c.padding, c.act)
+            backend, how = backend_of(name), (c.stride, c.padding, c.act)
+            forward = eager_conv_act(*how) if backend is None else fused_conv_act(*how, backend)
             calls[name] = forward_only(compiled(forward) if name == "compile" else forward, inputs, grad=False)
 
         def judge(results):

@@ -20,7 +20,7 @@ from torch import nn
 import fastres
 from judge import judge_module
 from measure import Case, Prepared
-from peers import module_variants
+from peers import DTYPES, module_variants
 from shapes import BATCH
 
 
@@ -35,10 +35,12 @@ class TrainCase(Case):
     size: int = 224
     batch: int = BATCH
     judged: tuple[int, int] = (4, 128)  # images and their size for the referee, which runs in float64
+    dtype: str = "fp32"  # bf16: autocast, for everything alike
 
     @property
     def id(self) -> str:
-        return f"{self.network}-{self.batch}x3x{self.size}x{self.size}"
+        dtype = "" if self.dtype == "fp32" else f"-{self.dtype}"
+        return f"{self.network}-{self.batch}x3x{self.size}x{self.size}{dtype}"
 
     @property
     def mode(self) -> str:
@@ -49,7 +51,7 @@ class TrainCase(Case):
             "network": self.network,
             "shape": [self.batch, 3, self.size, self.size],
             "layout": "both",
-            "dtype": "fp32",
+            "dtype": self.dtype,
         }
 
     def images(self) -> int:
@@ -60,17 +62,34 @@ class TrainCase(Case):
         images = torch.randn(self.facts()["shape"], device=device)
         labels = torch.randint(1000, (self.batch,), device=device)
         variants = module_variants(net, images, peers)
-        calls = {name: _step(module, x, labels) for name, (module, x) in variants.items()}
+        calls = {name: _step(self._cast(module), x, labels) for name, (module, x) in variants.items()}
         few, size = self.judged
 
         def judge(results):
             ours = tuple(name for name in results if name in self.ours)
             fresh = module_variants(net, torch.randn(few, 3, size, size, device=device), ours)
             return {
-                name: judge_module(net, module, x, training=True, backward=False) for name, (module, x) in fresh.items()
+                name: judge_module(self._cast(net), self._cast(module), x, training=True, backward=False)
+                for name, (module, x) in fresh.items()
             }
 
         return Prepared(calls, judge, backend=fastres.explain("bn_act", images).chosen)
+
+    def _cast(self, module: nn.Module) -> nn.Module:
+        return module if self.dtype == "fp32" else Autocast(module, DTYPES[self.dtype])
+
+
+class Autocast(nn.Module):
+    """The module under autocast, its logits in float32: float64, the referee's own, is left alone."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, self.dtype):
+            y = self.module(x)
+        return y if y.dtype == torch.float64 else y.float()
 
 
 def _step(module: nn.Module, images: torch.Tensor, labels: torch.Tensor):

@@ -85,6 +85,7 @@ class Case(ABC):
     compiled: ClassVar[tuple[str, ...]] = (COMPILE,)
     runtimes: ClassVar[tuple[str, ...]] = ()  # other engines: beside it but with --peers eager
     alone: ClassVar[tuple[str, ...]] = ()  # timed in the same rounds, compared with nothing
+    backends: ClassVar[tuple[str, ...]] = ()  # an operator's, each asked for by name beside what the chooser takes
     threads: ClassVar[int | None] = None  # None: torch's setting
 
     @property
@@ -109,12 +110,12 @@ class Case(ABC):
     def peers(self, level: str) -> tuple[str, ...]:
         compiled = self.compiled if level == "all" or (level == "quick" and self.quick()) else ()
         runtimes = self.runtimes if level != "eager" else ()
-        return (*self.baselines, *self.ours, *runtimes, *compiled, *self.alone)
+        return (*self.baselines, *self.ours, *self.backends, *runtimes, *compiled, *self.alone)
 
     @property
     def optional(self) -> tuple[str, ...]:
         """The peers that are left out, with the reason, where they cannot run."""
-        return (*self.runtimes, *self.compiled)
+        return (*self.backends, *self.runtimes, *self.compiled)
 
     def absent(self, level: str) -> dict[str, str]:
         """Peers that only another --peers brings, with what to say of them."""
@@ -178,12 +179,17 @@ class Replay:
         return self._readings.pop()
 
 
-def measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...]) -> Result:
-    """Judges and times the peers of a case. An optional peer that raises is left out; any other's error is raised."""
+def measure(
+    case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...], timer: Timer | None = None
+) -> Result:
+    """Judges and times the peers of a case. An optional peer that raises is left out; any other's error is raised.
+
+    `timer` is the case's own by default, or else the device's.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads or threads)
     try:
-        return _measure(case, device, effort, peers)
+        return _measure(case, device, effort, peers, timer)
     finally:
         torch.set_num_threads(threads)
 
@@ -197,7 +203,7 @@ def settle_allocator() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...]) -> Result:
+def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...], timer: Timer | None) -> Result:
     torch.manual_seed(0)
     settle_allocator()
     prepared = case.prepare(device, peers)
@@ -216,7 +222,7 @@ def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str,
     calls = {name: prepared.calls[name] for name in results}
     results.clear()
     if effort.rounds:
-        timer = prepared.timer or timer_for(device)
+        timer = timer or prepared.timer or timer_for(device)
         with _no_gc():
             estimates = {name: _estimate(call, timer) for name, call in calls.items()}
             result.iterations = max(1, math.ceil(effort.sample_s / max(min(estimates.values()), 1e-9)))

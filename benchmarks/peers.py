@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,9 +34,11 @@ def eager_bn_act(running: tuple[Tensor, Tensor], training: bool, act: str) -> Fo
     return forward
 
 
-def fused_bn_act(running: tuple[Tensor, Tensor], training: bool, act: str) -> Forward:
+def fused_bn_act(running: tuple[Tensor, Tensor], training: bool, act: str, backend: str = "auto") -> Forward:
+    how: dict[str, Any] = {"act": act, "training": training, "momentum": 0.1, "eps": 1e-5, "backend": backend}
+
     def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        return bn_act(x, *running, weight, bias, residual, act=act, training=training, momentum=0.1, eps=1e-5)
+        return bn_act(x, *running, weight, bias, residual, **how)
 
     return forward
 
@@ -44,7 +47,13 @@ def eager_add_relu(x: Tensor, residual: Tensor) -> Tensor:
     return (x + residual).relu_()  # a leaf cannot take torchvision's `out += residual`; one allocation, as fastres
 
 
-fused_add_relu = add_relu
+def fused_add_relu(backend: str = "auto") -> Forward:
+    return partial(add_relu, backend=backend)
+
+
+def backend_of(peer: str) -> str | None:
+    """The backend that a peer of an operator asks for; None for one that is not ours."""
+    return {"fastres": "auto", "eager": None, "compile": None}.get(peer, peer)
 
 
 def eager_conv_act(stride: int, padding: int, act: str) -> Forward:

@@ -94,6 +94,11 @@ def load(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSON's and Unicode's are both
         raise ValueError(f"not a JSON file: {error}") from error
+    return check(data)
+
+
+def check(data: Any) -> dict[str, Any]:
+    """The data, if they are a result; raises ValueError saying what is wrong with them."""
     if not isinstance(data, dict) or data.get("schema") != SCHEMA_NAME:
         got = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise ValueError(

@@ -1,7 +1,8 @@
 """Tile sizes and warps of every kernel: one table, by kernel, architecture and shape class.
 
-No entry was tuned on a GPU: each follows from the compiled code (registers decide how many programs an SM holds) and
-from the bytes a GPU needs in flight, and the compile lane of the tests compiles every one of them. A kernel sees
+The entries below follow from the compiled code (registers decide how many programs an SM holds) and from the bytes a
+GPU needs in flight; those that were measured on a GPU are in tuned.json and take their place (measured.py). The compile
+lane of the tests compiles every entry of the table. A kernel sees
 `tile` elements at a time, 16 per thread or less: with all the threads that an SM then holds, enough 16-byte loads are
 under way to keep memory busy. `programs` of a reduction is about what the GPU holds at once; it comes from this table
 and not from the device, so that how a tensor is partitioned, and with it the last bit of every sum, depends on its
@@ -14,6 +15,8 @@ the classes of _gemm, with "_tf32" or "_ieee" in fp32.
 
 from dataclasses import dataclass, replace
 from math import gcd
+
+from . import measured
 
 SMALL = 1 << 20  # elements: below, tiles shrink so that the tensor still spreads over the whole GPU
 ARCHITECTURES = (80, 90, 100)
@@ -146,6 +149,7 @@ _SM_COUNT = {80: 108, 90: 132, 100: 148}  # A100, H100 and H200, B200
 TABLE: dict[tuple[str, int], dict[str, Config | GemmConfig]] = {
     (kernel, arch): rows(arch) for kernel, rows in _KERNELS.items() for arch in ARCHITECTURES
 }
+measured.load(measured.PATH, TABLE)
 
 
 def config(kernel: str, arch: int, shape_class: str) -> Config:

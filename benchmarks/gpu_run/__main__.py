@@ -1,0 +1,112 @@
+"""The command line of `make gpu` and `make gpu-dry-run`."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_run import needs
+from gpu_run.checkout import ROOT
+from gpu_run.phases import PHASES, Phase, command, limit
+from gpu_run.run import FAILED, INTERRUPTED, RUNNING, Interrupted, Outcome, Run
+from gpu_run.summary import Summary
+
+SECONDS = 570.0
+LEAST_S = 5.0  # a phase with less is not begun
+
+
+def _phases(text: str) -> tuple[Phase, ...]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    known = {phase.name: phase for phase in PHASES}
+    wrong = [name for name in names if name not in known]
+    if wrong or not names:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected some of {', '.join(known)}")
+    return tuple(phase for phase in PHASES if phase.name in names)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_run", description="Builds, tests, tunes and measures fastres on a GPU.")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="where results go (default build/gpu/results)")
+    parser.add_argument("--phases", type=_phases, default=PHASES, metavar="LIST", help="some of the phases, by comma")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default {SECONDS:.0f})")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU: all phases, tiny; no figure is kept")
+    options = parser.parse_args(arguments)
+    options.build = ROOT / "build" / ("gpu-dry-run" if options.dry_run else "gpu")
+    options.results = (options.results or options.build / "results").absolute()
+    return options
+
+
+def check(dry: bool) -> tuple[needs.Gpu | None, list[needs.Item], list[needs.Item]]:
+    """(the GPU, what was found, what is absent and optional). Exits where something needed is missing."""
+    gpu = None if dry else needs.find_gpu()
+    if isinstance(gpu, str):
+        sys.exit(f"make gpu: no GPU: {gpu} (make gpu-dry-run tries all of it on a CPU)")
+    required, optional = needs.required(gpu is not None), needs.optional()
+    missing = [item for item in required if item.version is None]
+    if missing:
+        lines = [f"make gpu: {len(missing)} missing, of what {sys.executable} and this machine need:"]
+        sys.exit("\n".join([*lines, *(f"  {item}" for item in missing)]))
+    found = [item for item in [*required, *optional] if item.version is not None]
+    return gpu, found, [item for item in optional if item.version is None]
+
+
+def work(run: Run, summary: Summary, phases: tuple[Phase, ...]) -> None:
+    """Runs the phases one after the other, past failures; raises Interrupted when told to stop."""
+    for i, phase in enumerate(phases):
+        most, started = limit(run, phases, i), time.monotonic()
+        if most < LEAST_S:
+            summary.note(phase.name, Outcome(FAILED, "no time was left for it"), 0.0)
+            continue
+        print(f"{phase.name}: at most {most:.0f} s", flush=True)
+        summary.note(phase.name, Outcome(RUNNING, "not finished"), 0.0)
+        try:
+            outcome = phase.work(run, most)
+        except Interrupted:
+            summary.note(phase.name, Outcome(INTERRUPTED, "stopped"), time.monotonic() - started)
+            raise
+        except Exception as error:  # a phase that breaks must not take the others with it
+            outcome = Outcome(FAILED, f"the runner failed: {type(error).__name__}: {error}")
+        summary.note(phase.name, outcome, time.monotonic() - started)
+        print(f"{phase.name}: {outcome.status}: {outcome.message}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    gpu, found, absent = check(options.dry_run)
+    try:
+        run = Run(options.results, options.build, gpu, absent, options.seconds)
+    except OSError as error:
+        sys.exit(f"make gpu: results in {options.results}: cannot be written: {error.strerror or error}")
+    again = "make gpu-dry-run" if run.dry else command(options.phases)
+    summary = Summary(run, again, found)
+    print(f"make gpu: {summary.device()}, at most {options.seconds:.0f} s, results in {options.results}", flush=True)
+    for item in absent:
+        print(f"  absent: {item}", flush=True)
+
+    def handle(by: Any) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, by)
+
+    def interrupt(*_: Any) -> None:
+        handle(signal.SIG_IGN)  # once: a second must not keep the files from being written
+        raise Interrupted
+
+    handle(interrupt)
+    try:
+        work(run, summary, options.phases)
+    except Interrupted:
+        print("make gpu: stopped", file=sys.stderr)
+        code = 130
+    else:
+        code = 1 if summary.failed else 0
+    print("\n" + "\n".join(summary.screen()))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""The figures of a GPU, the most important first: rates, operators, whole networks, training; bench.json as it goes.
+
+    rates       a copy's bandwidth and a matmul's rate by dtype: what the rest is compared with, in this very run
+    operators   fastres beside eager and each of its own backends by name, L2 cache flushed before every call
+    networks    frozen inference and swapped training beside the peers, from an idle GPU as a user calls them
+
+A case begins only while there is time for it, and one already begun may be lost when the time is over: the file has
+what was finished. A case with more peers takes the place of the same one with fewer.
+
+    python -m gpu_run.bench --out bench.json --seconds 200
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+import bench_add_relu
+import bench_bn_act
+import bench_conv_act
+import report
+import roofline
+from fastres.lab.errors import LabError
+from fastres.lab.results import write_json
+from fastres.lab.timing import Timer
+from gpu_run.clock import cold_timer, copy_bandwidth, state
+from measure import TINY, Case, Effort, Result, measure
+from peers import DTYPES
+from roofline import Rates
+from shapes import BLOCK_END, CONVS, Activation, Conv, distinct, with_role
+
+OPERATORS = Effort(0.15, 25, min_rounds=9, sample_s=0.0)
+NETWORKS = Effort(0.4, 25, min_rounds=7, sample_s=0.0)  # times the case's weight, 5
+TRAINING = Effort(0.06, 15, min_rounds=7, sample_s=0.0)  # times 40
+OURS = ("triton", "cuda")  # the backends that stand beside what the chooser takes
+
+
+@dataclass(frozen=True)
+class BnAct(bench_bn_act.BnActCase):
+    backends: ClassVar[tuple[str, ...]] = OURS
+
+
+@dataclass(frozen=True)
+class AddRelu(bench_add_relu.AddReluCase):
+    backends: ClassVar[tuple[str, ...]] = OURS
+
+
+@dataclass(frozen=True)
+class ConvAct(bench_conv_act.ConvActCase):
+    backends: ClassVar[tuple[str, ...]] = ("cudnn", *OURS)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A case with the peers it gets, how long it is timed, and what it takes in all at the most, roughly."""
+
+    case: Case
+    peers: tuple[str, ...]
+    effort: Effort
+    seconds: float
+    cold: bool = False  # with the L2 cache flushed
+
+
+def operator(case: Case, compiled: bool = False) -> Item:
+    peers = (*case.baselines, *case.ours, *case.backends, *(case.compiled if compiled else ()))
+    return Item(case, peers, OPERATORS, 25.0 if compiled else 4.0, cold=True)
+
+
+ENDS = [a for a in with_role(BLOCK_END) if a.resnet50]
+CONVS50 = sorted((c for c in CONVS if c.resnet50), key=lambda c: -c.resnet50)  # the most frequent first
+LAST = "channels_last"
+
+
+def first_operators(batch: int) -> Iterator[Item]:
+    """The block ends of ResNet-50, and the most frequent of its convolutions."""
+    for a in ENDS:
+        yield operator(BnAct(a, "train", "residual-relu", LAST, "fp16", batch))
+        yield operator(BnAct(a, "eval", "residual-relu", LAST, "fp16", batch))
+        yield operator(AddRelu(a, "train", LAST, "fp16", batch))
+    for c in CONVS50[:8]:
+        yield operator(ConvAct(c, "fp16", batch))
+
+
+def other_operators(batch: int) -> Iterator[Item]:
+    """The other shapes, layouts and dtypes; torch.compile at the largest block end."""
+    for c in CONVS50[8:]:
+        yield operator(ConvAct(c, "fp16", batch))
+    for a in distinct():
+        if a not in ENDS:
+            yield operator(BnAct(a, "train", "residual-relu", LAST, "fp16", batch))
+    for layout, dtype in (("nchw", "fp16"), (LAST, "fp32"), (LAST, "bf16")):
+        for a in ENDS:
+            yield operator(BnAct(a, "train", "residual-relu", layout, dtype, batch))
+    yield operator(BnAct(ENDS[0], "train", "residual-relu", LAST, "fp16", batch), compiled=True)
+    yield operator(AddRelu(ENDS[0], "train", LAST, "fp16", batch), compiled=True)
+    for dtype, n in (("fp16", 1), ("bf16", batch), ("fp32", batch)):
+        for c in CONVS50:
+            yield operator(ConvAct(c, dtype, n))
+
+
+def networks(batch: int) -> tuple[list[Item], list[Item], list[Item]]:
+    """Inference and training: the first figures, the others, and those beside engines that compile for long."""
+    from bench_networks import NetworkCase
+    from bench_train import TrainCase
+
+    quick, slow = ("torchscript", "cudagraph"), ("jax", "onnxruntime", "compile", "compile_freezing")
+
+    def inference(name: str, dtype: str, n: int, *peers: str, seconds: float = 12.0) -> Item:
+        case = NetworkCase(name, dtype, n)
+        return Item(case, (*case.baselines, *case.ours, *quick, *peers), NETWORKS, seconds)
+
+    def training(name: str, dtype: str, n: int, *peers: str, seconds: float = 15.0) -> Item:
+        case = TrainCase(name, batch=n, dtype=dtype)
+        return Item(case, (*case.baselines, *case.ours, *peers), TRAINING, seconds)
+
+    first = [inference("resnet50", "fp16", 2 * batch), training("resnet50", "bf16", batch)]
+    first += [inference("resnet50", "fp16", 1), inference("resnet18", "fp16", 2 * batch)]
+    others = [training("resnet50", "fp32", batch), inference("resnet50", "fp16", 32), inference("resnet18", "fp16", 1)]
+    others += [training("resnet18", "bf16", batch), inference("resnet50", "fp32", 2 * batch)]
+    others += [inference("resnet50", "bf16", 2 * batch)]
+    long = [inference("resnet50", "fp16", 2 * batch, *slow, seconds=80.0)]
+    long += [inference("resnet50", "fp16", 1, *slow, seconds=80.0)]
+    long += [training("resnet50", "bf16", batch, "compile_channels_last", seconds=70.0)]
+    long += [inference("resnet50", "fp16", 2 * batch, *slow, "compile_max_autotune", seconds=200.0)]
+    return first, others, long
+
+
+def dry() -> Iterator[Item]:
+    """One of each kind, as small as it can be, on a CPU."""
+    a = Activation(8, 6, 6, BLOCK_END, 1, 1)
+    c = Conv(8, 8, 3, 1, 6, BLOCK_END, 1, 1)
+    cpu = ("reference", "cpu", "triton")
+    for case in (
+        BnAct(a, "train", "residual-relu", "channels_last", "fp32", 2),
+        AddRelu(a, "eval", "nchw", "fp32", 2),
+        ConvAct(c, "fp32", 2),
+    ):
+        yield Item(case, (*case.baselines, *case.ours, *cpu), TINY, 4.0, cold=True)
+
+
+def dry_networks() -> tuple[list[Item], list[Item], list[Item]]:
+    from bench_networks import NetworkCase
+    from bench_train import TrainCase
+
+    network, train = NetworkCase("resnet18", "fp32", 2), TrainCase("resnet18", 32, 2, (2, 32), "bf16")
+    first = [Item(network, (*network.baselines, *network.ours, "torchscript"), TINY, 15.0)]
+    return first, [Item(train, (*train.baselines, *train.ours), TINY, 15.0)], []
+
+
+def items(device: torch.device) -> list[Item]:
+    """Everything, in the order in which it is measured; networks alone need torchvision."""
+    gpu = device.type == "cuda"
+    batch = 128 if gpu and torch.cuda.get_device_properties(device).total_memory >= 60 << 30 else 32
+    try:
+        first, others, long = networks(batch) if gpu else dry_networks()
+    except ImportError as error:
+        if error.name != "torchvision":
+            raise
+        first, others, long = [], [], []
+    if not gpu:
+        return [*dry(), *first, *others]
+    return [*first_operators(batch), *first, *others, *long[:1], *other_operators(batch), *long[1:]]
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Matmuls of fp32 as convolutions of fp32 are."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def measured_rates(device: torch.device, small: bool) -> Rates:
+    dtypes = {"fp32": torch.float32} if small else DTYPES
+    with tf32(torch.backends.cudnn.allow_tf32):
+        return roofline.measured(device, copy_bandwidth(device), dtypes)
+
+
+class Session:
+    """What was measured so far, as the file has it."""
+
+    def __init__(self, out: Path, device: torch.device, dry_run: bool, planned: list[Item]) -> None:
+        self.out, self.device, self.dry_run = out, device, dry_run
+        self.results: dict[str, Result] = {}
+        self.failed: dict[str, str] = {}
+        self.pending = [item.case.title for item in planned]
+        self.clocks: dict[str, Any] = {"before": state()}
+        self.looked = time.monotonic()
+        self.rates = measured_rates(device, dry_run)
+
+    def save(self) -> None:
+        effort = TINY if self.dry_run else OPERATORS
+        data = report.document(list(self.results.values()), self.device, effort, "gpu", self.rates)
+        data["environment"]["command"] = "make gpu" + (" (dry run)" if self.dry_run else "")
+        if time.monotonic() - self.looked > 20:
+            self.looked, self.clocks["after"] = time.monotonic(), state()
+        data["environment"]["clocks"] = self.clocks
+        data["settings"]["fp32_products"] = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        data["run"] = {
+            "dry_run": self.dry_run,
+            "measured": list(self.results),
+            "failed": self.failed,
+            "not_measured": [title for title in self.pending if title not in self.results],
+            "headlines": headlines(data),
+        }
+        report.validate(data)
+        write_json(self.out, data)
+
+    def add(self, item: Item, timer: Timer) -> None:
+        case = item.case
+        self.pending.remove(case.title)
+        try:
+            result = measure(case, self.device, item.effort, item.peers, timer if item.cold else None)
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0]
+            if isinstance(error, torch.cuda.OutOfMemoryError) and case.title in self.results:
+                return  # the one with fewer peers stands
+            self.failed[case.title] = f"{type(error).__name__}: {first}"[:200]
+            return
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        self.results[case.title] = result
+        for peer in (*case.ours, *case.backends):
+            verdict = result.verdicts.get(peer)
+            if verdict is not None and not verdict.passed:
+                self.failed[case.title] = f"{peer} gives wrong answers: {verdict.message}"
+
+
+def headlines(data: dict[str, Any]) -> list[str]:
+    """A line for each network, and one for each operator's cases together."""
+    lines = []
+    for case in data["cases"]:
+        if case["what"] in ("networks", "train"):
+            name, other, ratio = report.ours_beside(case)
+            rate = f"{case['peers'][name]['images_per_s']:,.0f} images/s"
+            share = case["peers"][name]["of_bound"]
+            bound = "" if share is None else f", {100 * share:.0f} % of the bound"
+            lines.append(f"{case['id']}: {name} {rate}{bound}, {ratio['median']:.2f}x {other}")
+    for what in ("bn_act", "add_relu", "conv_act"):
+        mine = [case for case in data["cases"] if case["what"] == what]
+        if mine:
+            ours = [[(case, case["peers"][name]) for name in case["ours"]] for case in mine]
+            ratios = sorted(max(p["speedup"][case["baseline"]]["median"] for case, p in peers) for peers in ours)
+            shares = sorted(max(p["of_bound"] for _, p in peers) for peers in ours)
+            half = len(mine) // 2
+            text = f"{ratios[half]:.2f}x eager ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            lines.append(f"{what}, {len(mine)} cases: median {text}, {100 * shares[half]:.0f} % of the bound")
+    return lines
+
+
+def plot(data_path: Path) -> str | None:
+    """Draws bench.png beside the file; why not."""
+    from plot import draw
+    from result_schema import load
+
+    try:
+        draw(load(data_path), data_path.with_suffix(".png"))
+    except (LabError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_run.bench", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_args(arguments)
+    end = time.monotonic() + options.seconds
+    device = torch.device("cpu" if options.dry_run else "cuda:0")
+    planned = items(device)
+    session = Session(options.out, device, options.dry_run, planned)
+    session.save()
+    timer = cold_timer(device)
+    for item in planned:
+        if time.monotonic() + item.seconds > end:
+            continue  # a shorter one may still fit
+        begun = time.monotonic()
+        session.add(item, timer)
+        session.save()
+        print(f"{item.case.title}: {', '.join(item.peers)}: {time.monotonic() - begun:.1f} s", flush=True)
+    why_not = plot(options.out) if session.results else "nothing was measured"
+    if why_not is not None:
+        print(f"no plot: {why_not}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

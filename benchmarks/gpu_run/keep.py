@@ -1,0 +1,260 @@
+"""`make gpu-import`: files what a run on a GPU wrote, or refuses all of it and changes nothing.
+
+bench.json   split into benchmarks/results/<what>-<mode>-<dtype>-<device>-<versions>.json, each with its page
+summary.md   benchmarks/results/gpu-<device>-<versions>.md
+tuned.json   its entries into kernels/tuned.json, in place of older ones, if the run's tests passed
+
+python -m gpu_run.keep build/gpu/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from fastres.kernels import configs, measured
+
+import report
+import result_schema
+from fastres.lab.errors import MissingExtra
+from gpu_run import files
+from gpu_run.checkout import ROOT, digest
+from gpu_run.summary import commit
+
+MODES = {
+    "training, forward+backward": "train",
+    "training, forward, grad on": "train-forward",
+    "training, forward, no grad": "train-nograd",
+    "forward+backward": "train",
+    "forward, grad on": "train-forward",
+    "eval, forward, no grad": "eval",
+    "forward, no grad": "eval",
+    "training step": "",  # of what is called "train" already
+}
+
+
+class Refused(Exception):
+    """What a folder holds cannot be filed; the message says what and why."""
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """The run's files by name, JSON parsed. Raises Refused."""
+    if not folder.is_dir():
+        raise Refused("is not a folder")
+    names = sorted(path.name for path in folder.iterdir())
+    foreign = [name for name in names if name not in files.NAMES]
+    if foreign:
+        raise Refused(f"{', '.join(foreign)}: not a file of make gpu")
+    if files.RUN not in names:
+        raise Refused(f"has no {files.RUN}: not the results of make gpu")
+    found: dict[str, Any] = {}
+    for name in names:
+        path = folder / name
+        if path.stat().st_size > files.MOST:
+            raise Refused(f"{name}: larger than {files.MOST >> 20} MB")
+        try:
+            if name.endswith(".json"):
+                found[name] = json.loads(path.read_text(encoding="utf-8"))
+            elif name.endswith(".xml"):
+                found[name] = ElementTree.parse(path)
+            elif name == files.SUMMARY:
+                found[name] = path.read_text(encoding="utf-8")
+        except (OSError, ValueError, ElementTree.ParseError) as error:
+            raise Refused(f"{name}: cannot be read: {error}") from error
+    return found
+
+
+def check(found: dict[str, Any]) -> None:
+    """Raises Refused unless all of it is whole, of one run, and of a GPU."""
+    run = found[files.RUN]
+    if not isinstance(run, dict) or (run.get("schema"), run.get("schema_version")) != (
+        files.RUN_SCHEMA,
+        files.RUN_VERSION,
+    ):
+        raise Refused(f"{files.RUN}: expected the schema {files.RUN_SCHEMA!r}, version {files.RUN_VERSION}")
+    try:
+        result_schema.validate(run, _RUN, files.RUN)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if run["dry_run"] or run["gpu"] is None:
+        raise Refused("a dry run: its figures are of nothing")
+    bench, tuned = found.get(files.BENCH), found.get(files.TUNED)
+    if bench is None and tuned is None:
+        raise Refused(f"has neither {files.BENCH} nor {files.TUNED}: nothing was measured")
+    if bench is not None:
+        try:
+            result_schema.check(bench)
+            result_schema.validate(bench, _MEASURED | {"run": {"dry_run": bool}})
+        except ValueError as error:
+            raise Refused(f"{files.BENCH}: {error}") from error
+        _same_run(files.BENCH, bench, bench["run"]["dry_run"], run)
+    if tuned is not None:
+        try:
+            measured.checked(tuned, configs.TABLE, files.TUNED)
+            result_schema.validate(tuned, _MEASURED | {"dry_run": bool, "entries": [{"speedup": float}]}, files.TUNED)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        _same_run(files.TUNED, tuned, tuned["dry_run"], run)
+    arch = int(run["gpu"]["capability"].replace(".", ""))
+    strange = sorted({entry["arch"] for entry in (tuned or {"entries": []})["entries"]} - {arch})
+    if strange:
+        raise Refused(f"{files.TUNED}: entries for sm_{strange[0]}, measured on sm_{arch}")
+
+
+_GPU = ({"name": str, "capability": str}, None)
+_MEASURED = {"environment": {"time": str, "commit": (str, None), "gpu": _GPU, "versions": {"torch": str}}}
+_RUN = {
+    "dry_run": bool,
+    "time": str,
+    "commit": (str, None),
+    "sources": str,
+    "gpu": _GPU,
+    "versions": dict,
+    "phases": {str: {"status": str, "message": str}},
+}
+
+
+def _same_run(name: str, data: dict[str, Any], dry: bool, run: dict[str, Any]) -> None:
+    if dry:
+        raise Refused(f"{name}: a dry run: its figures are of nothing")
+    gpu, at = data["environment"]["gpu"], data["environment"]["commit"]
+    if gpu is None or gpu["name"] != run["gpu"]["name"]:
+        raise Refused(f"{name}: measured on {gpu['name'] if gpu else 'no GPU'}, the run was on {run['gpu']['name']}")
+    if at != run["commit"]:
+        raise Refused(f"{name}: of commit {at}, the run is of {run['commit']}")
+
+
+def settle_commit(found: dict[str, Any], root: Path) -> None:
+    """Where the run had no git: this checkout's commit, if its sources are the run's. Raises Refused."""
+    if found[files.RUN]["commit"] is not None:
+        return
+    if found[files.RUN]["sources"] != digest(root):
+        raise Refused("of no commit that the run knew, and of other sources than this checkout's")
+    for name in (files.BENCH, files.TUNED):
+        if name in found:
+            found[name]["environment"]["commit"] = commit(root)
+
+
+def place(data: dict[str, Any]) -> str:
+    """<device>-<versions>: what the names of all files of a run end in."""
+    where = data["environment"]
+    device = re.sub(r"[^A-Za-z0-9.]+", "_", where["gpu"]["name"])
+    return f"{device}-torch{where['versions']['torch'].partition('+')[0]}"
+
+
+def split(bench: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Name without a suffix -> the result file of one operator or kind of network, mode and dtype."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for case in bench["cases"]:
+        mode = MODES.get(case["mode"], re.sub(r"[^a-z0-9]+", "-", case["mode"].lower()))
+        name = "-".join(part for part in (case["what"], mode, case["dtype"], place(bench)) if part)
+        groups.setdefault(name, []).append(case)
+    run = {"dry_run": False}
+    return {name: {**bench, "run": run, "cases": cases, "bars": report.bars(cases)} for name, cases in groups.items()}
+
+
+def merged(tuned: dict[str, Any], path: Path) -> str:
+    """kernels/tuned.json with this run's entries in it, as text."""
+    where = tuned["environment"]
+    versions = {name: where["versions"].get(name) for name in ("torch", "triton")}
+    about = {"device": where["gpu"]["name"], "commit": where["commit"], "time": where["time"]} | versions
+    kept = {}
+    if path.is_file():
+        kept = {_key(entry): entry for entry in json.loads(path.read_text(encoding="utf-8"))["entries"]}
+    for entry in tuned["entries"]:
+        fields = ("kernel", "arch", "shape_class", "config", "speedup")
+        kept[_key(entry)] = {name: entry[name] for name in fields} | about
+    data = {"schema": measured.SCHEMA, "schema_version": measured.VERSION}
+    data["entries"] = [kept[key] for key in sorted(kept)]
+    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+
+def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
+    return entry["kernel"], entry["arch"], entry["shape_class"]
+
+
+def texts(found: dict[str, Any], root: Path) -> tuple[dict[Path, str], list[str]]:
+    """(every file to write with what it will hold, notes)"""
+    run, results, out, notes = found[files.RUN], root / "benchmarks" / "results", {}, []
+    for name, phase in run["phases"].items():
+        if phase["status"] not in ("passed", "skipped"):
+            notes.append(f"note: the phase {name} {phase['status']}: {phase['message']}")
+    where = found.get(files.BENCH) or found[files.TUNED]
+    if files.SUMMARY in found:
+        out[results / f"gpu-{place(where)}.md"] = found[files.SUMMARY]
+    if files.BENCH in found:
+        for name, data in split(found[files.BENCH]).items():
+            result_schema.check(data)
+            out[results / f"{name}.json"] = json.dumps(data, indent=1, allow_nan=False) + "\n"
+            out[results / f"{name}.md"] = report.markdown(data)
+    tuned = found.get(files.TUNED)
+    if tuned is not None and tuned["entries"]:
+        statuses = [run["phases"].get(name, {"status": "not run"})["status"] for name in ("tests", "tune")]
+        if statuses == ["passed", "passed"]:
+            path = root / "kernels" / measured.PATH.name
+            out[path] = merged(tuned, path)
+        else:
+            notes.append(f"note: kernels/tuned.json stays as it is: the run's tests {statuses[0]}, tune {statuses[1]}")
+    return out, notes
+
+
+def write_all(out: dict[Path, str]) -> None:
+    """All of the files or none: nothing is renamed before everything is written."""
+    staged = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in out}
+    try:
+        for path, temporary in staged.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(out[path], encoding="utf-8")
+        for path, temporary in staged.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in staged.values():
+            with contextlib.suppress(OSError):  # renamed already, or never written
+                temporary.unlink()
+
+
+def pictures(out: dict[Path, str]) -> list[str]:
+    """A plot beside each file of whole networks; lines to print."""
+    from plot import draw
+
+    lines = []
+    for path in out:
+        if path.suffix == ".json" and path.name.startswith("networks"):
+            try:
+                draw(result_schema.load(path), path.with_suffix(".png"))
+            except MissingExtra as missing:
+                return [f"note: no plot: {missing}"]
+            lines.append(str(path.with_suffix(".png")))
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_run.keep", description="Files the results of make gpu.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="the RESULTS folder of a run")
+    options = parser.parse_args(arguments)
+    try:
+        found = read(options.folder)
+        check(found)
+        settle_commit(found, root)
+        out, notes = texts(found, root)
+        write_all(out)
+    except (Refused, OSError) as error:
+        print(f"make gpu-import: {options.folder}: {error}; nothing was changed", file=sys.stderr)
+        return 1
+    for line in [*(str(path) for path in out), *pictures(out), *notes]:
+        print(line)
+    if any(path.name == measured.PATH.name for path in out):
+        print("make test-full compiles every entry of the new table")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""What a machine must have for `make gpu`, checked before anything runs: everything missing at once, with remedies.
+
+The GPU is found through the driver's own library, in milliseconds and without torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+CUTLASS = "FASTRES_CUTLASS"
+PYTHON = (3, 11)
+CAPABILITY = {"major": 75, "minor": 76}  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that runs: the first visible one."""
+
+    name: str
+    capability: str  # "9.0"
+    memory_mib: int
+
+    @property
+    def arch_list(self) -> str:
+        """TORCH_CUDA_ARCH_LIST for this GPU alone: 9.0 and later as the architecture-specific target."""
+        return self.capability + ("a" if float(self.capability) >= 9.0 else "")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.capability}, {self.memory_mib / 1024:.0f} GiB)"
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something that a run needs or can use: its version, or why it is absent and what brings it."""
+
+    name: str
+    version: str | None
+    remedy: str = ""
+    why: str = "is not installed"
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}" if self.version else f"{self.name} {self.why}: {self.remedy}"
+
+
+def find_gpu() -> Gpu | str:
+    """The first visible GPU, or why there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "NVIDIA's driver (libcuda.so.1) is not there"
+    count = ctypes.c_int()
+    code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    if code:
+        return f"NVIDIA's driver gives error {code}"
+    if not count.value:
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return "none is visible" + (f": CUDA_VISIBLE_DEVICES={hidden!r}" if hidden is not None else "")
+    device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(128), ctypes.c_size_t()
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    driver.cuDeviceGetName(name, len(name), device)
+    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    numbers = {}
+    for key, attribute in CAPABILITY.items():
+        value = ctypes.c_int()
+        driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        numbers[key] = value.value
+    return Gpu(name.value.decode(), f"{numbers['major']}.{numbers['minor']}", memory.value >> 20)
+
+
+def module(name: str, distribution: str | None = None, remedy: str | None = None) -> Item:
+    """A Python module by its import name, found without being imported."""
+    distribution = distribution or name
+    try:
+        found = importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):
+        found = False
+    version = None
+    if found:
+        try:
+            version = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            version = "(no metadata)"
+    return Item(name, version, remedy or f"pip install {distribution}")
+
+
+def tool(name: str, remedy: str) -> Item:
+    """A program on the PATH, or in the toolkit's own folder."""
+    path = shutil.which(name) or shutil.which(name, path=f"{cuda_home()}/bin")
+    return Item(name, path, remedy, "was not found")
+
+
+def cuda_home() -> str:
+    return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+
+
+def torch_facts() -> dict[str, str | None]:
+    """torch's version, the CUDA it was built for and the architectures in it, read in a process of its own."""
+    code = (
+        "import json, torch; print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, "
+        "'gpu': str(torch.cuda.is_available())}))"
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        return {"error": "importing it took more than 180 s"}
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    facts: dict[str, str | None] = json.loads(done.stdout.strip().splitlines()[-1])
+    return facts
+
+
+def _torch(gpu: bool) -> tuple[list[Item], str | None]:
+    """(torch as an item, its CUDA version); `gpu`: it has to find one."""
+    remedy = "pip install torch (PyPI's Linux wheels have CUDA in them)"
+    if module("torch").version is None:
+        return [Item("torch", None, remedy)], None
+    facts = torch_facts()
+    if "error" in facts:
+        return [Item("torch", None, remedy, f"cannot be imported ({facts['error']})")], None
+    if tuple(int(part) for part in re.findall(r"\d+", facts["version"] or "")[:2]) < (2, 11):
+        return [Item("torch", None, "pip install 'torch>=2.11'", f"is {facts['version']}, older than 2.11")], None
+    if not gpu:
+        return [Item("torch", facts["version"])], None
+    if facts["cuda"] is None:
+        return [Item("torch", None, remedy, f"{facts['version']} is built without CUDA")], None
+    if facts["gpu"] != "True":
+        why = f"{facts['version']} for CUDA {facts['cuda']} cannot use this GPU"
+        return [Item("torch", None, "a newer driver, or a torch for the driver's CUDA", why)], facts["cuda"]
+    return [Item("torch", f"{facts['version']} (CUDA {facts['cuda']})")], facts["cuda"]
+
+
+def _nvcc(cuda: str | None) -> Item:
+    remedy = f"the CUDA toolkit {cuda or ''}".strip() + ", its bin folder on the PATH or CUDA_HOME set"
+    found = tool("nvcc", remedy)
+    if found.version is None:
+        return found
+    try:
+        text = subprocess.run([found.version, "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return Item("nvcc", None, remedy, f"does not run ({error})")
+    release = re.search(r"release (\d+)\.(\d+)", text)
+    if release is None:
+        return Item("nvcc", None, remedy, "does not say its release")
+    if cuda is not None and release[1] != cuda.split(".")[0]:
+        return Item("nvcc", None, remedy, f"is of CUDA {release[1]}, torch of {cuda}: torch refuses to build with it")
+    return Item("nvcc", f"{release[1]}.{release[2]}")
+
+
+def required(gpu: bool = True) -> list[Item]:
+    """Everything without which a run cannot prove what it should; without a GPU, what a dry run needs."""
+    items = []
+    if sys.version_info < PYTHON:
+        version = ".".join(map(str, sys.version_info[:3]))
+        items.append(Item("python", None, "make gpu PYTHON=python3.12", f"is {version}, older than 3.11"))
+    torch, cuda = _torch(gpu)
+    items += torch
+    items += [module("triton"), module("safetensors"), module("pytest", remedy="pip install 'pytest>=8'")]
+    items += [module("setuptools", remedy="pip install 'setuptools>=77,<82'"), module("pybind11"), module("ninja")]
+    if items[-1].version is None and shutil.which("ninja"):
+        items[-1] = Item("ninja", shutil.which("ninja"))
+    if not gpu:  # nothing is compiled
+        return items
+    items.append(_nvcc(cuda))
+    compiler = os.environ.get("CXX", "").split(" ")[0] or "c++"
+    items.append(tool(compiler, "apt-get install g++, or name a C++ compiler in CXX"))
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    version = sysconfig.get_python_version()
+    remedy = f"apt-get install python{version}-dev"
+    items.append(Item("Python.h", str(headers) if headers.is_file() else None, remedy, "was not found"))
+    return items
+
+
+def optional() -> list[Item]:
+    """What a run uses where it is there; without it, a part is left out and the summary says so."""
+    toolkit = "part of the CUDA toolkit; add its bin folder to the PATH"
+    return [
+        module("torchvision"),
+        module("timm"),
+        module("transformers"),
+        module("jax", remedy="pip install 'jax[cuda13]'"),
+        module("onnxruntime", "onnxruntime-gpu" if _has("onnxruntime-gpu") else None),
+        module("matplotlib"),
+        module("xdist", "pytest-xdist"),
+        tool("compute-sanitizer", toolkit),
+        tool("nvidia-smi", "part of NVIDIA's driver"),
+        cutlass(),
+    ]
+
+
+def _has(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def cutlass() -> Item:
+    """CUTLASS's headers: of the package nvidia-cutlass, or of the wheel or folder that FASTRES_CUTLASS names."""
+    remedy = (
+        f"pip install --no-deps nvidia-cutlass, or {CUTLASS}=its wheel or an unpacked folder (nothing needs it yet)"
+    )
+    given = os.environ.get(CUTLASS)
+    if given is None:
+        found = _has("nvidia-cutlass")
+        return Item("CUTLASS", importlib.metadata.version("nvidia-cutlass") if found else None, remedy)
+    header = "include/cutlass/cutlass.h"
+    path = Path(given)
+    if path.is_file() and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as wheel:
+            if any(name.endswith(header) for name in wheel.namelist()):
+                return Item("CUTLASS", str(path))
+    elif any((path / prefix / header).is_file() for prefix in ("", "cutlass_library/source")):
+        return Item("CUTLASS", str(path))
+    return Item("CUTLASS", None, remedy, f"was not found in {CUTLASS}={given}")

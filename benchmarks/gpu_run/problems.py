@@ -1,0 +1,272 @@
+"""What is tuned: launches of the Triton kernels at the shapes of ResNet-50, and other configurations to try there.
+
+A problem is a call of one launch function; the entries of the table that it looks up are found by watching it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from fastres.kernels import add_relu, bn_act, configs, conv_act
+
+from peers import DTYPES, LAYOUTS
+from shapes import CONVS, Conv
+
+Entry = tuple[str, int, str]  # kernel, architecture, shape class
+Outputs = tuple[torch.Tensor, ...]
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One launch function at one shape."""
+
+    what: str  # a key of MAKERS
+    shape: tuple[int, ...]  # of x
+    layout: str
+    dtype: str
+    conv: Conv | None = None
+
+    def make(self, device: torch.device) -> Callable[[], Outputs]:
+        """A call that launches and returns its outputs, which are allocated once."""
+        torch.manual_seed(0)
+        return MAKERS[self.what](self, device)
+
+    def tensor(self, device: torch.device, shape: tuple[int, ...] | None = None) -> torch.Tensor:
+        x = torch.randn(shape or self.shape, device=device).to(DTYPES[self.dtype])
+        return x.contiguous(memory_format=LAYOUTS[self.layout])
+
+    def to_dict(self) -> dict[str, Any]:
+        conv = {} if self.conv is None else {"conv": self.conv.id}
+        return {"what": self.what, "shape": list(self.shape), "layout": self.layout, "dtype": self.dtype} | conv
+
+
+def _add_relu_forward(problem: Problem, device: torch.device) -> Callable[[], Outputs]:
+    x, residual = (problem.tensor(device) for _ in range(2))
+    y = torch.empty_like(x)
+
+    def call() -> Outputs:
+        add_relu.add_relu_forward(x, residual, y)
+        return (y,)
+
+    return call
+
+
+def _add_relu_backward(problem: Problem, device: torch.device) -> Callable[[], Outputs]:
+    dy, y = problem.tensor(device), problem.tensor(device).relu_()
+    dx = torch.empty_like(dy)
+
+    def call() -> Outputs:
+        add_relu.add_relu_backward(dy, y, dx)
+        return (dx,)
+
+    return call
+
+
+def _bn_forward(problem: Problem, device: torch.device, training: bool) -> Callable[[], Outputs]:
+    x, residual = problem.tensor(device), problem.tensor(device)
+    weight, bias, mean = (torch.randn(x.shape[1], device=device) for _ in range(3))
+    y, var = torch.empty_like(x), torch.rand(x.shape[1], device=device) + 0.5
+    how = {"channels_last": problem.layout == "channels_last", "training": training, "eps": EPS, "act": "relu"}
+
+    def call() -> Outputs:
+        bn_act.bn_act_forward(x, weight, bias, residual, y, mean, var, **how)
+        return y, mean, var
+
+    return call
+
+
+def _bn_backward(problem: Problem, device: torch.device) -> Callable[[], Outputs]:
+    dy, x, y = problem.tensor(device), problem.tensor(device), problem.tensor(device).relu_()
+    weight = torch.randn(x.shape[1], device=device)
+    var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
+    dx, dresidual, dweight, dbias = torch.empty_like(x), torch.empty_like(x), mean.clone(), mean.clone()
+    how = {"channels_last": problem.layout == "channels_last", "training": True, "eps": EPS, "act": "relu"}
+
+    def call() -> Outputs:
+        bn_act.bn_act_backward(dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, **how)
+        return dx, dweight, dbias, dresidual
+
+    return call
+
+
+def _conv(problem: Problem, device: torch.device) -> Callable[[], Outputs]:
+    c = problem.conv
+    assert c is not None
+    x = problem.tensor(device)
+    weight = problem.tensor(device, (c.outputs, c.inputs, c.kernel, c.kernel)).mul_((c.inputs * c.kernel**2) ** -0.5)
+    y = problem.tensor(device, (problem.shape[0], c.outputs, c.out, c.out))
+    bias, residual = torch.randn(c.outputs, device=device), y.clone() if c.residual else None
+    how = {"stride": (c.stride,) * 2, "padding": (c.padding,) * 2, "dilation": (1, 1), "groups": 1}
+
+    def call() -> Outputs:
+        conv_act.conv_act_forward(x, weight, bias, residual, y, **how, act=c.act, tf32=True)
+        return (y,)
+
+    return call
+
+
+MAKERS: dict[str, Callable[[Problem, torch.device], Callable[[], Outputs]]] = {
+    "add_relu forward": _add_relu_forward,
+    "add_relu backward": _add_relu_backward,
+    "bn_act training forward": lambda problem, device: _bn_forward(problem, device, True),
+    "bn_act eval forward": lambda problem, device: _bn_forward(problem, device, False),
+    "bn_act training backward": _bn_backward,
+    "conv_act": _conv,
+}
+_BN = ("bn_act training forward", "bn_act training backward", "bn_act eval forward")
+_FLAT = ("add_relu forward", "add_relu backward")
+
+
+def problems(batch: int) -> list[Problem]:
+    """The most important first: an entry is tuned on the first few problems that use it."""
+    last, first = "channels_last", "nchw"
+    found = []
+    for shape, layout, dtype in (
+        ((batch, 256, 56, 56), last, "fp16"),
+        ((batch, 1024, 14, 14), last, "fp16"),
+        ((batch, 256, 56, 56), last, "fp32"),
+        ((batch, 256, 56, 56), first, "fp16"),
+        ((batch, 512, 28, 28), first, "fp32"),
+        ((batch, 2048, 7, 7), first, "fp16"),  # lines of 49: "odd"
+        ((2, 256, 28, 28), last, "fp16"),
+        ((2, 256, 28, 28), first, "fp16"),
+        ((batch, 18, 56, 56), last, "fp16"),
+    ):
+        found += [Problem(what, shape, layout, dtype) for what in _BN]
+        if layout == last:
+            found += [Problem(what, shape, layout, dtype) for what in _FLAT]
+    convs = [c for c in CONVS if c.resnet50]
+    for dtype, n in (("fp16", batch), ("fp32", batch), ("fp16", 1), ("fp32", 1)):
+        found += [Problem("conv_act", (n, c.inputs, c.size, c.size), last, dtype, c) for c in convs]
+    return found
+
+
+def tiny_problems() -> list[Problem]:
+    """For Triton's interpreter: one of each kind."""
+    found = [Problem(what, (2, 16, 3, 3), "channels_last", "fp32") for what in (*_FLAT, *_BN)]
+    return [*found, Problem("conv_act", (1, 16, 4, 4), "channels_last", "fp32", Conv(16, 16, 1, 1, 4, "inner", 0, 1))]
+
+
+# ---- entries ---------------------------------------------------------------------------------------------------------
+
+
+def known_architecture(device: torch.device) -> int:
+    """The architecture whose entries this device takes: its own, if the table has it; the oldest in the interpreter."""
+    if device.type != "cuda":
+        return configs.ARCHITECTURES[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def entries_of(problem: Problem, arch: int) -> list[tuple[str, str]]:
+    """The (kernel, shape class) of every entry that a problem's launches take; on meta tensors, nothing is launched."""
+    with nothing_launched(arch), looked_up() as found:
+        problem.make(torch.device("meta"))()
+    return found
+
+
+def rank(kernel: str, shape_class: str) -> int:
+    """What is tuned first: large tensors in channels_last and 16-bit products; last what adds partial results."""
+    if "merge" in kernel:
+        return 3
+    return 0 if shape_class in ("rows", "large", "deep", "wide", "narrow") else 1 if "_" not in shape_class else 2
+
+
+@contextmanager
+def nothing_launched(arch: int) -> Iterator[None]:
+    """Inside, launch functions do all but launch, as they would on that architecture."""
+    kind, modules = type(add_relu.add_relu_forward_kernel), (add_relu, bn_act, conv_act)
+    run, real = kind.run, [module.architecture for module in modules]
+    kind.run = lambda *args, **constants: None
+    for module in modules:
+        module.architecture = lambda x: arch
+    try:
+        yield
+    finally:
+        kind.run = run
+        for module, architecture in zip(modules, real, strict=True):
+            module.architecture = architecture
+
+
+@contextmanager
+def looked_up() -> Iterator[list[tuple[str, str]]]:
+    """The (kernel, shape class) of every entry that launches inside take."""
+    real, found = configs.config, []
+
+    def config(kernel: str, arch: int, shape_class: str) -> Any:
+        found.append((kernel, shape_class))
+        return real(kernel, arch, shape_class)
+
+    configs.config = config
+    try:
+        yield found
+    finally:
+        configs.config = real
+
+
+@contextmanager
+def configured(entry: Entry, config: Any) -> Iterator[None]:
+    """Inside, the entry has this configuration."""
+    kernel, arch, shape_class = entry
+    rows = configs.TABLE[kernel, arch]
+    shipped = rows[shape_class]
+    rows[shape_class] = config
+    try:
+        yield
+    finally:
+        rows[shape_class] = shipped
+
+
+def candidates(shipped: Any) -> list[Any]:
+    """Other configurations: one or two sizes of the shipped one halved or doubled."""
+    if isinstance(shipped, configs.GemmConfig):
+        found = list(_gemm_neighbours(shipped))
+    else:
+        found = list(_neighbours(shipped))
+    return [c for c in dict.fromkeys(found) if c != shipped]
+
+
+def _neighbours(shipped: Any) -> Iterator[Any]:
+    """At most 32 and at least 2 elements per thread; lines of at most the tile."""
+    for tile, warps in ((2, 2), (1, 2), (0.5, 1), (2, 1), (1, 0.5), (0.5, 0.5)):
+        entry = replace(shipped, tile=int(shipped.tile * tile), num_warps=int(shipped.num_warps * warps))
+        if entry.num_warps >= 1 and 2 <= entry.tile / (32 * entry.num_warps) <= 32:
+            yield entry
+    if shipped.line:
+        yield from (replace(shipped, line=shipped.line * 2), replace(shipped, line=shipped.line // 2))
+    if shipped.programs:
+        yield from (replace(shipped, programs=shipped.programs * 2), replace(shipped, programs=shipped.programs // 2))
+
+
+def _gemm_neighbours(shipped: Any) -> Iterator[Any]:
+    """At most 128 sums a thread, at least one 16 x 16 product a warp."""
+    for m, n, warps in ((1, 2, 2), (2, 1, 2), (1, 0.5, 0.5), (0.5, 1, 0.5), (0.5, 2, 1), (2, 0.5, 1), (1, 1, 2)):
+        entry = replace(
+            shipped,
+            block_m=int(shipped.block_m * m),
+            block_n=int(shipped.block_n * n),
+            num_warps=max(int(shipped.num_warps * warps), 1),
+        )
+        sums = entry.block_m * entry.block_n / (32 * entry.num_warps)
+        if min(entry.block_m, entry.block_n) >= 16 and entry.num_warps in (4, 8) and 4 <= sums <= 128:
+            yield entry
+    for stages in (shipped.num_stages - 1, shipped.num_stages + 1):
+        yield replace(shipped, num_stages=stages)
+    yield replace(shipped, block_k=max(shipped.block_k // 2, 16), num_stages=shipped.num_stages + 1)
+    yield replace(shipped, group_m=shipped.group_m * 2)
+
+
+def differs(ours: Outputs, theirs: Outputs) -> str | None:
+    """Where two configurations' answers differ by more than another order of their sums can explain."""
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        allowed = 1e-4 if b.dtype == torch.float32 else 4 * torch.finfo(b.dtype).eps
+        error = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))
+        if not error <= allowed or not math.isfinite(error):
+            return f"output {i} differs by {error:.1e} of its largest value, {allowed:.1e} allowed"
+    return None

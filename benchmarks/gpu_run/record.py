@@ -1,0 +1,54 @@
+"""A pytest plugin: each test's outcome goes to a file of JSON lines as soon as it is known.
+
+pytest writes its own JUnit XML at the end alone, and a run out of time has none.
+
+    pytest -p gpu_run.record --record outcomes.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--record", type=Path, metavar="FILE", help="append each test's outcome as a line of JSON")
+
+
+def pytest_configure(config: Any) -> None:
+    if config.option.record is not None:
+        config.pluginmanager.register(Recorder(config.option.record, hasattr(config, "workerinput")))
+
+
+class Recorder:
+    def __init__(self, path: Path, worker: bool) -> None:
+        self.path, self.worker = path, worker
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if self.worker:  # xdist's controller sees it too
+            return
+        if report.when == "call" or report.outcome != "passed":
+            outcome = report.outcome
+            if outcome == "failed" and report.when != "call":
+                outcome = "error"
+            if hasattr(report, "wasxfail"):
+                outcome = "xfailed" if report.outcome == "skipped" else report.outcome
+            self._write(report, outcome, report.duration)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        # A module skipped as a whole is known to the processes that collect; its name comes once from each of them.
+        if report.outcome != "passed":
+            self._write(report, "error" if report.outcome == "failed" else "skipped", 0.0)
+
+    def _write(self, report: Any, outcome: str, seconds: float) -> None:
+        skipped = outcome == "skipped" and isinstance(report.longrepr, tuple)
+        message = str(report.longrepr[2]).removeprefix("Skipped: ") if skipped else report.longreprtext
+        line = {"test": report.nodeid, "outcome": outcome, "seconds": seconds, "message": message}
+        data = (json.dumps(line) + "\n").encode()
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, data)  # one call: lines of several processes do not mix
+        finally:
+            os.close(file)

@@ -1,0 +1,163 @@
+"""What the phases share: where a run keeps its files, how it starts programs, and what a phase comes to."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_run import checkout, files
+from gpu_run.needs import Gpu, Item, cuda_home
+
+PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+RUNNING, INTERRUPTED = "running", "interrupted"
+GRACE_S = 8.0  # for a program that was asked to end
+
+
+class Interrupted(Exception):
+    """The run was told to stop; what it has is written."""
+
+
+@dataclass
+class Outcome:
+    """What a phase comes to. `lines` go to the summary, the most important first."""
+
+    status: str
+    message: str
+    lines: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)  # for run.json
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A program's end: its exit status, the last lines it printed, and whether it was stopped at its limit."""
+
+    code: int
+    tail: list[str]
+    out_of_time: bool
+
+    @property
+    def last(self) -> str:
+        return next((line for line in reversed(self.tail) if line.strip()), "it printed nothing")
+
+
+@dataclass
+class Run:
+    """One run of `make gpu`."""
+
+    results: Path
+    build: Path
+    gpu: Gpu | None  # None: a dry run
+    absent: list[Item]  # the optional ones
+    seconds: float  # for everything
+    root: Path = checkout.ROOT
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        files.prepare(self.results)
+        self.work = self.build / "work"
+        self.work.mkdir(parents=True, exist_ok=True)
+        more = {"TORCH_CUDA_ARCH_LIST": self.gpu.arch_list} if self.gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        more["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{cuda_home()}/bin"
+        self.environment = checkout.environment(self.build, more, self.root)
+        self.log = files.Log(self.results / files.LOG)
+        self.deadline = self.started + self.seconds
+
+    @property
+    def dry(self) -> bool:
+        return self.gpu is None
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def has(self, name: str) -> bool:
+        return all(item.name != name for item in self.absent)
+
+    def path(self, name: str) -> Path:
+        """A file of the phases' own, empty at first."""
+        path = self.work / name
+        path.unlink(missing_ok=True)
+        return path
+
+    def python(
+        self,
+        arguments: Sequence[str],
+        limit_s: float,
+        environment: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
+        on_tick: Callable[[], None] | None = None,
+    ) -> Ended:
+        """Runs this Python with the arguments, in the sources' folder; its output goes to the log.
+
+        Args:
+            limit_s: seconds, after which it is asked to end (SIGINT), and soon after made to.
+            environment: more variables.
+            before: a program that runs it, with that one's arguments.
+            on_tick: called about once a second while it runs.
+        """
+        command = [*before, sys.executable, *arguments]
+        shown = shlex.join([*before, Path(sys.executable).name, *arguments])
+        self.log.write(f"\n==== {shown}   (at most {limit_s:.0f} s)\n".encode())
+        process = subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=self.environment | dict(environment or {}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that its children end with it
+        )
+        tail: list[str] = []
+        reader = threading.Thread(target=self._read, args=(process, tail), daemon=True)
+        reader.start()
+        end, out_of_time = time.monotonic() + limit_s, False
+        try:
+            while process.poll() is None:
+                if time.monotonic() > end:
+                    out_of_time = True
+                    break
+                try:
+                    process.wait(min(1.0, max(end - time.monotonic(), 0.01)))
+                except subprocess.TimeoutExpired:
+                    if on_tick is not None:
+                        on_tick()
+        finally:
+            stop(process)
+        reader.join(GRACE_S)
+        self.log.write(f"==== exit status {process.returncode}{', out of time' if out_of_time else ''}\n".encode())
+        return Ended(process.returncode, tail[-200:], out_of_time)
+
+    def _read(self, process: subprocess.Popen[bytes], tail: list[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            self.log.write(line)
+            tail.append(line.decode(errors="replace").rstrip("\n"))
+            if len(tail) > 400:
+                del tail[:200]
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a program and everything it started, if anything of it is left."""
+    if process.poll() is None:
+        _signal(process, signal.SIGINT)
+        try:
+            process.wait(GRACE_S)
+        except subprocess.TimeoutExpired:
+            _signal(process, signal.SIGKILL)
+            process.wait()
+    _signal(process, signal.SIGKILL)  # what it left behind
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    try:
+        os.killpg(process.pid, number)
+    except ProcessLookupError:  # all gone
+        pass

@@ -1,0 +1,151 @@
+"""The phases that run pytest: every test that needs a GPU, and a few of them under compute-sanitizer."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from gpu_run import files
+from gpu_run.run import FAILED, PASSED, SKIPPED, Ended, Outcome, Run
+
+Record = dict[str, Any]
+
+# Why a gpu test may be skipped: what the hardware lacks. Anything else fails the run.
+HARDWARE = (
+    r"needs [\d.]+ Gi?B of GPU memory",
+    r"needs \d+ GPUs",
+    r"needs compute capability",
+)
+DRY = r"(no|needs a) CUDA device|dry run"
+TOOLS = ("memcheck", "racecheck")
+CANNOT = r"Device not supported|Unable to find injection library|not supported on this"
+WORKERS, WORKER_MIB = 4, 16 << 10
+
+
+def gpu_files(root: Path) -> list[str]:
+    """The test files that mark anything `gpu`: the others, and what they import, need not be there."""
+    found = [p for p in sorted((root / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
+    return [str(path.relative_to(root)) for path in found]
+
+
+def accepted(reason: str, run: Run) -> bool:
+    """Whether a test may be skipped for this reason on this machine."""
+    patterns = list(HARDWARE) + ([DRY] if run.dry else [])
+    for item in run.absent:  # said in the summary's first lines already
+        patterns.append(rf"(could not import|No module named) '{item.name}'|\b{item.name} is not installed")
+    return any(re.search(pattern, reason) for pattern in patterns)
+
+
+def gpu_tests(run: Run, limit_s: float) -> Outcome:
+    """`pytest -m gpu`: in parallel, and the large ones, which want the GPU's memory for themselves, one by one."""
+    record = run.path("tests.jsonl")
+    chosen = gpu_files(run.root)
+    workers = min(WORKERS, (os.cpu_count() or 1) // 2, run.gpu.memory_mib // WORKER_MIB if run.gpu else 1)
+    parallel = ["-n", str(workers)] if run.has("xdist") and workers > 1 else ["-p", "no:xdist"]
+    environment = {"FASTRES_TEST_DEVICE": "cpu"} if run.dry else {}
+
+    def write() -> None:
+        files.write(run.results / files.TESTS, files.junit(once(files.read_lines(record))))
+
+    ended: list[Ended] = []
+    end = time.monotonic() + limit_s
+    for marks, how, share in (("gpu and not full", parallel, 0.7), ("gpu and full", ["-p", "no:xdist"], 1.0)):
+        arguments = ["-m", "pytest", *chosen, "-q", "-rs", "-p", "no:cacheprovider", "-m", marks, *how]
+        arguments += ["-o", "faulthandler_timeout=60"]  # where a test hangs: in the log
+        limit = _left(end) * share
+        ended.append(run.python([*arguments, *plugin(record)], limit, environment, on_tick=write))
+        if run.dry:
+            break
+    write()
+    tests = once(files.read_lines(record))
+    return judged(run, tests, ended)
+
+
+def _left(end: float) -> float:
+    return max(end - time.monotonic(), 1.0)
+
+
+def plugin(record: Path) -> list[str]:
+    return ["-p", "gpu_run.record", "--record", str(record)]
+
+
+def once(tests: list[Record]) -> list[Record]:
+    """One record for each test, the worst: a teardown may fail after a call that passed."""
+    rank = {"error": 3, "failed": 2, "skipped": 1}
+    found: dict[str, Record] = {}
+    for test in tests:
+        known = found.get(test["test"])
+        if known is None or rank.get(test["outcome"], 0) > rank.get(known["outcome"], 0):
+            found[test["test"]] = test
+    return list(found.values())
+
+
+def judged(run: Run, tests: list[Record], ended: list[Ended]) -> Outcome:
+    """The verdict on a phase of tests, from their records and from how pytest ended."""
+    counts = Counter(test["outcome"] for test in tests)
+    bad = [test for test in tests if test["outcome"] in ("failed", "error")]
+    skips = Counter(test["message"] for test in tests if test["outcome"] == "skipped")
+    wrong = {reason: n for reason, n in skips.items() if not accepted(reason, run)}
+    lines = [f"{test['outcome']}: {test['test']}: {_reason(test['message'])}" for test in bad]
+    lines += [f"skipped without a hardware reason: {n} x {reason}" for reason, n in wrong.items()]
+    lines += [f"skipped: {n} x {reason}" for reason, n in skips.items() if reason not in wrong]
+    for i, end in enumerate(ended):
+        if end.out_of_time:
+            lines.insert(0, f"pytest ran out of time ({i + 1} of {len(ended)})")
+        elif end.code not in (0, 1, 5):  # 1: tests failed, listed above; 5: nothing of this kind
+            lines.insert(0, f"pytest ended with {end.code}: {end.last}")
+    none = not counts["passed"]
+    if none:
+        lines.insert(0, "no test passed")
+    failed = bool(bad or wrong or none) or any(e.out_of_time or e.code not in (0, 5) for e in ended)
+    message = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "error", "skipped") if counts[name])
+    facts = {"counts": dict(counts), "skips": dict(skips)}
+    return Outcome(FAILED if failed else PASSED, message or "nothing ran", lines, facts)
+
+
+def _reason(text: str) -> str:
+    """pytest's own line of an error, or the last line."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line[1:].strip() for line in lines if line.startswith("E ")]
+    return (errors or lines[-1:] or ["no message"])[0][:160]
+
+
+def sanitizer(run: Run, limit_s: float) -> Outcome:
+    """The tests marked `sanitize` under compute-sanitizer: reads and writes out of bounds, races in shared memory.
+
+    Without torch's caching allocator, so that each tensor ends where its allocation does.
+    """
+    if not run.dry and not run.has("compute-sanitizer"):
+        return Outcome(SKIPPED, "compute-sanitizer is absent")
+    outcomes: dict[str, Outcome] = {}
+    end = time.monotonic() + limit_s
+    tools = ("interpreter",) if run.dry else TOOLS
+    for i, name in enumerate(tools):
+        record = run.path(f"{name}.jsonl")
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        before: list[str] = []
+        if run.dry:
+            environment = {"TRITON_INTERPRET": "1", "FASTRES_TEST_DEVICE": "cpu"}
+        else:
+            options = ["--tool", name, "--error-exitcode", "86", "--print-limit", "20"]
+            before = ["compute-sanitizer", *options, "--target-processes", "application-only"]
+        arguments = ["-m", "pytest", "tests/test_gpu_sanitize.py", "-q", "-rs", "-m", "sanitize"]
+        arguments += ["-p", "no:cacheprovider", "-p", "no:xdist", *plugin(record)]
+        ended = run.python(arguments, _left(end) / (len(tools) - i), environment, before)
+        text = "\n".join(ended.tail)
+        refused = re.search(CANNOT, text)
+        if before and refused:
+            return Outcome(SKIPPED, f"compute-sanitizer cannot run here: {refused[0]}")
+        outcome = judged(run, once(files.read_lines(record)), [ended])
+        if ended.code == 86:
+            found = [line for line in ended.tail if line.startswith("========= ERROR SUMMARY")]
+            outcome.lines.insert(0, f"{name}: {(found or ['errors, see log.txt'])[-1].removeprefix('========= ')}")
+        outcomes[name] = outcome
+    failed = any(o.status == FAILED for o in outcomes.values())
+    message = "; ".join(f"{name} {o.message}" for name, o in outcomes.items())
+    lines = [line for o in outcomes.values() for line in o.lines]
+    return Outcome(FAILED if failed else PASSED, message, lines, {name: o.facts for name, o in outcomes.items()})
