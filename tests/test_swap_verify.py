@@ -174,3 +174,23 @@ def test_verify_with_a_backend_by_name():
     net = nn.Sequential(vision.BasicBlock(3, 3))
     report = swap(net, backend="reference", verify=torch.randn(4, 3, 8, 8))
     assert report.rows[0].status == "swapped" and fused_calls(net, torch.randn(4, 3, 8, 8)) == 2
+
+
+def test_a_wrong_fold_is_rolled_back(monkeypatch):
+    """Inference is a road of its own, judged too: gradients or training would not show it."""
+    from fastres.nn import conv_steps
+
+    real = conv_steps.fold
+
+    def wrong(conv, bn, dtype):
+        made = real(conv, bn, dtype)
+        return type(made)(made.weight * 1.001, made.bias)
+
+    monkeypatch.setattr(conv_steps, "fold", wrong)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).eval()
+    with torch.no_grad():
+        if conv_steps.folded(torch.randn(2, 3, 8, 8), net[0][0], net[0][1]) is None:
+            pytest.skip("without fastres._C nothing is folded on the fly")
+    report = fastres.swap(net, verify=torch.randn(2, 3, 8, 8))
+    assert [row.status for row in report.rows] == ["rolled_back"] and "inference" in report.rows[0].message

@@ -56,9 +56,9 @@ def swap(
             glob that matches a module stands for everything inside it.
         backend: "auto", or a backend's name for every block; see `fastres.explain`.
         verify: an example input (a tensor, a tuple of arguments or a dict of keyword arguments). Each block is then
-            measured against float64 on the inputs it meets inside the model, forward and backward, in eval and training
-            mode; one that fails is left stock with the status "rolled_back". All on copies: the model, its statistics,
-            its gradients and the random state stay as they are.
+            measured against float64 on the inputs it meets inside the model: in eval and training mode, forward and
+            backward, and without gradients; one that fails is left stock with the status "rolled_back". All on copies:
+            the model, its statistics, its gradients and the random state stay as they are.
         dry_run: change nothing and report what would happen.
         strict: raise instead of warning when nothing can be swapped.
 
