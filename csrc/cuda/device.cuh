@@ -30,7 +30,16 @@ __device__ __forceinline__ Pack<T, V> load_pack(const T* p) {
 }
 template <class T, int V>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, V>& pack) {
-  *reinterpret_cast<decltype(Pack<T, V>::raw)*>(p) = pack.raw;
+  using Raw = decltype(Pack<T, V>::raw);
+#if defined(__CUDA_ARCH__)
+  if constexpr (V > 1) {  // by hand: the compiler makes four stores of an assignment where it has the words apart
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(pack.raw.x),
+                 "r"(pack.raw.y), "r"(pack.raw.z), "r"(pack.raw.w)
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Raw*>(p) = pack.raw;
 }
 
 __device__ __forceinline__ float widen(float value) { return value; }

@@ -19,6 +19,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 
 #include "element.h"
 
@@ -31,7 +32,6 @@ constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a grid's x axis; y
 FASTRES_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTRES_HD constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTRES_HD constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTRES_HD constexpr int64_t common_divisor(int64_t a, int64_t b) { return b == 0 ? a : common_divisor(b, a % b); }
 
 inline bool is_aligned16(uintptr_t address) { return address % kVectorBytes == 0; }
 
@@ -95,7 +95,7 @@ struct View {
   FASTRES_HD int64_t per_channel() const { return images * plane; }
 
   // Channels that tiles must hold a multiple of, so that each begins at a vector.
-  int64_t unit(int lanes) const { return lanes / common_divisor(plane, lanes); }
+  int64_t unit(int lanes) const { return lanes / std::gcd(plane, int64_t{lanes}); }
 
   // Lanes of a vector, 16 / size where all tensors are aligned and the lines allow it, else 1.
   int lanes(int64_t size, bool aligned) const {
