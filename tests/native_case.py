@@ -65,7 +65,7 @@ class Case:
         self, lane, shape, dtype, channels_last, *, training=True, act="relu", residual=True, affine=True, offset=0
     ):
         c = shape[1]
-        self.ops, self.device = lane.ops, lane.device
+        self.ops, self.device, self.exact_sums = lane.ops, lane.device, lane.exact_sums
         self.shape, self.dtype, self.channels_last, self.offset = shape, dtype, channels_last, offset
         self.training, self.act, self.eps = training, act, 1e-3
         self.x = randn(shape, dtype, channels_last, offset, scale=2.0, shift=0.5, device=self.device)
@@ -133,7 +133,7 @@ def assert_close(got, want, ulps32, scale=1.0):
 def check(case):
     y, mean, var = case.forward()
     want_y, want_mean, want_var = case.forward64()
-    assert_close(mean, want_mean, 4, case.x.abs().max().item())
+    assert_close(mean, want_mean, 4 if case.exact_sums else 8, case.x.abs().max().item())  # measured: 4.04 in fp32
     torch.testing.assert_close(var.double(), want_var, rtol=2e-6, atol=1e-7)  # measured: 1e-6
     assert_close(y, want_y, 24)
     n = y.numel() // y.shape[1]

@@ -71,14 +71,24 @@ def test_vector_access(kernel):
     assert loads >= least_loads and stores >= least_stores, (loads, stores)
 
 
-@pytest.mark.parametrize("kernel", [p for p in ALL if kind(p.values[0]) in ("flat", "statistics", "forward")])
-def test_all_loads_are_under_way_before_the_first_value_is_used(kernel):
-    """Between the loads of a row tile there is address arithmetic, no store and no arithmetic on elements."""
+def in_flight(kernel):
+    """The vectors that a thread loads before it uses the first; 0 where branches stand between them."""
     if kernel.lanes == 1 or kernel.name.endswith(", 1>"):
-        return
-    at = [i for i, name in enumerate(kernel.order) if name.startswith("LDG.E.128")]
-    between = kernel.order[at[0] : at[-1]]
-    assert not [name for name in between if re.match(r"(FADD|FMUL|FFMA|FSETP|HADD2|F2FP|STG)", name)]
+        return 0
+    return {"flat": 8, "statistics": 4, "forward": 8 if kernel.name.endswith("true>") else 4}.get(kind(kernel), 0)
+
+
+@pytest.mark.parametrize("kernel", [p for p in ALL if in_flight(p.values[0])])
+def test_all_loads_are_under_way_before_the_first_value_is_used(kernel):
+    """Between the loads of a row tile there is address arithmetic, no store and no arithmetic on elements.
+
+    A loop may be there twice: for lines that are cut into chunks, and for those that are not.
+    """
+    at, group = [i for i, name in enumerate(kernel.order) if name.startswith("LDG.E.128")], in_flight(kernel)
+    assert at and len(at) % group == 0
+    for first in range(0, len(at), group):
+        between = kernel.order[at[first] : at[first + group - 1]]
+        assert not [name for name in between if re.match(r"(FADD|FMUL|FFMA|FSETP|HADD2|F2FP|STG)", name)]
 
 
 def test_the_table_in_the_docs_is_the_binary_s():

@@ -94,7 +94,7 @@ def test_launch_counts(lane, channels_last):
 
 
 def test_more_blocks_than_a_grid_has_are_refused_by_name(lane):
-    with pytest.raises(RuntimeError, match="add_relu: the tensor needs 8388608000 blocks, a grid has at most 2147483647"):
-        empty = [None, None, None]
-        kind, count = emulation.ctypes.c_int(0), emulation.ctypes.c_int64(2**43 // 4096 * 4096 - 2**43 % 7)
-        lane.ops._run("add_relu", kind, *empty, count)
+    kind, elements = emulation.ctypes.c_int(0), emulation.ctypes.c_int64(4096 * 2**31)
+    message = "add_relu: the tensor needs 2147483648 blocks, a grid has at most 2147483647"
+    with pytest.raises(RuntimeError, match=message):
+        lane.ops._run("add_relu", kind, None, None, None, elements)

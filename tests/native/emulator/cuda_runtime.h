@@ -4,6 +4,7 @@
 // order between two barriers gives different results in the two.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -47,16 +48,17 @@ inline bool backwards = false;
 inline int launches = 0;
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t start;
+  jmp_buf place;  // where it gave way: a jump there asks the system for nothing, unlike swapcontext
   std::unique_ptr<char[]> stack{new char[kStack]};
-  bool done = false;
+  bool started = false, done = false;
 };
 struct Barrier {
   int arrived = 0;
   unsigned generation = 0;
 };
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline std::vector<Fiber> fibers;
 inline std::function<void()> body;
 inline Barrier block;
@@ -64,7 +66,9 @@ inline std::vector<Barrier> warps;
 inline std::vector<float> lanes;  // what the lanes of each warp offer in a shuffle
 inline int current = 0, live = 0;
 
-inline void give_way() { swapcontext(&fibers[current].context, &scheduler); }
+__attribute__((noinline)) inline void give_way() {
+  if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+}
 
 inline void wait(Barrier& barrier, int all) {
   const unsigned generation = barrier.generation;
@@ -77,37 +81,42 @@ inline void wait(Barrier& barrier, int all) {
 }
 
 inline void enter() {
-  body();
-  fibers[current].done = true;
-  --live;
-  if (block.arrived > 0 && block.arrived >= live) {  // those that have left no longer count
-    block.arrived = 0;
-    ++block.generation;
+  for (;;) {  // a block after the other
+    body();
+    fibers[current].done = true;
+    --live;
+    if (block.arrived > 0 && block.arrived >= live) {  // those that have left no longer count
+      block.arrived = 0;
+      ++block.generation;
+    }
+    give_way();
   }
-  give_way();
+}
+
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.place, 1);
+  fiber.started = true;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = kStack;
+  makecontext(&fiber.start, enter, 0);
+  setcontext(&fiber.start);
 }
 
 inline void run_block(int threads) {
-  if (static_cast<int>(fibers.size()) < threads) fibers.resize(threads);
+  if (fibers.empty()) fibers = std::vector<Fiber>(1024);  // they never move
   warps.assign(threads / 32, {});
   lanes.assign(threads, 0);
   block = {};
   live = threads;
-  for (int i = 0; i < threads; ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.done = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
-  }
+  for (int i = 0; i < threads; ++i) fibers[i].done = false;
   while (live > 0) {
     for (int i = 0; i < threads; ++i) {
       current = backwards ? threads - 1 - i : i;
       if (fibers[current].done) continue;
       threadIdx.x = current;
-      swapcontext(&scheduler, &fibers[current].context);
+      resume(fibers[current]);
     }
   }
 }
