@@ -91,11 +91,15 @@ def cuda_tools(torch_cuda):
     nvcc = root / "bin" / "nvcc"
     if not nvcc.exists():
         return f"{nvcc} does not exist; CUDA_HOME must name the folder of a CUDA {torch_cuda} toolkit"
-    release = re.search(r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
+    release = re.search(
+        r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
     if release is None:
         return f"{nvcc} --version names no release"
     if release[1].split(".")[0] != torch_cuda.split(".")[0]:
-        return f"nvcc is of CUDA {release[1]} ({root}), this torch of CUDA {torch_cuda}: install a toolkit of that major"
+        return (
+            f"nvcc is of CUDA {release[1]} ({root}), this torch of CUDA {torch_cuda}: install a toolkit of that major"
+        )
     if not (root / "include" / "cuda_runtime.h").exists():
         return f"{root}/include has no cuda_runtime.h"
     for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib")):
@@ -118,7 +122,7 @@ def cuda_extension(torch, extension):
     cpp_extension.CUDA_HOME = str(root)  # torch has guessed from the place of nvcc, which may be a script elsewhere
     # PTX of 10.0a would fit no other chip; CUDA before 12.8 does not know 10.0.
     known = "8.0;9.0a;10.0+PTX" if tuple(map(int, release.split("."))) >= (12, 8) else "8.0;9.0a"
-    architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", known) or known
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or known
     print(f"fastres: building {CUDA} with nvcc {release} ({root}) for {architectures}", flush=True)
     about = [f'-DFASTRES_ARCHITECTURES="{architectures}"', f'-DFASTRES_FLAGS="{" ".join(NVCC_FLAGS)}"']
     return extension(

@@ -144,7 +144,7 @@ def kernel_attributes() -> dict[str, dict[str, object]]:
 
 
 def why_not_architecture(capability: tuple[int, int], architectures: str) -> str | None:
-    """Why a build for `architectures`, as TORCH_CUDA_ARCH_LIST spells them, does not run at `capability`; None if it does.
+    """Why a build for `architectures`, as in TORCH_CUDA_ARCH_LIST, does not run at `capability`; None where it does.
 
     Code for 8.0 runs on 8.0 to 8.9, code for 9.0a on 9.0 alone; "+PTX" is compiled by the driver for what is newer.
     """
@@ -157,4 +157,6 @@ def why_not_architecture(capability: tuple[int, int], architectures: str) -> str
         built = int(major), int(minor)
         if capability == built or (not own and capability >= built and (ptx == "PTX" or capability[0] == built[0])):
             return None
-    return f"fastres._C_cuda has no code for compute capability {capability[0]}.{capability[1]}: built for {architectures}"
+    return (
+        f"fastres._C_cuda has no code for compute capability {capability[0]}.{capability[1]}: built for {architectures}"
+    )

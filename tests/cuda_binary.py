@@ -20,11 +20,11 @@ DOCS = Path(__file__).resolve().parent.parent / "docs/kernels-cuda.md"
 DOCUMENTED = "sm_90a"
 HEAD = """# The CUDA kernels, as compiled
 
-Written by `python tests/cuda_binary.py` from the built `fastres._C_cuda`; `tests/test_cuda_binary.py` fails when it no longer
-says what the binary holds. {architecture}, CUDA {cuda}, `{flags}`.
+Written by `python tests/cuda_binary.py` from the built `fastres._C_cuda`; `tests/test_cuda_binary.py` fails when it no
+longer says what the binary holds. {architecture}, CUDA {cuda}, `{flags}`.
 
-The last number of a kernel's name is how many elements a thread moves at once: 8 or 4 are 16 bytes, 1 is the path for
-lines or addresses that do not divide. Blocks: how many fit a multiprocessor by registers, threads and shared memory
+The number behind the type is how many elements a thread moves at once: 8 or 4 are 16 bytes, 1 is the path for lines or
+addresses that do not divide. Blocks: how many fit a multiprocessor by registers, threads and shared memory
 (65,536 registers, 2,048 threads, 228 KB). Loads and stores of 128 bits are counted in the code, where a loop is
 written once. No kernel spills, uses local memory, double precision or atomics.
 
@@ -86,7 +86,9 @@ def readable(mangled):
     short = []
     for name in names.splitlines():
         name = re.sub(r"fastres::|_GLOBAL__N__\w+::|\(anonymous namespace\)::|^void ", "", name)
-        short.append(re.sub(r"\(.*", "", name.replace("(int)", "").replace("(bool)0", "false").replace("(bool)1", "true")))
+        short.append(
+            re.sub(r"\(.*", "", name.replace("(int)", "").replace("(bool)0", "false").replace("(bool)1", "true"))
+        )
     return short
 
 
@@ -102,7 +104,10 @@ def by_architecture(text):
 @cache
 def kernels(path):
     """{architecture: {name: Kernel}} of a binary."""
-    usage, code = by_architecture(run("cuobjdump", "-res-usage", path)), by_architecture(run("cuobjdump", "-sass", path))
+    usage, code = (
+        by_architecture(run("cuobjdump", "-res-usage", path)),
+        by_architecture(run("cuobjdump", "-sass", path)),
+    )
     found = {}
     for arch, text in usage.items():
         resources = {

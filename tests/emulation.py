@@ -81,7 +81,9 @@ class Emulated:
         kind, numel = ctypes.c_int(TYPES[y.dtype]), ctypes.c_int64(y.numel())
         self._run("add_relu_backward", kind, *map(pointer, (dy, y, dx)), numel)
 
-    def bn_act(self, x, weight, bias, residual, y, mean, var, channels_last, training, eps, act, running=(), momentum=0):
+    def bn_act(
+        self, x, weight, bias, residual, y, mean, var, channels_last, training, eps, act, running=(), momentum=0
+    ):
         running_mean, running_var, count = running or (None, None, None)
         if not training:
             running_mean, running_var = mean.clone(), var.clone()  # mean and var are written, as copies

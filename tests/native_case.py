@@ -89,9 +89,7 @@ class Case:
     def backward(self, y, mean, var, needs=(True, True, True, True)):
         c = self.shape[1]
         dx, dresidual = self.out(needs[0]), self.out(needs[3])
-        dweight, dbias = (
-            torch.full((c,), float("nan"), device=self.device) if need else None for need in needs[1:3]
-        )
+        dweight, dbias = (torch.full((c,), float("nan"), device=self.device) if need else None for need in needs[1:3])
         self.ops._bn_act_backward_native(
             self.dy, self.x, y if self.act == "relu" else None, self.weight, mean, var, dx, dweight, dbias, dresidual,
             self.channels_last, self.training, self.eps, self.act,

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU, read from the built binary: no spills, vector access, no double precision, no atomics.
+"""The CUDA kernels without a GPU, read from the binary: no spills, vector access, no double precision, no atomics.
 
 Also that a build holds code for the architectures it names, and that docs/kernels-cuda.md says what the binary holds.
 """
@@ -96,5 +96,7 @@ def test_the_table_in_the_docs_is_the_binary_s():
         pytest.skip("the tests lie outside a source tree")
     written = cuda_binary.DOCS.read_text()
     if f"CUDA {BUILD['cuda']}," not in written or cuda_binary.DOCUMENTED not in FOUND:
-        pytest.skip(f"the table is of another release than CUDA {BUILD['cuda']}, or {cuda_binary.DOCUMENTED} is not built")
+        pytest.skip(
+            f"the table is of another release than CUDA {BUILD['cuda']}, or {cuda_binary.DOCUMENTED} is not built"
+        )
     assert written == cuda_binary.table(cuda_binary.binary(), BUILD), "python tests/cuda_binary.py writes it again"

@@ -1,5 +1,5 @@
-"""What the lane `emulated` of test_native.py leaves open: the order of threads, GPUs of other sizes, running statistics,
-launch counts, how many vectors are taken. The sources are the shipped CUDA kernels (tests/emulation.py)."""
+"""What the lane `emulated` of test_native.py leaves open: every path through a tile, the order of threads, GPUs of other
+sizes, running statistics, launch counts. The sources are the shipped CUDA kernels (tests/emulation.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from native_case import Case, Lane, check, same
 
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-# A tile of whole rows; many tiles; planes that share a tile, across vectors; one plane in chunks; scalar planes; scalar rows
+# Tiles of whole rows; many tiles; planes that share a tile, and vectors; a plane in chunks; scalar planes and rows
 SHAPES = [(9, 64, 8, 8), (3, 520, 5, 5), (6, 48, 7, 7), (5, 24, 14, 14), (3, 2, 64, 72), (4, 6, 3, 3), (7, 35, 6, 5)]
 
 

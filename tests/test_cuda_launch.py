@@ -1,5 +1,6 @@
-"""csrc/element.h and csrc/cuda/launch.h on the host: the maths of one element against torch, and the arithmetic of launches
-against a plain index model, exhaustively for small tensors and at random places of tensors up to 2^33 elements."""
+"""csrc/element.h and csrc/cuda/launch.h on the host: the maths of one element against torch, and the arithmetic of
+launches against a plain index model, exhaustively for small tensors and at random places of tensors up to 2^33 elements.
+"""
 
 from __future__ import annotations
 
@@ -175,7 +176,9 @@ def test_fast_division_is_exact():
     rng = random.Random(0)
     divisors = [1, 2, 3, 5, 7, 49, 196, 255, 256, 257, 12544, 65537, 2**30, 2**30 + 1, 2**31 - 1]
     for divisor in divisors + [rng.randrange(1, 2**31) for _ in range(200)]:
-        multiples = [m for k in (1, 2, 3, (2**31 - 1) // divisor) for m in (k * divisor - 1, k * divisor, k * divisor + 1)]
+        multiples = [
+            m for k in (1, 2, 3, (2**31 - 1) // divisor) for m in (k * divisor - 1, k * divisor, k * divisor + 1)
+        ]
         for n in [0, 1, 2**31 - 1, *multiples, *(rng.randrange(2**31) for _ in range(50))]:
             if 0 <= n < 2**31:
                 got = emulation.library().fast_divide(ctypes.c_uint32(n), ctypes.c_int64(divisor))
@@ -207,7 +210,9 @@ PLANES = (1, 2, 3, 4, 7, 8, 12, 16, 30, 49, 64, 196, 784, 2048, 2056, 2064, 3136
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_every_element_has_one_thread_and_its_channel(channels_last):
     vectors = 0
-    for c, plane, (n, size, aligned) in itertools.product(CHANNELS, PLANES, ((1, 2, True), (3, 4, True), (5, 2, False))):
+    for c, plane, (n, size, aligned) in itertools.product(
+        CHANNELS, PLANES, ((1, 2, True), (3, 4, True), (5, 2, False))
+    ):
         if n * c * plane > 200_000:
             continue
         found = plan((n, c, plane, 1), channels_last, size, aligned)
@@ -231,7 +236,7 @@ LARGE = [
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_places_in_tensors_up_to_two_to_the_33(shape, channels_last):
-    """An independent model in Python's integers says which thread has an element; the C++ must find the element there."""
+    """A model in Python's integers says which thread has an element; the C++ must find the element there."""
     rng = random.Random(repr(shape))
     n, c, h, w = shape
     numel, plane = n * c * h * w, h * w
@@ -259,7 +264,17 @@ def test_places_in_tensors_up_to_two_to_the_33(shape, channels_last):
 def test_resnet_s_shapes_take_vectors_and_fill_the_gpu():
     """Every stage in both layouts and both sizes of elements; blocks for each of 132 multiprocessors."""
     for size, channels_last in itertools.product((2, 4), (False, True)):
-        for c, side in ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)):
+        for c, side in (
+            (64, 112),
+            (64, 56),
+            (256, 56),
+            (128, 28),
+            (512, 28),
+            (256, 14),
+            (1024, 14),
+            (512, 7),
+            (2048, 7),
+        ):
             found = plan((256, c, side, side), channels_last, size, True, 4, 128, 3 * 132)
             assert found["lanes"] == 16 // size, (c, side, size, channels_last)
             assert found["blocks"] >= 0.8 * 3 * 132, (c, side, size, channels_last, found)

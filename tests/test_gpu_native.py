@@ -1,4 +1,4 @@
-"""fastres._C_cuda on a GPU, where it differs from the Triton kernels: the short way, errors, what it reports of itself."""
+"""fastres._C_cuda on a GPU, where it differs from the Triton kernels: the short way, errors, what it says of itself."""
 
 import pytest
 import torch

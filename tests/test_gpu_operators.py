@@ -52,6 +52,12 @@ def random(shape, dtype, layout, scale=1.0, shift=0.0):
     return (torch.randn(shape, device="cuda") * scale + shift).to(dtype).contiguous(memory_format=layout)
 
 
+def shifted(t, offset):
+    """The same values and strides, `offset` elements off an aligned address."""
+    flat = torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)
+    return flat.as_strided(t.shape, t.stride(), offset).copy_(t)
+
+
 def how(layout, training, act="relu"):
     return {"channels_last": layout is torch.channels_last, "training": training, "eps": EPS, "act": act}
 
@@ -169,13 +175,7 @@ def test_row11_mean_far_above_std(layout):
 def test_row9_any_number_of_channels_and_misaligned_tensors(c, layout):
     for size, offset, dtype in ((7, 0, torch.float16), (5, 1, torch.float16), (8, 1, torch.float32)):
         shape = (3, c, size, size)
-
-        def tensor():
-            values = random(shape, dtype, layout)
-            flat = torch.empty(values.numel() + offset, dtype=dtype, device="cuda")[offset:]
-            return flat.as_strided(values.shape, values.stride(), offset).copy_(values)
-
-        x, residual, dy = (tensor() for _ in range(3))
+        x, residual, dy = (shifted(random(shape, dtype, layout), offset) for _ in range(3))
         weight, bias = torch.randn(2, c, device="cuda")
         y, mean, var = forward(x, weight, bias, residual, layout=layout)
         want, *_ = eager(*double(x, weight, bias, residual, None, None, dy))

@@ -11,7 +11,7 @@ import itertools
 import pytest
 import torch
 
-from native_case import LANES, Case, Lane, assert_close, check, dense, edges_untouched, per_channel, randn, same
+from native_case import LANES, Case, Lane, assert_close, check, dense, edges_untouched, per_channel, randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CHANNELS = [1, 2, 3, 5, 7, 9, 15, 17, 31, 33, 63, 64, 65, 127, 129, 257, 1000]
