@@ -59,29 +59,41 @@ FASTRES_HD F reciprocal_std(F var, F eps) {
 }
 
 // Mean and m2 = sum of squared deviations of a set of values, in fp32 (Welford 1962; merged as by Chan, Golub and LeVeque
-// 1983). The values are differences from one value of their channel: where |mean| >> std, fp32 holds those closely
-// enough, and equal values give an m2 of exactly 0.
+// 1983). Equal values give an m2 of exactly 0. fp32 values should be differences from one value of their channel: where
+// |mean| >> std, fp32 holds those closely enough. Values whose squares overflow give an m2 of inf or NaN (settled_m2).
 struct Welford {
   static FASTRES_HD void add(float value, float inverse_count, float& mean, float& m2) {  // count: with this value
     const float delta = value - mean;
     mean += delta * inverse_count;
     m2 += delta * (value - mean);
   }
+  // N values at once: a third of the instructions. The mean must be near them, as one of them is.
+  template <int N>
+  static FASTRES_HD void add(const float (&value)[N], float inverse_count, float& mean, float& m2) {
+    float sum = 0, squares = 0;  // of the differences from the mean so far
+    for (int i = 0; i < N; ++i) {
+      const float delta = value[i] - mean;
+      sum += delta;
+      squares += delta * delta;
+    }
+    const float step = sum * inverse_count;
+    mean += step;
+    m2 += squares - sum * step;
+  }
   static FASTRES_HD void merge(float& count, float& mean, float& m2, float other_count, float other_mean,
                                float other_m2) {
     if (other_count == 0) return;
-    if (count == 0) {  // not left to the formula: 0 * inf would be NaN
-      count = other_count;
-      mean = other_mean;
-      m2 = other_m2;
-      return;
-    }
     const float total = count + other_count, share = other_count / total, delta = other_mean - mean;
     mean += delta * share;
-    m2 += other_m2 + delta * (delta * (count * share));
+    m2 += other_m2 + delta * (delta * (count * share));  // count 0 stays 0, where delta * delta would be inf
     count = total;
   }
 };
+
+// NaN from an overflow is what it stands for, infinity: NaN or inf among the values themselves shows in the mean.
+FASTRES_HD float settled_m2(float mean, float m2) {
+  return m2 != m2 && mean - mean == 0 ? INFINITY : m2;
+}
 
 // Two plain sums: of g and of g * (x - mean).
 struct Sums {

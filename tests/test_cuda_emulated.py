@@ -1,5 +1,5 @@
-"""What the lane `emulated` of test_native.py leaves open: every path through a tile, the order of threads, GPUs of other
-sizes, running statistics, launch counts. The sources are the shipped CUDA kernels (tests/emulation.py)."""
+"""What the lane `emulated` of test_native.py leaves open: every path through a tile, the order of threads, GPUs of
+other sizes, running statistics, launch counts. The sources are the shipped CUDA kernels (tests/emulation.py)."""
 
 from __future__ import annotations
 
@@ -54,6 +54,18 @@ def test_gpus_of_other_sizes(lane, multiprocessors, channels_last):
     lane.ops = emulation.kernels(multiprocessors)
     for shape in SHAPES:
         check(Case(lane, shape, torch.float16, channels_last))
+
+
+@LAYOUTS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_variance_of_16_bit_values_far_from_zero(lane, dtype, channels_last):
+    """No shift is taken for them: their own spacing, at this distance, is coarser than fp32's by 2^13 or more."""
+    case = Case(lane, (16, 24, 28, 28), dtype, channels_last, act="none", residual=False)
+    spacing = torch.finfo(dtype).eps * 4096
+    for std in (0.3 * spacing, 3 * spacing):
+        case.x.copy_(4096 + std * torch.randn(case.shape))
+        exact = case.x.double().var((0, 2, 3), unbiased=False)
+        torch.testing.assert_close(case.forward()[2].double(), exact, rtol=2e-5, atol=0)  # measured: VARIANCE
 
 
 @LAYOUTS

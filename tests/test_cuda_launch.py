@@ -1,5 +1,5 @@
 """csrc/element.h and csrc/cuda/launch.h on the host: the maths of one element against torch, and the arithmetic of
-launches against a plain index model, exhaustively for small tensors and at random places of tensors up to 2^33 elements.
+launches against a plain index model, exhaustively for small tensors and at random places up to 2^33 elements.
 """
 
 from __future__ import annotations
@@ -99,15 +99,19 @@ def test_reciprocal_std_is_correctly_rounded_twice():
         torch.testing.assert_close(elementwise("reciprocal_std", var, eps), want, rtol=0, atol=0, equal_nan=True)
 
 
+def welford(values, parts, at_once=True):
+    out = torch.empty(3)
+    sizes = ctypes.c_int64(values.numel()), ctypes.c_int64(parts), ctypes.c_int(at_once)
+    emulation.library().welford(pointer(values), *sizes, pointer(out))
+    return out.tolist()
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["four", "one"])
 @pytest.mark.parametrize("parts", [1, 2, 7, 64, 1000])
-def test_welford_merges_to_the_moments(parts):
+def test_welford_merges_to_the_moments(parts, at_once):
     torch.manual_seed(parts)
     for values in (torch.randn(999), torch.randn(64) * 100 + 3, torch.tensor([2.0]), torch.full((50,), 0.1)):
-        out = torch.empty(3)
-        emulation.library().welford(
-            pointer(values), ctypes.c_int64(values.numel()), ctypes.c_int64(parts), pointer(out)
-        )
-        count, mean, m2 = out.tolist()
+        count, mean, m2 = welford(values, parts, at_once)
         var, want_mean = torch.var_mean(values.double(), correction=0)
         assert count == values.numel() and math.isclose(mean, want_mean, rel_tol=1e-5, abs_tol=1e-6)
         assert math.isclose(m2 / count, var, rel_tol=2e-5, abs_tol=1e-12)
@@ -115,9 +119,28 @@ def test_welford_merges_to_the_moments(parts):
 
 def test_welford_of_parts_that_saw_nothing_is_not_nan():
     """0 * inf: a part without elements must not touch one whose square overflows."""
-    out, values = torch.empty(3), torch.tensor([1e30, -1e30])
-    emulation.library().welford(pointer(values), ctypes.c_int64(2), ctypes.c_int64(100), pointer(out))
-    assert out[0] == 2 and out[1] == 0 and out[2] == INF
+    assert welford(torch.tensor([1e30, -1e30]), 100) == [2, 0, INF]
+    assert welford(torch.full((2,), 2.0**70), 100) == [2, 2.0**70, 0]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_welford_of_what_overflows_is_infinite_and_of_nan_is_nan(parts):
+    torch.manual_seed(parts)
+    for scale in (1e25, 1e30, 1e37):
+        count, mean, m2 = welford(torch.randn(50) * scale, parts)
+        assert math.isfinite(mean) and m2 == INF
+    for special in (NAN, INF, -INF):
+        _, mean, m2 = welford(torch.tensor([1.0, 2.0, 3.0, special, 4.0, 5.0]), parts)
+        assert not math.isfinite(mean) and math.isnan(m2)
+
+
+def test_welford_of_a_first_value_far_from_the_others():
+    """The first batch's differences cancel; what that costs is small beside what the value adds to the variance."""
+    torch.manual_seed(0)
+    values = torch.randn(4000)
+    values[0] = 1e4
+    _, _, m2 = welford(values, 20)
+    assert math.isclose(m2 / 4000, values.double().var(correction=0), rel_tol=4e-6)
 
 
 # ---- flat arrays

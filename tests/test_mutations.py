@@ -87,7 +87,15 @@ MUTANTS = [
     ),
     Mutant("cuda-misaligned-vectors", "csrc/cuda/launch.h", "(kVectorBytes - off) / size", "off / size", LAUNCH),
     Mutant("welford-shares-swapped", "csrc/element.h", "share = other_count / total", "share = count / total", LAUNCH),
-    Mutant("welford-nothing-times-infinity", "csrc/element.h", "if (count == 0) {  //", "if (false) {  //", LAUNCH),
+    Mutant(
+        "welford-nothing-times-infinity",
+        "csrc/element.h",
+        "delta * (delta * (count * share))",
+        "delta * delta * (count * share)",
+        LAUNCH,
+    ),
+    Mutant("welford-batch-uncorrected", "csrc/element.h", "m2 += squares - sum * step;", "m2 += squares;", LAUNCH),
+    Mutant("welford-overflow-is-nan", "csrc/element.h", "m2 != m2 && mean - mean == 0", "false", LAUNCH),
     Mutant(
         "relu-drops-nan", "csrc/element.h", "return z < floor ? floor : z;", "return z > floor ? z : floor;", NATIVE
     ),

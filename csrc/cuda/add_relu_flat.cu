@@ -1,10 +1,10 @@
 // add_relu's kernel: out = f(a, b) over flat arrays, forward and backward alike.
 //
-// 2 reads and 1 write an element in each direction, the least
-// there is for a kernel of its own. A thread has four vectors of both inputs under way before it needs the first (128
-// bytes), and four blocks or more fit a multiprocessor: 128 KB in flight, some four times what a Hopper's memory
-// needs. There is one block per tile, in order: the hardware hands them out as multiprocessors become free, which
-// balances better than a loop inside. Where that is less than two blocks a multiprocessor, one vector a thread.
+// 2 reads and 1 write an element in each direction, the least there is for a kernel of its own. A thread has four vectors
+// of both inputs under way before it needs the first (128 bytes), and four blocks or more fit a multiprocessor: 128 KB in
+// flight, several times what a Hopper's memory needs at its latency. There is one block per tile, in order: the hardware
+// hands them out as multiprocessors become free, which should balance better than a loop inside. Where that is less
+// than two blocks a multiprocessor, one vector a thread.
 //
 // Arrays whose addresses differ modulo 16 go element by element: views that start in odd places, beside others that
 // do not.

@@ -3,13 +3,13 @@
 // Bytes in training: x twice, y once, the residual once; in eval mode x, y, the residual. The scratch of the statistics
 // is 8 bytes per block and channel of its tile, under 1 % of a tensor that fills the GPU.
 //
-// Statistics run one Welford recurrence a lane: no barrier and no shuffle in the loop, some 7 instructions an element,
-// 60 % of what a Hopper issues while it reads fp16 at full speed. A plain sum of squares would take 5, and lose the
-// variance where a channel's first value lies far from the others.
+// Statistics run one Welford recurrence a lane, four rows at a time: no barrier and no shuffle in the loop. Counted in
+// sm_90a's code, 9 instructions an element in fp16 (14 with a row at a time): two thirds of what 132 multiprocessors at 1.7
+// GHz issue while they read 4.3 TB/s. A plain sum of squares would lose the variance where a channel's first value lies
+// far from the others.
 //
-// It stops being good where a tensor is so small that three launches show, in NCHW where a few images have planes that
-// no vector divides (scalar loads), and for channels_last with fewer channels than half a tile's lanes times its rows
-// can share.
+// It stops being good where a tensor is so small that three launches show, and where lines do not divide into vectors
+// (channels_last with an odd C; NCHW with planes of fewer elements than a vector, or of more than a block's and odd).
 #include <limits>
 
 #include "cuda/bn_act.h"
@@ -25,6 +25,11 @@ constexpr int kApplyBlocks = 2;       // 128 registers
 constexpr int kApplyWaves = 4;        // blocks more than fit at once: the hardware balances them, and each still has
                                       // rows enough to pay for reading its parameters
 
+// fp32 values are taken as differences from their channel's first: where |mean| >> std, an fp32 mean is too coarse. Beside
+// the spacing of 16-bit values it is not.
+template <class T>
+constexpr bool kShift = std::is_same_v<T, float>;
+
 template <class T, int V, bool kPlanes>
 __global__ void __launch_bounds__(kThreads, kStatisticsBlocks)
     statistics_kernel(Tiling t, const T* x, float* scratch) {
@@ -36,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, kStatisticsBlocks)
   float shift[V], mean[V], m2[V], count = 0;
 #pragma unroll
   for (int k = 0; k < V; ++k) {
-    shift[k] = has_work ? widen(x[channels.of(k) * t.plane]) : 0.f;  // the channel's first value
+    shift[k] = kShift<T> && has_work ? widen(x[channels.of(k) * t.plane]) : 0.f;
     mean[k] = m2[k] = 0;
   }
   walk<U, false>(t, p, [&](const int64_t (&offset)[U]) {
@@ -44,6 +49,26 @@ __global__ void __launch_bounds__(kThreads, kStatisticsBlocks)
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (offset[u] >= 0) pack[u] = load_pack<T, V>(x + offset[u]);
+    }
+    bool whole = true;
+#pragma unroll
+    for (int u = 0; u < U; ++u) whole = whole && offset[u] >= 0;
+    if (whole) {
+      const bool first = count == 0;
+      count += U;
+      const float inverse_count = __frcp_rn(count);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        float column[U];
+#pragma unroll
+        for (int u = 0; u < U; ++u) {
+          column[u] = widen_lane(pack[u], k);
+          if (kShift<T>) column[u] -= shift[k];
+        }
+        if (first) mean[k] = column[0];
+        Welford::add(column, inverse_count, mean[k], m2[k]);
+      }
+      return;
     }
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -53,7 +78,9 @@ __global__ void __launch_bounds__(kThreads, kStatisticsBlocks)
       count += 1;
       const float inverse_count = __frcp_rn(count);
 #pragma unroll
-      for (int k = 0; k < V; ++k) Welford::add(value[k] - shift[k], inverse_count, mean[k], m2[k]);
+      for (int k = 0; k < V; ++k) {
+        Welford::add(kShift<T> ? value[k] - shift[k] : value[k], inverse_count, mean[k], m2[k]);
+      }
     }
   });
   write_part<Welford, V, kPlanes>(t, p, count, mean, m2, shared, scratch);
@@ -73,7 +100,8 @@ __global__ void __launch_bounds__(kMergeThreads)
   if (blockIdx.x == 0 && threadIdx.x == 0 && out.num_batches_tracked) ++*out.num_batches_tracked;
   if (threadIdx.x >= kMergeChannels || channel >= view.channels) return;
   const float n = static_cast<float>(view.per_channel());
-  mean += widen(x[channel * view.plane]);
+  if (kShift<T>) mean += widen(x[channel * view.plane]);
+  m2 = settled_m2(mean, m2);
   out.mean[channel] = mean;
   out.var[channel] = m2 / n;
   move(out.running_mean ? out.running_mean + channel : nullptr, mean, out.momentum);

@@ -17,8 +17,7 @@ __device__ __forceinline__ void walk(const Tiling& t, const Place& p, const F& f
   for (int64_t i = p.split; i < t.row_tiles; i += t.splits) {
     const int64_t row_tile = kBackwards ? t.row_tiles - 1 - i : i;
     int64_t offset[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) offset[u] = t.offset(p, t.row(p, row_tile, u));
+    t.offsets<U>(p, row_tile, offset);
     f(offset);
   }
 }

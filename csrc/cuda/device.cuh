@@ -103,6 +103,23 @@ __device__ __forceinline__ void widen(const Pack<T, V>& pack, float (&value)[V])
   }
 }
 
+// One lane, where a kernel goes across several packs: all lanes of all of them at once would take too many registers.
+template <class T, int V>
+__device__ __forceinline__ float widen_lane(const Pack<T, V>& pack, int lane) {
+  if constexpr (V == 1) {
+    return widen(pack.raw);
+  } else {
+    const uint32_t word[4] = {pack.raw.x, pack.raw.y, pack.raw.z, pack.raw.w};
+    if constexpr (V == 4) {
+      return __uint_as_float(word[lane]);
+    } else {
+      float low, high;
+      widen_word<T>(word[lane / 2], low, high);
+      return lane % 2 == 0 ? low : high;
+    }
+  }
+}
+
 template <class T, int V>
 __device__ __forceinline__ Pack<T, V> narrow(const float (&value)[V]) {
   if constexpr (V == 1) {

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -81,10 +82,10 @@ void launch(const char* name, const Stream& on, int64_t blocks, int threads, voi
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name, on.device);
 }
 
-// Read once per device; a race writes the same number twice.
+// Read once per device.
 inline int64_t multiprocessors(int device) {
   constexpr int kDevices = 64;
-  static int known[kDevices] = {};
+  static std::atomic<int> known[kDevices];
   if (device < kDevices && known[device] > 0) return known[device];
   int count = 0;
   check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute", device);

@@ -26,6 +26,13 @@ const char* guarded(const F& f) {
 
 fastres::Tiling tiling;
 
+template <int U>
+void at_once(const fastres::Place& p, int64_t row_tile, int64_t* out) {
+  int64_t found[U];
+  tiling.offsets<U>(p, row_tile, found);
+  std::memcpy(out, found, sizeof found);
+}
+
 }  // namespace
 
 extern "C" {
@@ -122,8 +129,19 @@ void cover(int32_t* hits, int64_t* channel_of) {
       const fastres::Place p = tiling.place(block, thread);
       const fastres::Channels channels = tiling.channels_of(p);
       for (int64_t i = p.split; i < tiling.row_tiles; i += tiling.splits) {
+        int64_t offsets[8];
+        switch (tiling.unroll) {
+          case 2:
+            at_once<2>(p, i, offsets);
+            break;
+          case 4:
+            at_once<4>(p, i, offsets);
+            break;
+          default:
+            at_once<8>(p, i, offsets);
+        }
         for (int u = 0; u < tiling.unroll; ++u) {
-          const int64_t offset = tiling.offset(p, tiling.row(p, i, u));
+          const int64_t offset = offsets[u];
           for (int k = 0; offset >= 0 && k < tiling.lanes; ++k) {
             ++hits[offset + k];
             channel_of[offset + k] = tiling.has_work(p) ? channels.of(k) : -1;
@@ -136,7 +154,10 @@ void cover(int32_t* hits, int64_t* channel_of) {
 
 int64_t element(int64_t block, int thread, int64_t row_tile, int u) {
   const fastres::Place p = tiling.place(block, thread);
-  return tiling.offset(p, tiling.row(p, row_tile, u));
+  int64_t found[4];
+  at_once<4>(p, row_tile, found);
+  const int64_t alone = tiling.offset(p, tiling.row(p, row_tile, u));
+  return tiling.unroll == 4 && found[u] != alone ? -2 : alone;
 }
 int64_t channel(int64_t block, int thread, int lane) {
   return tiling.channels_of(tiling.place(block, thread)).of(lane);
@@ -160,12 +181,19 @@ void input_gradient(const float* g, const float* x, float mean, float scale, flo
 void reciprocal_std(const float* var, float eps, float* rstd, int64_t n) {
   for (int64_t i = 0; i < n; ++i) rstd[i] = fastres::reciprocal_std(var[i], eps);
 }
-// count, mean and m2 of `parts` recurrences over x[i], i modulo parts, merged in order.
-void welford(const float* x, int64_t n, int64_t parts, float* out) {
+// count, mean and m2 of `parts` recurrences over x[i], i modulo parts, merged in order; four values at once, or one.
+void welford(const float* x, int64_t n, int64_t parts, int at_once, float* out) {
   float count = 0, mean = 0, m2 = 0;
   for (int64_t part = 0; part < parts; ++part) {
     float own = 0, own_mean = 0, own_m2 = 0;
-    for (int64_t i = part; i < n; i += parts) {
+    int64_t i = part;
+    for (; at_once && i + 3 * parts < n; i += 4 * parts) {
+      const float four[] = {x[i], x[i + parts], x[i + 2 * parts], x[i + 3 * parts]};
+      if (own == 0) own_mean = four[0];
+      own += 4;
+      fastres::Welford::add(four, 1 / own, own_mean, own_m2);
+    }
+    for (; i < n; i += parts) {
       own += 1;
       fastres::Welford::add(x[i], 1 / own, own_mean, own_m2);
     }
@@ -173,7 +201,7 @@ void welford(const float* x, int64_t n, int64_t parts, float* out) {
   }
   out[0] = count;
   out[1] = mean;
-  out[2] = m2;
+  out[2] = fastres::settled_m2(mean, m2);
 }
 
 }  // extern "C"
