@@ -1,13 +1,17 @@
-"""Builds fastres._C (the CPU kernels) beside the pure-Python package. Downloads nothing.
+"""Builds fastres._C (the CPU kernels) and, where it can, fastres._C_cuda (the GPU kernels). Downloads nothing.
 
-The metadata is in pyproject.toml. `FASTRES_BUILD_EXT` decides about the extension: 0 leaves it out, 1 requires it,
-unset tries. A build that leaves it out says why in one line and goes on: every operator then runs through its
-reference, and `fastres info` says what is missing.
+The metadata is in pyproject.toml. `FASTRES_BUILD_EXT` decides about the extensions: 0 leaves both out, 1 makes a failed
+compilation an error, cpu does so and leaves fastres._C_cuda out, unset tries. fastres._C_cuda is built where nvcc and a
+CUDA build of torch of the same major release are installed, whether a GPU is there or not, for the architectures of
+`TORCH_CUDA_ARCH_LIST`. A build that leaves one out says why in one line and goes on: every operator then runs
+through Triton or its reference, and `fastres info` says what is missing.
 """
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sysconfig
 from glob import glob
 from pathlib import Path
@@ -18,12 +22,17 @@ ROOT = Path(__file__).parent
 os.chdir(ROOT)
 
 SETTING = os.environ.get("FASTRES_BUILD_EXT", "").strip()
-if SETTING not in ("", "0", "1"):
-    raise SystemExit(f"fastres: FASTRES_BUILD_EXT: got {SETTING!r}, expected 0 (leave out), 1 (require) or unset (try)")
-REQUIRED = SETTING == "1"
+if SETTING not in ("", "0", "1", "cpu"):
+    raise SystemExit(
+        f"fastres: FASTRES_BUILD_EXT: got {SETTING!r}, expected 0 (leave out), 1 (require), cpu (require fastres._C, "
+        "leave fastres._C_cuda out) or unset (try)"
+    )
+REQUIRED = SETTING in ("1", "cpu")
+CPU, CUDA = "fastres._C", "fastres._C_cuda"
+INSTEAD = {CPU: "operators run through their references", CUDA: "operators on a GPU run through Triton"}
 
 # csrc includes no ATen header: with the stable ABI of this release, one binary loads in it and in every later one.
-TORCH_TARGET = "0x020b000000000000"
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CXX_FLAGS = [
     "-O3",
     "-fno-math-errno",
@@ -32,20 +41,21 @@ CXX_FLAGS = [
     "-std=c++17",
     "-fvisibility=hidden",
     "-Wno-psabi",
-    f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+    *DEFINES,
 ]
+# NDEBUG: without it ptxas serialises wgmma. USE_CUDA: torch's header declares the current stream.
+NVCC_FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden", *DEFINES]
 
 
-def leave_out(reason):
-    """Says in one line that the extension is left out, or ends the build where it is required."""
-    if REQUIRED:
-        raise SystemExit(f"fastres: FASTRES_BUILD_EXT=1, but fastres._C cannot be built: {reason}")
-    print(f"fastres: fastres._C is left out, operators run through their references: {reason}", flush=True)
-    return {}
+def leave_out(module, reason, required=REQUIRED):
+    """Says in one line that a module is left out, or ends the build where it is required."""
+    if required:
+        raise SystemExit(f"fastres: FASTRES_BUILD_EXT={SETTING}, but {module} cannot be built: {reason}")
+    print(f"fastres: {module} is left out, {INSTEAD[module]}: {reason}", flush=True)
 
 
 def missing_tool():
-    """What a build of the extension lacks on this machine, or None."""
+    """What a build of fastres._C lacks on this machine, or None."""
     asked = os.environ.get("CXX")
     compiler = next(filter(shutil.which, [shlex.split(asked)[0]] if asked else ["c++", "g++", "clang++"]), None)
     if compiler is None:
@@ -58,47 +68,134 @@ def missing_tool():
     return None
 
 
+def toolkit_root():
+    """CUDA's folder: CUDA_HOME, CUDA_PATH, or what nvcc itself says; nvcc on PATH may be a link or a script."""
+    asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if asked:
+        return Path(asked)
+    nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+    top = re.search(r"^#\$ TOP=(.+)$", said.stdout + said.stderr, re.M)
+    return Path(top[1]).resolve() if top else Path(nvcc).resolve().parents[1]
+
+
+def cuda_tools(torch_cuda):
+    """(root, folder of the static runtime, nvcc's release) of a toolkit for this torch, or why there is none."""
+    if torch_cuda is None:
+        return "this torch is built without CUDA"
+    root = toolkit_root()
+    if root is None:
+        return f"no nvcc was found; install the CUDA {torch_cuda} toolkit, or name its folder in CUDA_HOME"
+    nvcc = root / "bin" / "nvcc"
+    if not nvcc.exists():
+        return f"{nvcc} does not exist; CUDA_HOME must name the folder of a CUDA {torch_cuda} toolkit"
+    release = re.search(
+        r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    )
+    if release is None:
+        return f"{nvcc} --version names no release"
+    if release[1].split(".")[0] != torch_cuda.split(".")[0]:
+        return (
+            f"nvcc is of CUDA {release[1]} ({root}), this torch of CUDA {torch_cuda}: install a toolkit of that major"
+        )
+    if not (root / "include" / "cuda_runtime.h").exists():
+        return f"{root}/include has no cuda_runtime.h"
+    for folder in (root / "lib64", root / "lib", *root.glob("targets/*/lib")):
+        if (folder / "libcudart_static.a").exists():
+            return root, folder, release[1]
+    return f"{root} has no libcudart_static.a"
+
+
+def cuda_extension(torch, extension):
+    """The extension fastres._C_cuda, or None where it is left out."""
+    if SETTING == "cpu":
+        return leave_out(CUDA, "FASTRES_BUILD_EXT=cpu", required=False)
+    sources = sorted(glob("csrc/cuda/*.cu"))
+    tools = cuda_tools(torch.version.cuda) if sources else "there are no sources under csrc/cuda"
+    if isinstance(tools, str):  # not an error where the extension is required: the machine is not meant to build it
+        return leave_out(CUDA, tools, required=False)
+    root, libraries, release = tools
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = str(root)  # torch has guessed from the place of nvcc, which may be a script elsewhere
+    # PTX of 10.0a would fit no other chip; CUDA before 12.8 does not know 10.0.
+    known = "8.0;9.0a;10.0+PTX" if tuple(map(int, release.split("."))) >= (12, 8) else "8.0;9.0a"
+    architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or known
+    print(f"fastres: building {CUDA} with nvcc {release} ({root}) for {architectures}", flush=True)
+    about = [f'-DFASTRES_ARCHITECTURES="{architectures}"', f'-DFASTRES_FLAGS="{" ".join(NVCC_FLAGS)}"']
+    return extension(
+        CUDA,
+        sources=["csrc/module.cpp", *sources],
+        depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh")),
+        extra_compile_args={"cxx": [*CXX_FLAGS, "-DFASTRES_CUDA", *about], "nvcc": NVCC_FLAGS},
+        # The static runtime: none has to be found at run time, and its error state is nobody else's.
+        library_dirs=[str(libraries)],
+        libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
+        extra_link_args=["-Wl,--exclude-libs,libcudart_static.a"],
+    )
+
+
 def extension_options():
-    """setup()'s arguments for the extension; empty when it is left out."""
+    """setup()'s arguments for the extensions; empty when both are left out."""
     if SETTING == "0":
-        return leave_out("FASTRES_BUILD_EXT=0")
+        return leave_out(CPU, "FASTRES_BUILD_EXT=0") or {}
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-    if not sources:
-        return leave_out("there are no sources under csrc/")
-    reason = missing_tool()
+    reason = missing_tool() if sources else "there are no sources under csrc/"
     if reason:
-        return leave_out(reason)
+        return leave_out(CPU, reason) or {}
     try:
         import pybind11
         import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        return leave_out(f"{error}; install torch and pybind11 and build with --no-build-isolation")
+        return leave_out(CPU, f"{error}; install torch and pybind11 and build with --no-build-isolation") or {}
 
     class Build(BuildExtension):
         def build_extensions(self):
             cxx = os.environ["CXX"]
-            print(f"fastres: building fastres._C with {cxx} for torch >= 2.11 (here {torch.__version__})", flush=True)
-            try:
-                super().build_extensions()
-            except Exception as error:  # distutils, ninja and torch each raise their own
-                for ext in self.extensions:
-                    ext.optional = True
-                    # No older binary may pass for this one: neither the one built before, nor one beside the sources.
-                    built = Path(self.get_ext_fullpath(ext.name))
-                    for stale in (built, ROOT / "fastres" / built.name):
-                        stale.unlink(missing_ok=True)
-                leave_out(f"the compilation failed ({error}); the compiler's messages are above")
+            print(f"fastres: building {CPU} with {cxx} for torch >= 2.11 (here {torch.__version__})", flush=True)
+            whole = self.extensions
+            for one in whole:  # apart: one may fail alone
+                self.extensions = [one]
+                try:
+                    super().build_extensions()
+                except Exception as error:  # distutils, ninja and torch each raise their own
+                    self.forget(one)
+                    leave_out(one.name, f"the compilation failed ({error}); the compiler's messages are above")
+                    if one.name == CPU:
+                        break
+            self.extensions = whole
 
-    extension = CppExtension(
-        "fastres._C",
+        def build_extension(self, ext):
+            temporary = self.build_temp
+            self.build_temp = os.path.join(temporary, ext.name)  # both compile csrc/module.cpp
+            try:
+                super().build_extension(ext)
+            finally:
+                self.build_temp = temporary
+
+        def forget(self, failed):
+            """No older binary may pass for this one: neither the one built before, nor one beside the sources."""
+            for ext in self.extensions if failed.name == CUDA else self.distribution.ext_modules:
+                ext.optional = True
+                built = Path(self.get_ext_fullpath(ext.name))
+                for stale in (built, ROOT / "fastres" / built.name):
+                    stale.unlink(missing_ok=True)
+
+    def extension(name, **options):
+        # PyPI's pybind11 comes before torch's bundled copy, which refuses TORCH_TARGET_VERSION.
+        return CppExtension(name, include_dirs=[str(ROOT / "csrc"), pybind11.get_include()], **options)
+
+    cpu = extension(
+        CPU,
         sources=sources,
         depends=sorted(glob("csrc/*.h") + glob("csrc/cpu/*.h")),
-        # PyPI's pybind11 comes before torch's bundled copy, which refuses TORCH_TARGET_VERSION.
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
-        extra_compile_args={"cxx": [*CXX_FLAGS, f'-DFASTRES_CXX_FLAGS="{" ".join(CXX_FLAGS)}"']},
+        extra_compile_args={"cxx": [*CXX_FLAGS, f'-DFASTRES_FLAGS="{" ".join(CXX_FLAGS)}"']},
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    cuda = cuda_extension(torch, extension)
+    return {"ext_modules": [cpu] if cuda is None else [cpu, cuda], "cmdclass": {"build_ext": Build}}
 
 
 setup(

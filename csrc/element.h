@@ -10,6 +10,7 @@
 // V is float, or on the host a vector of floats: every line reads the same for both.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -49,6 +50,59 @@ template <class V>
 FASTRES_HD V input_gradient(V g, V x, V mean, V scale, V mean_g, V slope) {
   return ((g - mean_g) - (x - mean) * slope) * scale;
 }
+
+// rstd, both operations correctly rounded: the approximate rsqrt is 2 units off and flushes subnormals. F is float on
+// the device, double on the host.
+template <class F>
+FASTRES_HD F reciprocal_std(F var, F eps) {
+  return F(1) / std::sqrt(var + eps);
+}
+
+// Mean and m2 = sum of squared deviations of a set of values, in fp32 (Welford 1962; merged as by Chan, Golub and LeVeque
+// 1983). Equal values give an m2 of exactly 0. fp32 values should be differences from one value of their channel: where
+// |mean| >> std, fp32 holds those closely enough. Values whose squares overflow give an m2 of inf or NaN (settled_m2).
+struct Welford {
+  static FASTRES_HD void add(float value, float inverse_count, float& mean, float& m2) {  // count: with this value
+    const float delta = value - mean;
+    mean += delta * inverse_count;
+    m2 += delta * (value - mean);
+  }
+  // N values at once: a third of the instructions. The mean must be near them, as one of them is.
+  template <int N>
+  static FASTRES_HD void add(const float (&value)[N], float inverse_count, float& mean, float& m2) {
+    float sum = 0, squares = 0;  // of the differences from the mean so far
+    for (int i = 0; i < N; ++i) {
+      const float delta = value[i] - mean;
+      sum += delta;
+      squares += delta * delta;
+    }
+    const float step = sum * inverse_count;
+    mean += step;
+    m2 += squares - sum * step;
+  }
+  static FASTRES_HD void merge(float& count, float& mean, float& m2, float other_count, float other_mean,
+                               float other_m2) {
+    if (other_count == 0) return;
+    const float total = count + other_count, share = other_count / total, delta = other_mean - mean;
+    mean += delta * share;
+    m2 += other_m2 + delta * (delta * (count * share));  // count 0 stays 0, where delta * delta would be inf
+    count = total;
+  }
+};
+
+// NaN from an overflow is what it stands for, infinity: NaN or inf among the values themselves shows in the mean.
+FASTRES_HD float settled_m2(float mean, float m2) {
+  return m2 != m2 && mean - mean == 0 ? INFINITY : m2;
+}
+
+// Two plain sums: of g and of g * (x - mean).
+struct Sums {
+  static FASTRES_HD void merge(float& count, float& a, float& b, float other_count, float other_a, float other_b) {
+    count += other_count;
+    a += other_a;
+    b += other_b;
+  }
+};
 
 // Count, sum and sum of squared deviations of a set of values. Sums, not means, are merged: they stay exact for
 // integer-valued inputs, and equal means give a delta of exactly 0.

@@ -1,4 +1,5 @@
-// fastres._C: says how the extension was built. Importing it also loads the operators that the other files register.
+// fastres._C, and with FASTRES_CUDA fastres._C_cuda: says how the extension was built. Importing it also loads the
+// operators that the other files register. Two modules, because one with CUDA code loads in a CUDA build of torch alone.
 //
 // pybind11 alone, no torch: the copy of pybind11 that comes with torch refuses the macro that the operators need.
 #if defined(TORCH_TARGET_VERSION)
@@ -12,10 +13,17 @@ constexpr unsigned long long kTorchTarget = 0;
 
 #include <string>
 
+#if defined(FASTRES_CUDA)
+#include "cuda/kernels.h"
+#else
 #include "cpu/isa.h"
+#endif
 
-#if !defined(FASTRES_CXX_FLAGS)
-#define FASTRES_CXX_FLAGS ""
+#if !defined(FASTRES_FLAGS)
+#define FASTRES_FLAGS ""
+#endif
+#if !defined(FASTRES_ARCHITECTURES)
+#define FASTRES_ARCHITECTURES ""
 #endif
 
 namespace py = pybind11;
@@ -40,19 +48,41 @@ py::dict build_info() {
   info["schema_version"] = kSchemaVersion;
   info["torch_target"] = std::to_string(kTorchTarget >> 56 & 0xff) + "." + std::to_string(kTorchTarget >> 48 & 0xff);
   info["compiler"] = compiler();
-  info["flags"] = FASTRES_CXX_FLAGS;
+  info["flags"] = FASTRES_FLAGS;
   info["cxx_std"] = static_cast<long>(__cplusplus);
+#if defined(FASTRES_CUDA)
+  const int version = fastres::cuda_version();
+  info["cuda"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  info["architectures"] = FASTRES_ARCHITECTURES;
+#else
   info["isa_runtime"] = fastres::isa_name(fastres::runtime_isa());
+#endif
   return info;
 }
 
-// Registers and spills of each device kernel; the CPU build has none.
-py::dict kernel_attributes() { return py::dict(); }
+// Resources of each device kernel by its name; the CPU module has none, and neither has a machine without a GPU.
+py::dict kernel_attributes() {
+  py::dict kernels;
+#if defined(FASTRES_CUDA)
+  for (const fastres::KernelAttributes& k : fastres::kernel_attributes()) {
+    py::dict one;
+    one["registers"] = k.registers;
+    one["shared_bytes"] = k.shared_bytes;
+    one["local_bytes"] = k.local_bytes;
+    one["threads"] = k.threads;
+    one["blocks_per_multiprocessor"] = k.blocks;
+    one["architecture"] = k.architecture;
+    kernels[py::str(k.name)] = one;
+  }
+#endif
+  return kernels;
+}
 
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.doc() = "fastres: native CPU kernels, registered with torch on import.";
-  m.def("build_info", &build_info, "How this extension was built, and the instruction set it uses here.");
-  m.def("kernel_attributes", &kernel_attributes, "Resources of each device kernel: {} in the CPU build.");
+  m.doc() = "fastres: native kernels, registered with torch on import.";
+  m.def("build_info", &build_info, "How this extension was built, and for what.");
+  m.def("kernel_attributes", &kernel_attributes,
+        "Registers, memory and occupancy of each device kernel; creates a CUDA context. {} without a GPU.");
 }

@@ -32,9 +32,21 @@ inline void check_cpu(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
 }
 
-// `t` must look like `like` in shape and dtype: the kernels walk both with one set of offsets.
+inline bool on_one_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() ? b.is_cpu() : a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
+}
+inline std::string device_string(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+inline void check_device(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(on_one_device(t, like), name, ": expected device ", device_string(like), " as ", like_name, ", got ",
+                  device_string(t), " (shape ", shape_string(t), ", dtype ", toString(t.scalar_type()), ")");
+}
+
+// `t` must look like `like` in device, shape and dtype: the kernels walk both with one set of offsets.
 inline void check_same(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
-  check_cpu(t, name);
+  check_device(t, name, like, like_name);
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected dtype ", toString(like.scalar_type()),
                   " as ", like_name, ", got ", toString(t.scalar_type()));
   const auto sizes = t.sizes(), wanted = like.sizes();
@@ -56,31 +68,35 @@ inline void check_layout(const Tensor& t, const char* name, bool channels_last) 
   }
 }
 
-inline void check_channels(const Tensor& t, const char* name, int64_t channels) {
-  check_cpu(t, name);
+// `like`: the tensor whose channels these are.
+inline void check_channels(const Tensor& t, const char* name, int64_t channels, const Tensor& like,
+                           const char* like_name) {
+  check_device(t, name, like, like_name);
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected dtype Float, got ",
                   toString(t.scalar_type()));
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.is_contiguous(), name, ": expected a contiguous [",
                   channels, "], got ", shape_string(t));
 }
 
-// Uninitialised, with the dtype, sizes and strides of `like`, on the CPU. Straight to the allocator: through the
-// dispatcher, as torch::stable::empty_like goes, it takes as long as a small kernel.
+// Uninitialised, on the device of `like`. Straight to torch's allocator: through the dispatcher, as
+// torch::stable::empty_like goes, it takes as long as a small kernel.
 inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
-                            torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype) {
+                            torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype, const Tensor& like) {
   AtenTensorHandle handle = nullptr;
+  const bool cpu = like.is_cpu();
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
+                                                  dtype, cpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda(),
+                                                  cpu ? 0 : like.get_device_index(), &handle));
   return Tensor(handle);
 }
-inline Tensor empty_as(const Tensor& like) {
+inline Tensor empty_as(const Tensor& like) {  // its dtype, sizes and strides
   int32_t dtype = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty_strided(like.sizes(), like.strides(), dtype);
+  return empty_strided(like.sizes(), like.strides(), dtype, like);
 }
-inline Tensor empty_channels(int64_t channels) {  // [C], fp32
+inline Tensor empty_channels(int64_t channels, const Tensor& like) {  // [C], fp32
   const int64_t one = 1;
-  return empty_strided({&channels, 1}, {&one, 1}, aoti_torch_dtype_float32());
+  return empty_strided({&channels, 1}, {&one, 1}, aoti_torch_dtype_float32(), like);
 }
 
 template <class T>
@@ -128,7 +144,7 @@ inline bool is_canonically_contiguous(const Tensor& t) {
 inline bool looks_like(const OptionalTensor& t, const Tensor& like) {
   if (!t) return true;
   const auto size = t->sizes(), stride = t->strides(), size_wanted = like.sizes(), stride_wanted = like.strides();
-  return t->is_cpu() && t->scalar_type() == like.scalar_type() && t->dim() == like.dim() &&
+  return on_one_device(*t, like) && t->scalar_type() == like.scalar_type() && t->dim() == like.dim() &&
          std::equal(size.begin(), size.end(), size_wanted.begin()) &&
          std::equal(stride.begin(), stride.end(), stride_wanted.begin());
 }
@@ -136,6 +152,16 @@ inline bool looks_like(const OptionalTensor& t, const Tensor& like) {
 inline bool has_kernel_dtype(const Tensor& t) {
   const ScalarType dtype = t.scalar_type();
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+}
+
+// A contiguous [C] in fp32 on the device of `like`, or nothing.
+inline bool is_per_channel(const OptionalTensor& t, int64_t channels, const Tensor& like) {
+  return !t || (on_one_device(*t, like) && t->scalar_type() == ScalarType::Float && t->dim() == 1 &&
+                t->size(0) == channels && t->stride(0) == 1);
+}
+// One int64 on the device of `like`, or nothing.
+inline bool is_counter(const OptionalTensor& t, const Tensor& like) {
+  return !t || (on_one_device(*t, like) && t->numel() == 1 && t->scalar_type() == ScalarType::Long);
 }
 
 // Calls f with a value of the element type of `t`: float, BFloat16 or Half (element.h).

@@ -18,7 +18,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
-import torch  # noqa: F401  (loads the shared libraries that the extension modules link to)
+import torch  # loads the shared libraries that the extension modules link to
 
 # Raised by one whenever a schema of an `_<op>_native` operator changes; csrc/module.cpp carries the same number.
 SCHEMA_VERSION = 2
@@ -69,6 +69,8 @@ class _Native:
             self._settled = True
 
     def _import(self) -> tuple[ModuleType | None, str | None]:
+        if self.backend == "cuda" and torch.version.cuda is None:
+            return None, f"{self.name} needs a CUDA build of torch; this one has none"
         try:
             module = import_module(self.name)
         except ModuleNotFoundError as error:
@@ -94,7 +96,7 @@ class _Native:
                 f"{stem}{EXTENSION_SUFFIXES[0]}); build it again: {REBUILD}"
             )
         if self.backend == "cuda":
-            return f"{self.name} is not part of this build"
+            return f"{self.name} is not part of this build: where nvcc is installed, {REBUILD}"
         return f"{self.name} is not built: install a C++ compiler and Python's headers, then {REBUILD}"
 
 
@@ -125,3 +127,36 @@ def why_not_cuda() -> str | None:
 def build_info() -> dict[str, object]:
     """How `fastres._C` was built (compiler, flags, torch target, schema version); empty when it is not loaded."""
     return _CPU.build_info()
+
+
+def build_info_cuda() -> dict[str, object]:
+    """The same of `fastres._C_cuda`, with CUDA's release and the architectures; empty when it is not loaded."""
+    return _CUDA.build_info()
+
+
+def kernel_attributes() -> dict[str, dict[str, object]]:
+    """Registers, shared memory and occupancy of each CUDA kernel, by its name; creates a CUDA context.
+
+    Empty where `fastres._C_cuda` is not loaded or there is no GPU.
+    """
+    module = native_cuda()
+    return {} if module is None else {name: dict(found) for name, found in module.kernel_attributes().items()}
+
+
+def why_not_architecture(capability: tuple[int, int], architectures: str) -> str | None:
+    """Why a build for `architectures`, as in TORCH_CUDA_ARCH_LIST, does not run at `capability`; None where it does.
+
+    Code for 8.0 runs on 8.0 to 8.9, code for 9.0a on 9.0 alone; "+PTX" is compiled by the driver for what is newer.
+    """
+    for name in architectures.replace(" ", ";").split(";"):
+        number, _, ptx = name.partition("+")
+        own = number[-1:] in ("a", "f")
+        major, _, minor = number.rstrip("af").partition(".")
+        if not (major.isdecimal() and minor.isdecimal()):
+            continue  # a family's name, such as Ampere: torch expands it, and no promise is made here
+        built = int(major), int(minor)
+        if capability == built or (not own and capability >= built and (ptx == "PTX" or capability[0] == built[0])):
+            return None
+    return (
+        f"fastres._C_cuda has no code for compute capability {capability[0]}.{capability[1]}: built for {architectures}"
+    )

@@ -70,9 +70,13 @@ class Info(dict[str, Any]):
                 *([] if self["gpus"] else [("gpu", self["cuda"]["reason"])]),
             ],
         )
-        extension = self["extension"]
-        built = ", ".join(f"{key} {value}" for key, value in extension["build"].items())
-        section("extension", [("fastres._C", extension["why_not"] or f"loaded: {built}")])
+        rows = []
+        for name, module in (("fastres._C", self["extension"]), ("fastres._C_cuda", self["cuda_extension"])):
+            built = ", ".join(f"{key} {value}" for key, value in module["build"].items())
+            rows.append((name, module["why_not"] or f"loaded: {built}"))
+        section("extension", rows)
+        if self["cuda_extension"]["kernels"]:
+            section("kernels on the GPU", [(n, _kernel_line(k)) for n, k in self["cuda_extension"]["kernels"].items()])
         for device, operators in self["operators"].items():
             rows = []
             for operator, backends in operators.items():
@@ -95,8 +99,9 @@ def info(*, init_cuda: bool = False) -> Info:
             are asked about the GPU only where a context exists already.
 
     Returns:
-        A dictionary with the keys fastres, python, platform, versions, cpu, gpus, cuda, extension, dtypes, operators
-        (device -> operator -> backend -> refusals, empty where it can run), environment and fixes. `str()` of it is
+        A dictionary with the keys fastres, python, platform, versions, cpu, gpus, cuda, extension, cuda_extension
+        (with the kernels' registers, memory and occupancy where a CUDA context exists), dtypes, operators (device ->
+        operator -> backend -> refusals, empty where it can run), environment and fixes. `str()` of it is
         a page of text.
 
     Example:
@@ -121,6 +126,7 @@ def info(*, init_cuda: bool = False) -> Info:
         gpus=gpus,
         cuda=cuda,
         extension=_extension_info(),
+        cuda_extension=_cuda_extension_info(kernels="cuda" in devices),
         dtypes=[str(dtype).removeprefix("torch.") for dtype in _DTYPES],
         operators={device: _operators(device) for device in devices},
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
@@ -242,6 +248,27 @@ def _extension_info() -> dict[str, Any]:
     return {"why_not": why_not, "build": {} if why_not else dict(_extension.build_info())}
 
 
+def _cuda_extension_info(kernels: bool) -> dict[str, Any]:
+    why_not = _extension.why_not_cuda() or None
+    build = {} if why_not else dict(_extension.build_info_cuda())
+    return {"why_not": why_not, "build": build, "kernels": _kernels() if kernels and build else {}}
+
+
+def _kernels() -> dict[str, dict[str, Any]]:
+    """The CUDA kernels' resources; of a GPU that none of them has code for, none: the operators' refusals say why."""
+    try:
+        return _extension.kernel_attributes()
+    except RuntimeError:
+        return {}
+
+
+def _kernel_line(kernel: dict[str, Any]) -> str:
+    return (
+        f"{kernel['registers']} registers, {kernel['shared_bytes']} B shared, {kernel['local_bytes']} B local, "
+        f"{kernel['blocks_per_multiprocessor']} blocks of {kernel['threads']}, sm_{kernel['architecture']}"
+    )
+
+
 def _operators(device: str) -> dict[str, dict[str, list[str]]]:
     """Operator -> backend -> refusals of an ordinary call in each dtype, named by dtype where only some refuse."""
     table: dict[str, dict[str, list[str]]] = {}
@@ -267,6 +294,11 @@ def _fixes(info: Info) -> list[str]:
         fixes.append(
             "fastres._C: install a C++ compiler, Python's headers and ninja (Debian: apt install g++ python3-dev), then"
             " in the source tree: pip install --no-build-isolation ."
+        )
+    if info["gpus"] and info["cuda"]["version"] and info["cuda_extension"]["why_not"]:
+        fixes.append(
+            f"fastres._C_cuda: install the CUDA {info['cuda']['version']} toolkit (nvcc), then in the source tree: "
+            "pip install --no-build-isolation ."
         )
     if info["gpus"] and info["versions"]["triton"] is None:
         fixes.append("triton: pip install triton")

@@ -26,6 +26,7 @@ def test_info_is_plain_data_with_every_section():
         "gpus",
         "cuda",
         "extension",
+        "cuda_extension",
         "dtypes",
         "operators",
         "environment",

@@ -162,6 +162,8 @@ def test_an_operator_has_one_name_in_every_folder(op):
     files = [f"kernels/{op}.py", f"csrc/cpu/{op}.cpp", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"]
     if op == "conv_act":  # oneDNN is its CPU kernel
         files.remove(f"csrc/cpu/{op}.cpp")
+    else:
+        files.append(f"csrc/cuda/{op}.cu")
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 

@@ -23,6 +23,9 @@ CONV = ("tests/test_triton_interpreter.py::test_lane[lane_conv_act]",)
 STEPS = ("tests/test_conv_steps.py",)
 PROGRAM = ("tests/test_program.py",)
 LARGE = ("tests/test_large.py",)
+EMULATED = ("tests/test_cuda_emulated.py",)
+NATIVE = ("tests/test_native.py",)
+LAUNCH = ("tests/test_cuda_launch.py",)
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,69 @@ class Mutant:
     tests: tuple[str, ...] = OPERATORS
     backend: str = "cpu"
 
-    @property
-    def compiled(self) -> bool:
-        return self.path.startswith("csrc/")
-
 
 MUTANTS = [
+    Mutant("cuda-tail-dropped", "csrc/cuda/add_relu_flat.cu", "V > 1 && blockIdx.x == 0", "V > 9", NATIVE),
+    Mutant(
+        "cuda-barrier-dropped",
+        "csrc/cuda/bn_act_tile.cuh",
+        "    __syncthreads();\n    if (y < rows - half)",
+        "    if (y < rows - half)",
+        EMULATED,
+    ),
+    Mutant(
+        "cuda-shuffle-too-short", "csrc/cuda/bn_act_tile.cuh", "step > 0; step /= 2", "step > 1; step /= 2", EMULATED
+    ),
+    Mutant(
+        "cuda-eps-omitted",
+        "csrc/cuda/bn_act_tile.cuh",
+        "reciprocal_std(var[c.of(k)], eps)",
+        "reciprocal_std(var[c.of(k)], 0.f)",
+        EMULATED,
+    ),
+    Mutant(
+        "cuda-mask-from-the-input",
+        "csrc/cuda/bn_act_backward.cu",
+        "y_pack[u] = load_pack<T, V>(y + offset[u])",
+        "y_pack[u] = load_pack<T, V>(x + offset[u])",
+        EMULATED,
+    ),
+    Mutant("cuda-biased-running-variance", "csrc/cuda/bn_act_forward.cu", "m2 / (n - 1)", "m2 / n", EMULATED),
+    Mutant(
+        "cuda-residual-dropped", "csrc/cuda/bn_act_forward.cu", "if constexpr (kResidual) z[k] += r[k];", "", EMULATED
+    ),
+    Mutant(
+        "cuda-last-parts-missed",
+        "csrc/cuda/bn_act_tile.cuh",
+        "part < parts; part += height",
+        "part + height < parts; part += height",
+        EMULATED,
+    ),
+    Mutant(
+        "cuda-second-channel-of-a-vector", "csrc/cuda/launch.h", "lane >= left ? 1 : 0", "lane > left ? 1 : 0", LAUNCH
+    ),
+    Mutant("cuda-last-chunk-overrun", "csrc/cuda/launch.h", " || vector >= tile_vectors", "", LAUNCH),
+    Mutant(
+        "cuda-int32-offset",
+        "csrc/cuda/launch.h",
+        "return image * row_stride + position;",
+        "return static_cast<int>(image * row_stride + position);",
+        LAUNCH,
+    ),
+    Mutant("cuda-misaligned-vectors", "csrc/cuda/launch.h", "(kVectorBytes - off) / size", "off / size", LAUNCH),
+    Mutant("welford-shares-swapped", "csrc/element.h", "share = other_count / total", "share = count / total", LAUNCH),
+    Mutant(
+        "welford-nothing-times-infinity",
+        "csrc/element.h",
+        "delta * (delta * (count * share))",
+        "delta * delta * (count * share)",
+        LAUNCH,
+    ),
+    Mutant("welford-batch-uncorrected", "csrc/element.h", "m2 += squares - sum * step;", "m2 += squares;", LAUNCH),
+    Mutant("welford-overflow-is-nan", "csrc/element.h", "m2 != m2 && mean - mean == 0", "false", LAUNCH),
+    Mutant(
+        "relu-drops-nan", "csrc/element.h", "return z < floor ? floor : z;", "return z > floor ? z : floor;", NATIVE
+    ),
     Mutant(
         "program-ignores-versions",
         "fastres/inference/program.py",
@@ -301,7 +361,7 @@ def copy_sources(folder: Path) -> None:
 
 def environment(folder: Path, backend: str) -> dict[str, str]:
     own = {"PYTHONPATH": str(folder / "path"), "FASTRES_TEST_BACKENDS": backend}
-    return {**os.environ, **own, "OMP_NUM_THREADS": "1", "FASTRES_BUILD_EXT": "1"}
+    return {**os.environ, **own, "OMP_NUM_THREADS": "1", "FASTRES_BUILD_EXT": "cpu"}
 
 
 def build(folder: Path) -> None:
@@ -334,7 +394,9 @@ def checkout(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "tests", [OPERATORS, INTERPRETER, GEOMETRY, CONV, LARGE], ids=["ops", "lane", "geometry", "conv", "large"]
+    "tests",
+    [OPERATORS, INTERPRETER, GEOMETRY, CONV, LARGE, EMULATED, NATIVE, LAUNCH],
+    ids=["ops", "lane", "geometry", "conv", "large", "emulated", "native", "launch"],
 )
 def test_the_sound_copy_passes(checkout, tests):
     done = run_tests(checkout, tests, "cpu")

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cuda_binary
 from fastres import _extension
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,8 +205,9 @@ def sdist(tree, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory):
-    """Built from the sdist, so that it proves the sdist too."""
-    return pip_wheel(sdist, tmp_path_factory.mktemp("wheel") / "out", FASTRES_BUILD_EXT="1")[0]
+    """Built from the sdist, so that it proves the sdist too; for every architecture."""
+    everything = {"FASTRES_BUILD_EXT": "1", "TORCH_CUDA_ARCH_LIST": ""}
+    return pip_wheel(sdist, tmp_path_factory.mktemp("wheel") / "out", **everything)[0]
 
 
 # The loader
@@ -386,6 +388,19 @@ class TestInstalled:
         torch_libraries = {name for name in needed if name.startswith(("libtorch", "libc10"))}
         assert torch_libraries <= {"libtorch.so", "libtorch_cpu.so", "libtorch_python.so", "libc10.so"}
         assert not [name for name in needed if "cuda" in name]
+
+    def test_the_wheel_has_cuda_code_for_every_architecture(self, wheel, tmp_path):
+        """And its binary finds torch by name alone, and CUDA's runtime in itself."""
+        tool = cuda_binary.tool("cuobjdump")
+        if torch.version.cuda is None or shutil.which("nvcc") is None or tool is None:
+            pytest.skip("no nvcc, no CUDA build of torch or no cuobjdump")
+        shutil.unpack_archive(wheel, tmp_path / "files", "zip")
+        (binary,) = (tmp_path / "files/fastres").glob("_C_cuda.*.so")
+        assert set(cuda_binary.kernels(str(binary))) == {"sm_80", "sm_90a", "sm_100"}
+        assert ".sm_100.ptx" in run(tool, "--list-ptx", binary, cwd=tmp_path).output
+        if shutil.which("readelf") is not None:
+            dynamic = run("readelf", "-d", binary, cwd=tmp_path).output
+            assert "RPATH" not in dynamic and "RUNPATH" not in dynamic and "libcudart" not in dynamic
 
     def test_install_from_the_tree(self, tree, tmp_path):
         python = make_venv(tmp_path / "venv")

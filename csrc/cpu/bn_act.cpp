@@ -152,10 +152,10 @@ void bn_act(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor
   };
   if (residual) check_activation(*residual, "residual");
   check_activation(y, "y");
-  if (weight) check_channels(*weight, "weight", shape.channels);
-  if (bias) check_channels(*bias, "bias", shape.channels);
-  check_channels(mean, "mean", shape.channels);
-  check_channels(var, "var", shape.channels);
+  if (weight) check_channels(*weight, "weight", shape.channels, x, "x");
+  if (bias) check_channels(*bias, "bias", shape.channels, x, "x");
+  check_channels(mean, "mean", shape.channels, x, "x");
+  check_channels(var, "var", shape.channels, x, "x");
   forward(shape, x, weight, bias, residual, y, mean, var, training, eps, is_relu(act));
 }
 
@@ -175,7 +175,7 @@ void bn_act_backward(Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weigh
   check_activation(dx, "dx");
   check_activation(dresidual, "dresidual");
   const auto check_parameter = [&](const OptionalTensor& t, const char* name) {
-    if (t) check_channels(*t, name, shape.channels);
+    if (t) check_channels(*t, name, shape.channels, dy, "dy");
   };
   check_parameter(weight, "weight");
   check_parameter(mean, "mean");
@@ -192,11 +192,6 @@ void bn_act_backward(Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weigh
 // ---- The whole call, for the tensors that networks are made of: allocates, computes, and moves the running statistics.
 // Nothing is returned, and nothing has happened, where the call is another: ops/bn_act.py then takes the general way,
 // which knows every layout and dtype, and says what is wrong with bad input.
-
-bool is_per_channel(const OptionalTensor& t, int64_t channels) {
-  return !t || (t->is_cpu() && t->scalar_type() == ScalarType::Float && t->dim() == 1 && t->size(0) == channels &&
-                t->stride(0) == 1);
-}
 
 // running = (1 - momentum) * running + momentum * value * correction
 void move(const OptionalTensor& running, const Tensor& value, double momentum, double correction) {
@@ -216,16 +211,13 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_direct(
   if (!channels_last || !x.is_cpu() || !has_kernel_dtype(x) || !looks_like(residual, x)) return {};
   const Shape shape(x, *channels_last);
   for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
-    if (!is_per_channel(*t, shape.channels)) return {};
+    if (!is_per_channel(*t, shape.channels, x)) return {};
   }
-  if (num_batches_tracked && (!num_batches_tracked->is_cpu() || num_batches_tracked->numel() != 1 ||
-                              num_batches_tracked->scalar_type() != ScalarType::Long)) {
-    return {};
-  }
+  if (!is_counter(num_batches_tracked, x)) return {};
   const int64_t count = shape.numel / shape.channels;
   if (training ? count == 1 : !(running_mean && running_var)) return {};
 
-  const Tensor y = empty_as(x), mean = empty_channels(shape.channels), var = empty_channels(shape.channels);
+  const Tensor y = empty_as(x), mean = empty_channels(shape.channels, x), var = empty_channels(shape.channels, x);
   if (!training) {  // copies: backward uses the statistics of this forward, whatever happens to the buffers in between
     std::copy_n(input<float>(running_mean), shape.channels, output<float>(mean));
     std::copy_n(input<float>(running_var), shape.channels, output<float>(var));
@@ -249,10 +241,10 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> bn_ac
     return {};
   }
   const Shape shape(x, *channels_last);
-  if (!is_per_channel(weight, shape.channels)) return {};
+  if (!is_per_channel(weight, shape.channels, x)) return {};
   const auto wanted = [&](int bit, auto make) { return needs >> bit & 1 ? OptionalTensor(make()) : OptionalTensor(); };
   const auto activation = [&] { return empty_as(x); };
-  const auto per_channel = [&] { return empty_channels(shape.channels); };
+  const auto per_channel = [&] { return empty_channels(shape.channels, x); };
   const OptionalTensor dx = wanted(0, activation), dweight = wanted(1, per_channel), dbias = wanted(2, per_channel),
                        dresidual = wanted(3, activation);
   backward(shape, dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, training, eps, relu);

@@ -87,6 +87,20 @@ def why_not_cpu(x: Tensor) -> list[str]:
     return [missing] if missing else []
 
 
+def why_not_cuda(x: Tensor) -> list[str]:
+    """Refusals of the CUDA C++ kernels."""
+    if x.device.type != "cuda":
+        return [f"x is on {x.device}, the kernel runs on cuda"]
+    if x.dtype not in KERNEL_DTYPES:
+        return [f"dtype {x.dtype} runs through the reference"]
+    missing = _extension.why_not_cuda()
+    if missing:
+        return [missing]
+    built_for = str(_extension.build_info_cuda().get("architectures", ""))
+    unfit = _extension.why_not_architecture(torch.cuda.get_device_capability(x.device), built_for)
+    return [unfit] if unfit else []
+
+
 @cache
 def _triton_missing() -> bool:
     return importlib.util.find_spec("triton") is None

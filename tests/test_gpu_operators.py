@@ -1,15 +1,13 @@
-"""The Triton kernels on a GPU: real shapes in every dtype against fp64, above 2^31 elements, streams, repeats."""
+"""The Triton and the CUDA C++ kernels on a GPU: real shapes in every dtype against fp64, above 2^31 elements, streams,
+graphs, repeats. Each test runs once per backend; what the C++ alone has is in test_gpu_native.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
-from fastres.kernels.add_relu import add_relu_backward, add_relu_forward  # noqa: E402
-from fastres.kernels.bn_act import bn_act_backward, bn_act_forward  # noqa: E402
-
-from referee import assert_as_good  # noqa: E402
+import fastres.ops  # noqa: F401  (declares the operators that fastres._C_cuda implements)
+from fastres import _dispatch
+from referee import assert_as_good
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,8 +21,41 @@ ODD = [(3, 3, 17, 19), (2, 65, 7, 7), (5, 129, 1, 1), (2**17 + 1, 1, 1, 1), (1, 
 EPS = 1e-5
 
 
+@pytest.fixture(autouse=True, params=("triton", "cuda"))
+def backend(request):
+    """Every test runs on both; `chosen` is the backend that it runs on."""
+    global chosen
+    chosen = {name: _dispatch.OPERATORS[name].backends[request.param] for name in ("add_relu", "bn_act")}
+    reasons = _dispatch.refusals(chosen["bn_act"], torch.empty(1, 1, 1, 1, device="cuda"))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    return request.param
+
+
+def add_relu_forward(*tensors):
+    chosen["add_relu"].forward(*tensors)
+
+
+def add_relu_backward(*tensors):
+    chosen["add_relu"].backward(*tensors)
+
+
+def bn_act_forward(*tensors, **attributes):
+    chosen["bn_act"].forward(*tensors, **attributes)
+
+
+def bn_act_backward(*tensors, **attributes):
+    chosen["bn_act"].backward(*tensors, **attributes)
+
+
 def random(shape, dtype, layout, scale=1.0, shift=0.0):
     return (torch.randn(shape, device="cuda") * scale + shift).to(dtype).contiguous(memory_format=layout)
+
+
+def shifted(t, offset):
+    """The same values and strides, `offset` elements off an aligned address."""
+    flat = torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)
+    return flat.as_strided(t.shape, t.stride(), offset).copy_(t)
 
 
 def how(layout, training, act="relu"):
@@ -137,6 +168,54 @@ def test_row11_mean_far_above_std(layout):
     x = torch.full((8, 64, 14, 14), 1e6 + 0.3, device="cuda").contiguous(memory_format=layout)
     y, *_ = forward(x, bias, bias, None, layout=layout, act="none")
     assert torch.equal(y, bias.view(1, -1, 1, 1).expand_as(y))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("nhwc", "nchw"))
+@pytest.mark.parametrize("c", (1, 2, 3, 5, 7, 9, 15, 17, 31, 33, 63, 65, 127, 129, 255, 257, 1000))
+def test_row9_any_number_of_channels_and_misaligned_tensors(c, layout):
+    for size, offset, dtype in ((7, 0, torch.float16), (5, 1, torch.float16), (8, 1, torch.float32)):
+        shape = (3, c, size, size)
+        x, residual, dy = (shifted(random(shape, dtype, layout), offset) for _ in range(3))
+        weight, bias = torch.randn(2, c, device="cuda")
+        y, mean, var = forward(x, weight, bias, residual, layout=layout)
+        want, *_ = eager(*double(x, weight, bias, residual, None, None, dy))
+        assert (y - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+        dx, dweight, dbias, dresidual = backward(dy, x, y, weight, mean, var, True, layout)
+        g = torch.where(y <= 0, 0, dy).double()
+        assert torch.equal(dresidual, g.to(dtype))
+        torch.testing.assert_close(dbias.double(), g.sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+        rstd = (var.double() + EPS).rsqrt().view(1, -1, 1, 1)
+        x_hat = (x.double() - mean.double().view(1, -1, 1, 1)) * rstd
+        torch.testing.assert_close(dweight.double(), (g * x_hat).sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
+        centred = g - g.mean((0, 2, 3), keepdim=True) - x_hat * (g * x_hat).mean((0, 2, 3), keepdim=True)
+        want = centred * rstd * weight.double().view(1, -1, 1, 1)
+        assert (dx - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=("nhwc", "nchw"))
+def test_row27_graph_capture_and_replay(layout):
+    x, dy, residual = (random((8, 64, 28, 28), torch.float16, layout) for _ in range(3))
+    weight = torch.randn(64, device="cuda")
+
+    def step():
+        y, mean, var = forward(x, weight, weight, residual, layout=layout)
+        return [y, mean, var, *backward(dy, x, y, weight, mean, var, True, layout)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # what is compiled and loaded on the first call
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        x.normal_(seed)
+        dy.normal_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("nhwc", "nchw"))

@@ -1,0 +1,145 @@
+"""A native operator's call and what fp64 makes of it: shared by the CPU kernels, the CUDA kernels and their emulation.
+
+Outputs live in the middle of buffers of NaN whose edges must stay NaN: a write out of bounds is a failure. Every tensor
+can start one element after an aligned address.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import emulation
+import fastres.ops  # noqa: F401  (declares the operators that the modules implement)
+from fastres import _extension
+
+EDGE = 32
+
+
+class Lane:
+    """Where a test runs: the operators by their names in torch.ops.fastres, and the device of their tensors."""
+
+    def __init__(self, name):
+        self.name = name
+        self.device = "cuda" if name == "cuda" else "cpu"
+        self.exact_sums = name == "cpu"  # in fp64; on a GPU in fp32
+        self.ops = emulation.kernels() if name == "emulated" else torch.ops.fastres
+        reason = {"cpu": _extension.why_not_cpu, "cuda": _extension.why_not_cuda}.get(name, lambda: None)()
+        if reason:
+            pytest.skip(reason)
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+LANES = [pytest.param("cpu"), pytest.param("emulated"), pytest.param("cuda", marks=GPU)]
+
+
+def dense(shape, dtype, channels_last=False, offset=0, device="cpu"):
+    """A dense tensor of this order in the middle of a buffer of NaN, `offset` elements off an aligned address."""
+    count = torch.Size(shape).numel()
+    whole = torch.full((count + 2 * EDGE + offset,), float("nan"), dtype=dtype, device=device)
+    flat = whole[EDGE + offset :][:count]
+    if not channels_last:
+        return flat.view(shape)
+    n, c, h, w = shape
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def edges_untouched(t):
+    whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    before, after = t.storage_offset(), t.storage_offset() + t.numel()
+    return bool(whole[:before].isnan().all() and whole[after:].isnan().all())
+
+
+def randn(shape, dtype, channels_last=False, offset=0, scale=1.0, shift=0.0, device="cpu"):
+    return dense(shape, dtype, channels_last, offset, device).copy_(torch.randn(shape) * scale + shift)
+
+
+def per_channel(values):
+    return values.view(1, -1, 1, 1)
+
+
+class Case:
+    """Inputs of one call, and what fp64 makes of them."""
+
+    def __init__(
+        self, lane, shape, dtype, channels_last, *, training=True, act="relu", residual=True, affine=True, offset=0
+    ):
+        c = shape[1]
+        self.ops, self.device, self.exact_sums = lane.ops, lane.device, lane.exact_sums
+        self.shape, self.dtype, self.channels_last, self.offset = shape, dtype, channels_last, offset
+        self.training, self.act, self.eps = training, act, 1e-3
+        self.x = randn(shape, dtype, channels_last, offset, scale=2.0, shift=0.5, device=self.device)
+        self.residual = randn(shape, dtype, channels_last, offset, device=self.device) if residual else None
+        self.dy = randn(shape, dtype, channels_last, offset, device=self.device)
+        self.weight, self.bias = torch.randn(2, c, device=self.device) if affine else (None, None)
+        self.mean, self.var = torch.randn(c, device=self.device), torch.rand(c, device=self.device) + 0.5
+
+    def out(self, wanted=True):
+        return dense(self.shape, self.dtype, self.channels_last, self.offset, self.device) if wanted else None
+
+    def forward(self):
+        y, mean, var = self.out(), self.mean.clone(), self.var.clone()
+        self.ops._bn_act_native(
+            self.x, self.weight, self.bias, self.residual, y, mean, var, self.channels_last, self.training, self.eps,
+            self.act,
+        )  # fmt: skip
+        assert edges_untouched(y)
+        return y, mean, var
+
+    def backward(self, y, mean, var, needs=(True, True, True, True)):
+        c = self.shape[1]
+        dx, dresidual = self.out(needs[0]), self.out(needs[3])
+        dweight, dbias = (torch.full((c,), float("nan"), device=self.device) if need else None for need in needs[1:3])
+        self.ops._bn_act_backward_native(
+            self.dy, self.x, y if self.act == "relu" else None, self.weight, mean, var, dx, dweight, dbias, dresidual,
+            self.channels_last, self.training, self.eps, self.act,
+        )  # fmt: skip
+        assert all(edges_untouched(t) for t in (dx, dresidual) if t is not None)
+        return dx, dweight, dbias, dresidual
+
+    def forward64(self):
+        x = self.x.double()
+        mean, var = self.mean.double(), self.var.double()
+        if self.training:
+            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+        z = (x - per_channel(mean)) * per_channel((var + self.eps).rsqrt())
+        if self.weight is not None:
+            z = z * per_channel(self.weight.double()) + per_channel(self.bias.double())
+        if self.residual is not None:
+            z = z + self.residual.double()
+        return (torch.where(z < 0, 0.0, z) if self.act == "relu" else z), mean, var
+
+    def backward64(self, y, mean, var):
+        dy, x = self.dy.double(), self.x.double()
+        g = torch.where(y <= 0, 0.0, dy) if self.act == "relu" else dy
+        rstd = (var.double() + self.eps).rsqrt()
+        x_hat = (x - per_channel(mean.double())) * per_channel(rstd)
+        dbias, dweight = g.sum((0, 2, 3)), (g * x_hat).sum((0, 2, 3))
+        n = x.numel() / x.shape[1]
+        dx = g - (per_channel(dbias) + x_hat * per_channel(dweight)) / n if self.training else g
+        dx = dx * per_channel(rstd * (1.0 if self.weight is None else self.weight.double()))
+        return dx, dweight, dbias, g
+
+
+def assert_close(got, want, ulps32, scale=1.0):
+    """Within half a unit in the last place of the dtype, and fp32's noise at the scale of what was added up."""
+    half_ulp = 0.0 if got.dtype == torch.float32 else 0.502 * torch.finfo(got.dtype).eps
+    atol = ulps32 * 2**-24 * max(scale, want.abs().max().item()) + (1e-7 if got.dtype == torch.float16 else 0.0)
+    torch.testing.assert_close(got.double(), want.double(), rtol=half_ulp, atol=atol)
+
+
+def check(case):
+    y, mean, var = case.forward()
+    want_y, want_mean, want_var = case.forward64()
+    assert_close(mean, want_mean, 4 if case.exact_sums else 8, case.x.abs().max().item())  # measured: 4.04 in fp32
+    torch.testing.assert_close(var.double(), want_var, rtol=2e-6, atol=1e-7)  # measured: 1e-6
+    assert_close(y, want_y, 24)
+    n = y.numel() // y.shape[1]
+    got, wanted = case.backward(y, mean, var), case.backward64(y, mean, var)
+    for g, w, scale in zip(got, wanted, (1, n**0.5, n**0.5, 1), strict=True):
+        assert_close(g, w, 64, scale)
+    return y, mean, var, *got
+
+
+def same(a, b):
+    return all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
