@@ -127,7 +127,7 @@ def test_row5_wrong_tensors_are_named_and_leave_no_error_behind():
     assert torch.isfinite(base[4]).all()
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
 def test_row28_the_tensors_own_device_is_used():
     x = torch.randn(4, 16, 8, 8, device="cuda:1")
     with torch.cuda.device(0):
