@@ -131,6 +131,14 @@ class FrozenModel(nn.Module):
         self._exact = Exact()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.images_at_a_time and len(args) == 1 and not kwargs:
+            images = args[0]
+            if isinstance(images, Tensor) and images.ndim == 4 and len(images) > self.images_at_a_time:
+                if goes_straight(images):
+                    return self._in_parts(images, self.images_at_a_time)
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = map_tensors((args, kwargs), self._prepare, "")
         if self._overwrites and (kwargs or not all(isinstance(arg, Tensor) for arg in args)):
             self.overwrite_residuals(False)  # a call unlike the example may keep what the example did not
@@ -142,15 +150,11 @@ class FrozenModel(nn.Module):
             if replayed:
                 return output
         with torch.no_grad():
-            if self.images_at_a_time and len(args) == 1 and not kwargs and isinstance(args[0], Tensor):
-                return self._in_parts(args[0], self.images_at_a_time)
             return self._programs.run(self.module, args, kwargs)
 
     def _in_parts(self, images: Tensor, count: int) -> Any:
-        """A few images at a time: activations stay in cache, and below the size that malloc maps and faults in anew."""
-        if images.ndim != 4 or len(images) <= count or not goes_straight(images):
-            return self._programs.run(self.module, (images,), {})
-        parts = [tree_flatten(self._programs.run(self.module, (part,), {})) for part in images.split(count)]
+        """A few images at a time: inputs and activations stay in cache, and below the size that malloc maps anew."""
+        parts = [tree_flatten(self._run((part,), {})) for part in images.detach().split(count)]
         joined = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in parts), strict=True)]
         return tree_unflatten(joined, parts[0][1])
 
