@@ -179,7 +179,8 @@ def test_row9_any_number_of_channels_and_misaligned_tensors(c, layout):
         weight, bias = torch.randn(2, c, device="cuda")
         y, mean, var = forward(x, weight, bias, residual, layout=layout)
         want, *_ = eager(*double(x, weight, bias, residual, None, None, dy))
-        assert (y - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+        ulps = 32 if dtype is torch.float32 else 4  # as in native_case.check
+        assert (y - want).abs().max() <= ulps * torch.finfo(dtype).eps * want.abs().max()
         dx, dweight, dbias, dresidual = backward(dy, x, y, weight, mean, var, True, layout)
         g = torch.where(y <= 0, 0, dy).double()
         assert torch.equal(dresidual, g.to(dtype))
@@ -189,7 +190,7 @@ def test_row9_any_number_of_channels_and_misaligned_tensors(c, layout):
         torch.testing.assert_close(dweight.double(), (g * x_hat).sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
         centred = g - g.mean((0, 2, 3), keepdim=True) - x_hat * (g * x_hat).mean((0, 2, 3), keepdim=True)
         want = centred * rstd * weight.double().view(1, -1, 1, 1)
-        assert (dx - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+        assert (dx - want).abs().max() <= ulps * torch.finfo(dtype).eps * want.abs().max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("nhwc", "nchw"))
