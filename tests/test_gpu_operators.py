@@ -22,7 +22,7 @@ EPS = 1e-5
 
 
 @pytest.fixture(autouse=True, params=("triton", "cuda"))
-def backend(request):
+def kernels(request):
     """Every test runs on both; `chosen` is the backend that it runs on."""
     global chosen
     chosen = {name: _dispatch.OPERATORS[name].backends[request.param] for name in ("add_relu", "bn_act")}
