@@ -131,8 +131,8 @@ MUTANTS = [
     Mutant(
         "program-not-checked",
         "fastres/inference/program.py",
-        "            self._check(program, module, args, kwargs)\n",
-        "",
+        "if not self._agrees(program, module, args, kwargs):\n                    raise",
+        "if False:\n                    raise",
         PROGRAM,
     ),
     Mutant(

@@ -123,6 +123,20 @@ def test_plain_arguments_are_part_of_the_signature():
         assert torch.equal(model(x, k=k), base * k)
 
 
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_both_layouts_have_programs(channels_last):
+    model = frozen()
+    model.use_channels_last(channels_last)
+    model._programs = Programs()
+    for _ in range(3):
+        x = torch.randn(2, 3, 16, 16)
+        with torch.no_grad():
+            wanted = model.module(model._prepare("", x))
+        got, by_program = ran(model, x)
+        assert torch.equal(got, wanted)
+    assert by_program, model.program
+
+
 def test_nan_and_infinity_pass():
     model = frozen()
     x = torch.randn(2, 3, 16, 16)
@@ -168,7 +182,7 @@ def test_a_residual_that_somebody_reads_is_not_written_over(how):
         with torch.no_grad():
             torch.testing.assert_close(got, net(x), rtol=1e-4, atol=1e-4)
         assert torch.equal(x, before)
-    assert by_program
+    assert by_program, model.program
 
 
 def test_the_first_block_behind_a_pool_writes_over_its_residual():
