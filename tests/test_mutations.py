@@ -122,13 +122,6 @@ MUTANTS = [
         PROGRAM,
     ),
     Mutant(
-        "program-writes-over-views",
-        "fastres/inference/program.py",
-        "max(last.get(_storage(t), 0), line)",
-        "0",
-        PROGRAM,
-    ),
-    Mutant(
         "program-not-checked",
         "fastres/inference/program.py",
         "if not self._agrees(program, module, args, kwargs):\n                    raise",
