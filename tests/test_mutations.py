@@ -131,7 +131,7 @@ MUTANTS = [
     Mutant(
         "program-keeps-counting",
         "fastres/inference/program.py",
-        "if written and isinstance(value, Tensor) and id(value) not in self.names:",
+        "if written and isinstance(value, Tensor) and not own:",
         "if False:",
         PROGRAM,
     ),

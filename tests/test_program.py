@@ -218,6 +218,11 @@ def counts(net, x, y):
     return y * net.calls
 
 
+def counts_through_a_view(net, x, y):
+    net.calls.view(1).add_(1)
+    return y
+
+
 def counts_in_python(net, x, y):
     net.number = getattr(net, "number", 0) + 1
     return y * net.number
@@ -237,7 +242,8 @@ class Answer:
 
 
 @pytest.mark.parametrize(
-    "end", [reads_a_value, reads_memory, draws, counts, counts_in_python, finds, returns_an_object]
+    "end",
+    [reads_a_value, reads_memory, draws, counts, counts_through_a_view, counts_in_python, finds, returns_an_object],
 )
 def test_networks_that_keep_running_their_modules(end):
     x = torch.randn(2, 3, 8, 8)
@@ -248,8 +254,9 @@ def test_networks_that_keep_running_their_modules(end):
         outputs.append(got)
         assert not by_program
     assert model.program.startswith("none: it") or model.program.startswith("none: aten")
-    if end is counts:
+    if end in (counts, counts_through_a_view):
         assert "writes to a tensor that is not its own" in model.program
+    if end is counts:
         assert [float(y.max() / outputs[0].max()) > 1 for y in outputs[1:]] == [True] * 3
 
 
@@ -370,6 +377,20 @@ def test_several_threads_at_once():
     for t in threads:
         t.join()
     assert not wrong
+
+
+def test_autocast_is_not_written_down():
+    x = torch.randn(2, 3, 16, 16)
+    inside, outside = frozen(), frozen()
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            assert inside(x).dtype is torch.bfloat16
+            assert outside(x).dtype is torch.bfloat16
+    wanted = outside.module(outside._prepare("", x)).detach()
+    for model in (inside, outside):
+        for _ in range(3):
+            assert model(x).dtype is torch.float32
+            torch.testing.assert_close(model(x), wanted)
 
 
 def test_modes_see_the_operators_and_no_program():

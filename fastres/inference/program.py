@@ -59,6 +59,7 @@ class _Recorder(TorchDispatchMode):
         for t in inputs:
             self.give_name(t)
         self.inputs = {_storage(t) for t in inputs}
+        self.foreign: set[int] = set()  # storages of constants: the network's own tensors
 
     def give_name(self, t: Tensor) -> _Line:
         name = self.names.get(id(t))
@@ -80,6 +81,7 @@ class _Recorder(TorchDispatchMode):
                 self.last_use[known.name] = len(self.lines)
                 return known
             self.kept.append(value)
+            self.foreign.add(_storage(value))
             return self.constant(value, "c")
         if isinstance(value, _PLAIN) and not (isinstance(value, float) and not math.isfinite(value)):
             return value
@@ -91,7 +93,8 @@ class _Recorder(TorchDispatchMode):
             raise _Refused(f"it calls {func}")
         for argument, value in zip(func._schema.arguments, args, strict=False):
             written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(value, Tensor) and id(value) not in self.names:
+            own = isinstance(value, Tensor) and id(value) in self.names and _storage(value) not in self.foreign
+            if written and isinstance(value, Tensor) and not own:
                 raise _Refused(f"{func} writes to a tensor that is not its own")
         output = func(*args, **kwargs)
         leaves, _ = tree_flatten(output)
@@ -180,9 +183,8 @@ class Programs:
     """A frozen network's programs by input signature, made at the second call of one. Copies and pickles are empty."""
 
     def __init__(self) -> None:
-        self._found: dict[
-            Any, tuple[Callable[..., list[Any]], Any] | None
-        ] = {}  # with its outputs' tree; None: seen once
+        # With the tree of its outputs; None: the signature was seen once.
+        self._found: dict[Any, tuple[Callable[..., list[Any]], Any] | None] = {}
         self._guards: _Guards | None = None
         self.refusal = ""
 
@@ -206,7 +208,7 @@ class Programs:
 
     def run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`module(*args, **kwargs)`, by its program where there is one. Call it without gradients."""
-        if self.refusal:
+        if self.refusal or torch.is_autocast_enabled("cpu"):  # casts would be written down with the calls
             return module(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -217,7 +219,8 @@ class Programs:
             found = self._found[key]
         except (KeyError, TypeError):  # TypeError: an argument that is no key
             return self._seen_once(key, module, args, kwargs)
-        if self._guards is not None and not self._guards.hold():
+        guards = self._guards  # another thread may drop it
+        if guards is not None and not guards.hold():
             self._found.clear()
             self._guards = None
             return self._seen_once(key, module, args, kwargs)
@@ -253,9 +256,8 @@ class Programs:
             recorder.overwrite(outputs)
             program = _write(recorder, tensors, outputs)
             if not self._agrees(program, module, args, kwargs):
-                recorder.lines = (
-                    plain  # some of oneDNN's kernels add a residual that they write over first, others last
-                )
+                # a residual that is written over may be added in another order
+                recorder.lines = plain
                 program = _write(recorder, tensors, outputs)
                 if not self._agrees(program, module, args, kwargs):
                     raise _Refused("it answers another input differently")
