@@ -21,42 +21,19 @@ import plot  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
 from judge import AddReluExact, BatchNormExact, judge_operator  # noqa: E402
+from observed import observed  # noqa: E402
 from roofline import Rates  # noqa: E402
 
 SMALL = shapes.Activation(5, 6, 7, shapes.BLOCK_END, 1, 1)
 FAST = measure.Effort(budget_s=0.02, rounds=6, sample_s=1e-4)
 
 
-def observed(network):
-    """(channels, height, width, role) -> how many batch normalisations of torchvision's network see it at 224x224."""
-    models = pytest.importorskip("torchvision.models")
-    with torch.device("meta"):
-        net = getattr(models, network)(weights=None)
-        images = torch.empty(2, 3, 224, 224)
-    counts = {}
-
-    def hook(role):
-        def count(module, inputs, output):
-            key = (*output.shape[1:], role)
-            counts[key] = counts.get(key, 0) + 1
-
-        return count
-
-    last = {"BasicBlock": "bn2", "Bottleneck": "bn3"}
-    for name, module in net.named_modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            parent, _, own = name.rpartition(".")
-            block = type(net.get_submodule(parent)).__name__
-            role = shapes.PROJECTION if parent.endswith("downsample") else shapes.INNER
-            module.register_forward_hook(hook(shapes.BLOCK_END if last.get(block) == own else role))
-    net(images)
-    return counts
-
-
 @pytest.mark.parametrize("network", ["resnet18", "resnet50"])
 def test_shapes_are_torchvisions(network):
     table = {(a.channels, a.height, a.width, a.role): a.counts[network] for a in shapes.ACTIVATIONS}
-    assert {key: count for key, count in table.items() if count} == observed(network)
+    last = {"BasicBlock": "bn2", "Bottleneck": "bn3"}
+    seen = observed(network, torch.nn.BatchNorm2d, last, lambda module, inputs, output: output.shape[1:])
+    assert {key: count for key, count in table.items() if count} == seen
     assert len(table) == len(shapes.ACTIVATIONS)
 
 

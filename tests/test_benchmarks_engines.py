@@ -22,6 +22,7 @@ import roofline  # noqa: E402
 import runtimes  # noqa: E402
 import shapes  # noqa: E402
 from judge import judge_outputs  # noqa: E402
+from observed import observed  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -29,38 +30,16 @@ CPU = torch.device("cpu")
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
 
-def observed(name):
-    """(inputs, outputs, kernel, stride, padding, size, role) -> how many convolutions of torchvision's network."""
-    import torchvision
-
-    with torch.device("meta"):
-        net = getattr(torchvision.models, name)(weights=None)
-        images = torch.empty(2, 3, 224, 224)
-    counts = {}
-
-    def hook(role):
-        def count(module, inputs, output):
-            where = module.kernel_size[0], module.stride[0], module.padding[0], inputs[0].shape[-1], role
-            key = (module.in_channels, module.out_channels, *where)
-            counts[key] = counts.get(key, 0) + 1
-
-        return count
-
-    last = {"BasicBlock": "conv2", "Bottleneck": "conv3"}
-    for path, module in net.named_modules():
-        if isinstance(module, torch.nn.Conv2d):
-            parent, _, own = path.rpartition(".")
-            block = type(net.get_submodule(parent)).__name__
-            role = shapes.PROJECTION if parent.endswith("downsample") else shapes.INNER
-            module.register_forward_hook(hook(shapes.BLOCK_END if last.get(block) == own else role))
-    net(images)
-    return counts
-
-
 @pytest.mark.parametrize("network", ["resnet18", "resnet50"])
 def test_convolutions_are_torchvisions(network):
     table = {(c.inputs, c.outputs, c.kernel, c.stride, c.padding, c.size, c.role): c.counts for c in shapes.CONVS}
-    assert {key: counts[network] for key, counts in table.items() if counts[network]} == observed(network)
+
+    def key(module, inputs, output):
+        where = module.kernel_size[0], module.stride[0], module.padding[0], inputs[0].shape[-1]
+        return module.in_channels, module.out_channels, *where
+
+    seen = observed(network, torch.nn.Conv2d, {"BasicBlock": "conv2", "Bottleneck": "conv3"}, key)
+    assert {key: counts[network] for key, counts in table.items() if counts[network]} == seen
     assert len(table) == len(shapes.CONVS) == len({c.id for c in shapes.CONVS})
 
 

@@ -12,7 +12,6 @@ what was finished. A case with more peers takes the place of the same one with f
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ import roofline
 from fastres.lab.errors import LabError
 from fastres.lab.results import write_json
 from fastres.lab.timing import Timer
+from gpu_run import files
 from gpu_run.clock import cold_timer, copy_bandwidth, state
 from measure import TINY, Case, Effort, Result, measure
 from peers import DTYPES
@@ -273,11 +273,7 @@ def plot(data_path: Path) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gpu_run.bench", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--dry-run", action="store_true")
-    options = parser.parse_args(arguments)
+    options = files.program_options("bench", __doc__, arguments)
     end = time.monotonic() + options.seconds
     device = torch.device("cpu" if options.dry_run else "cuda:0")
     planned = items(device)

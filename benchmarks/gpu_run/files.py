@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,6 +23,15 @@ SUMMARY, RUN, TESTS, BENCH, TUNED, PLOT, LOG = (
 NAMES = (SUMMARY, RUN, TESTS, BENCH, TUNED, PLOT, LOG)
 MOST = 16 << 20  # bytes of a file
 RUN_SCHEMA, RUN_VERSION = "fastres.gpu_run", 1
+
+
+def program_options(name: str, doc: str | None, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a program that writes one of these files: where to, in how many seconds, and whether dry."""
+    parser = argparse.ArgumentParser(prog=f"gpu_run.{name}", description=(doc or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--dry-run", action="store_true")
+    return parser.parse_args(arguments)
 
 
 def write(path: Path, text: str) -> None:

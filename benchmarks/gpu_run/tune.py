@@ -13,7 +13,6 @@ Two thirds of the time are for compiling. What is not reached is not in the file
 
 from __future__ import annotations
 
-import argparse
 import math
 import multiprocessing
 import os
@@ -25,7 +24,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from fastres.kernels import configs, measured
 
 from fastres.lab.results import environment, write_json
 from fastres.lab.timing import interleave, paired_ratio
+from gpu_run import files
 from gpu_run.clock import cold_timer, graphed, state
 from gpu_run.problems import (
     Entry,
@@ -243,11 +242,7 @@ def memory(device: torch.device) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="gpu_run.tune", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
-    parser.add_argument("--dry-run", action="store_true")
-    options = parser.parse_args(arguments)
+    options = files.program_options("tune", __doc__, arguments)
     end = time.monotonic() + options.seconds
     device = torch.device("cpu" if options.dry_run else "cuda:0")
     about = environment(device, " ".join(["gpu_run.tune", *sys.argv[1:]]))
