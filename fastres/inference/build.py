@@ -21,6 +21,7 @@ from fastres.inference.regions import Region, arithmetic, find_regions, norm_nam
 from fastres.inference.report import FreezeRow
 from fastres.nn.fold import Folded, Refusal, fold_affine, norm_affine
 
+
 def build(
     captured: Captured, tensors: Mapping[str, Tensor], dtype: torch.dtype, shared: nn.Module | None = None
 ) -> tuple[fx.GraphModule, list[FreezeRow]]:
@@ -52,16 +53,18 @@ def build(
 
 def _fold(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | Refusal:
     """The weight and bias of a convolution with the affines behind it, in float64, rounded once."""
-    weight, bias = (*region.head.args[1:], None)[:2]
-    channels: int = weight.meta["shape"][0]  # type: ignore[union-attr]
+    arguments: tuple[Any, ...] = (*region.head.args[1:], None)
+    weight, bias = arguments[:2]
+    channels: int = weight.meta["shape"][0]
     device = constants.tensors[next(iter(constants.tensors))].device
     scale = torch.ones(channels, dtype=torch.float64, device=device)
     shift = torch.zeros_like(scale)
     current = region.head
     for node in region.affines:
         if node.target is aten.batch_norm.default:
-            tensors = [None if t is None else constants.exact(t) for t in node.args[1:5]]  # type: ignore[arg-type]
-            affine = norm_affine(tensors[2], tensors[3], tensors[0], tensors[1], node.args[7])  # type: ignore[arg-type]
+            tensors: list[Any] = [None if t is None else constants.exact(t) for t in node.args[1:5]]
+            eps: Any = node.args[7]
+            affine = norm_affine(tensors[2], tensors[3], tensors[0], tensors[1], eps)
             if isinstance(affine, Refusal):
                 return Refusal(affine.code, f"{norm_name(node)}: {affine.message}")
             scale, shift = scale * affine[0], shift * affine[0] + affine[1]
@@ -76,8 +79,8 @@ def _fold(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | 
             else:
                 shift = shift + value if name == "add" else shift - value
         current = node
-    exact_bias = None if bias is None else constants.exact(bias)  # type: ignore[arg-type]
-    result = fold_affine(constants.exact(weight), exact_bias, scale, shift, dtype)  # type: ignore[arg-type]
+    exact_bias = None if bias is None else constants.exact(bias)
+    result = fold_affine(constants.exact(weight), exact_bias, scale, shift, dtype)
     if isinstance(result, Refusal):
         return Refusal(result.code, f"{norm_name(region.affines[0])}: {result.message}")
     return result
@@ -104,7 +107,7 @@ class _Builder:
         self.shared: dict[str, nn.Module] = {}
         for module in shared.modules() if shared is not None else ():
             if "origin" in module.__dict__:
-                self.shared[module.origin] = module
+                self.shared[module.__dict__["origin"]] = module
         self.kept = dict(shared.named_buffers()) if shared is not None else {}
         self.in_norms = {
             n for node in captured.graph.nodes if node.target is aten.batch_norm.default for n in node.args[1:5]
@@ -141,7 +144,7 @@ class _Builder:
             dtype = self.dtype
         kept = self.kept.get(name) if node.op == "get_attr" else None
         fits = kept is not None and kept.shape == node.meta["shape"] and kept.dtype in (dtype, node.meta["dtype"])
-        self.put(name, kept if fits else self.constants.rounded(node, dtype))  # type: ignore[arg-type]
+        self.put(name, kept if fits and kept is not None else self.constants.rounded(node, dtype))
         return self.graph.get_attr(name)
 
     def unique(self, name: str) -> str:
@@ -155,12 +158,12 @@ class _Builder:
 
     def put(self, name: str, value: Tensor | nn.Module) -> None:
         """Under a dotted name, with empty modules above it."""
-        parent = self.root
+        parent: Any = self.root
         *path, leaf = name.split(".")
         for part in path:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module().eval())
-            parent = parent._modules[part]  # type: ignore[assignment]
+            parent = parent._modules[part]
         if isinstance(value, Tensor):
             parent.register_buffer(leaf, value)
         else:
@@ -173,7 +176,11 @@ class _Builder:
                 return self.other_conv(region)
             made: Any = self.conv(region)
         elif region.kind == "norm":
-            if region.stop is None or region.stop.code in ("BATCH_STATISTICS", "NOT_CONSTANT") or len(region.head.meta["shape"]) != 4:
+            if (
+                region.stop is None
+                or region.stop.code in ("BATCH_STATISTICS", "NOT_CONSTANT")
+                or len(region.head.meta["shape"]) != 4
+            ):
                 return self.kept_norm(region)
             made = self.norm(region)
         elif region.kind == "pool_linear":
@@ -203,17 +210,18 @@ class _Builder:
         return ", ".join(self.key(node) for node in nodes)
 
     def conv(self, region: Region) -> str:
-        _, weight, bias, stride, padding, dilation, groups = region.head.args
+        arguments: tuple[Any, ...] = region.head.args
+        _, weight, bias, *where = arguments
         affines = "; ".join(f"{n.target}({self.affine_key(n)})" for n in region.affines)
-        where = stride, padding, dilation, groups
-        key = f"conv({self.keys((weight, bias))}) {where} [{affines}] {region.act} {self.dtype}"
+        key = f"conv({self.keys((weight, bias))}) {tuple(where)} [{affines}] {region.act} {self.dtype}"
 
         def make() -> FrozenConv:
-            tensors = self.folded.get(region.head) or Folded(
-                self.constants.rounded(weight, self.dtype),  # type: ignore[arg-type]
-                None if bias is None else self.constants.rounded(bias, self.dtype),  # type: ignore[arg-type]
+            tensors: Any = self.folded.get(region.head) or (
+                self.constants.rounded(weight, self.dtype),
+                None if bias is None else self.constants.rounded(bias, self.dtype),
             )
-            return FrozenConv.of(*tensors, *where, region.act)  # type: ignore[no-any-return,arg-type]
+            conv: FrozenConv = FrozenConv.of(*tensors, *where, region.act)
+            return conv
 
         name = self.add(module_name(region.head), key, make)
         self.conv_row(name, region)
@@ -239,28 +247,33 @@ class _Builder:
 
     def other_conv(self, region: Region) -> fx.Node:
         """A 1-D or 3-D convolution, or one of an unbatched input: folded, and called as it was."""
-        x, weight, bias, *rest = (*region.head.args, None)[: max(len(region.head.args), 3)]
+        arguments: tuple[Any, ...] = (*region.head.args, None)[: max(len(region.head.args), 3)]
+        x, weight, bias, *rest = arguments
         name = module_name(region.head)
         tensors: Any = self.folded.get(region.head)
         if tensors is None:
-            new = self.value(weight), None if bias is None else self.value(bias)  # type: ignore[arg-type]
+            new = self.value(weight), None if bias is None else self.value(bias)
         else:
             names = [self.unique(f"{name}.{part}") for part in ("weight", "bias")]
             for part, t in zip(names, tensors, strict=True):
                 self.put(part, t)
             new = self.graph.get_attr(names[0]), self.graph.get_attr(names[1])
-        node = self.graph.call_function(region.head.target, (self.value(x), *new, *rest))  # type: ignore[arg-type]
+        target: Any = region.head.target
+        node = self.graph.call_function(target, (self.value(x), *new, *rest))
         self.conv_row(name, region)
         return node
 
     def norm(self, region: Region) -> str:
-        _, *tensors, _, _, eps, _ = region.head.args
+        arguments: tuple[Any, ...] = region.head.args
+        _, *tensors, _, _, eps, _ = arguments
         dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
         names = ("weight", "bias", "running_mean", "running_var")
 
         def make() -> FrozenNorm:
-            values = {n: None if t is None else self.constants.rounded(t, dtype) for n, t in zip(names, tensors, strict=True)}  # type: ignore[arg-type]
-            return FrozenNorm(values, eps, region.act)  # type: ignore[arg-type]
+            values = {
+                n: None if t is None else self.constants.rounded(t, dtype) for n, t in zip(names, tensors, strict=True)
+            }
+            return FrozenNorm(values, eps, region.act)
 
         name = self.add(norm_name(region.head), f"norm({self.keys(tensors)}) {eps} {region.act} {dtype}", make)
         self.norm_row(name, region)
@@ -285,16 +298,21 @@ class _Builder:
         return self.values[node]
 
     def add_relu(self, region: Region) -> str:
-        name = self.add(f"{region.last.meta.get('where') or 'act'}.add_relu", "add_relu", lambda: FrozenAddReLU().eval())
-        self.rows.append(FreezeRow(str(region.last.meta.get("where") or name), "add", "add + relu", "", "one pass", ("add", "relu")))
+        name = self.add(
+            f"{region.last.meta.get('where') or 'act'}.add_relu", "add_relu", lambda: FrozenAddReLU().eval()
+        )
+        self.rows.append(
+            FreezeRow(str(region.last.meta.get("where") or name), "add", "add + relu", "", "one pass", ("add", "relu"))
+        )
         return name
 
     def pool_linear(self, region: Region) -> str:
         _, weight, bias = (*region.last.args, None)[:3]
 
         def make() -> PoolLinear:
-            values = [None if t is None else self.constants.rounded(t, self.dtype) for t in (weight, bias)]  # type: ignore[arg-type]
-            return PoolLinear.of(*values)  # type: ignore[no-any-return,arg-type]
+            values: list[Any] = [None if t is None else self.constants.rounded(t, self.dtype) for t in (weight, bias)]
+            head: PoolLinear = PoolLinear.of(*values)
+            return head
 
         name = self.add(module_name(region.last), f"pool_linear({self.keys((weight, bias))}) {self.dtype}", make)
         self.rows.append(FreezeRow(name, "pool_linear", "global average pool + linear", "", "one step", ()))
@@ -313,5 +331,10 @@ def readers(region: Region) -> str:
     """What reads the step's output, where a convolution did not take an activation in."""
     if region.act != "none":
         return ""
-    names = sorted({str(user.target).removeprefix("aten.") if user.op == "call_function" else user.op for user in region.last.users})
+    names = sorted(
+        {
+            str(user.target).removeprefix("aten.") if user.op == "call_function" else user.op
+            for user in region.last.users
+        }
+    )
     return f"read by {', '.join(names)}"
