@@ -7,6 +7,7 @@ from; steps and constants made of the same things are made once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from fastres.inference.capture import Captured
 from fastres.inference.constants import Constants, as_channels
 from fastres.inference.conv import FrozenConv
+from fastres.inference.cost import operator_name, step_cost
 from fastres.inference.leaves import FrozenAddReLU, FrozenNorm, PoolLinear
 from fastres.inference.normal import aten, normalize
 from fastres.inference.regions import Region, arithmetic, find_regions, norm_name, other
@@ -102,6 +104,7 @@ class _Builder:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.rows: list[FreezeRow] = []
+        self.others: dict[str, list[tuple[int, int, int]]] = {}  # operators that stay -> the cost of each call
         self.steps: dict[str, str] = {}  # a step's key -> its name
         self.names: set[str] = set()
         self.shared: dict[str, nn.Module] = {}
@@ -124,6 +127,13 @@ class _Builder:
             else:
                 self.values[node] = self.graph.node_copy(node, self.value)
                 self.values[node].meta = {}
+                if node.op == "call_function" and "size" in node.meta:
+                    self.others.setdefault(operator_name(node), []).append(step_cost([node], self.dtype))
+        for name, costs in self.others.items():
+            flops, moved, _ = (sum(cost[i] for cost in costs) for i in range(3))
+            self.rows.append(FreezeRow(name, "other", f"{len(costs)} call(s)", "", "", (), flops, moved, 0))
+        for i, row in enumerate(self.rows):
+            self.rows[i] = replace(row, flops=row.flops // self.captured.batch, bytes=row.bytes // self.captured.batch)
         network = fx.GraphModule(self.root, self.graph, "FrozenNetwork")
         network.eval()
         return network, self.rows
@@ -203,6 +213,9 @@ class _Builder:
             self.steps[key] = name
         return self.steps[key]
 
+    def cost(self, region: Region) -> tuple[int, int, int]:
+        return step_cost(region.nodes, self.dtype)
+
     def key(self, node: Any) -> str:
         return self.constants.key(node) if isinstance(node, fx.Node) else repr(node)
 
@@ -220,7 +233,9 @@ class _Builder:
                 self.constants.rounded(weight, self.dtype),
                 None if bias is None else self.constants.rounded(bias, self.dtype),
             )
-            conv: FrozenConv = FrozenConv.of(*tensors, *where, region.act)
+            w, b = tensors
+            stride, padding, dilation, groups = where
+            conv: FrozenConv = FrozenConv.of(w, b, stride, padding, dilation, groups, region.act)
             return conv
 
         name = self.add(module_name(region.head), key, make)
@@ -243,7 +258,7 @@ class _Builder:
         folded = ", ".join(dict.fromkeys(norm_name(n) for n in region.affines)) if region.head in self.folded else ""
         stop = region.stop or Refusal("", "")
         message = "; ".join(part for part in (f"{folded} folded" if folded else stop.message, readers(region)) if part)
-        self.rows.append(FreezeRow(name, "conv", " + ".join(parts), stop.code, message, took))
+        self.rows.append(FreezeRow(name, "conv", " + ".join(parts), stop.code, message, took, *self.cost(region)))
 
     def other_conv(self, region: Region) -> fx.Node:
         """A 1-D or 3-D convolution, or one of an unbatched input: folded, and called as it was."""
@@ -286,7 +301,9 @@ class _Builder:
         if region.act != "none":
             parts.append(region.act)
         stop = region.stop or Refusal("", "")
-        self.rows.append(FreezeRow(name, "norm", " + ".join(parts), stop.code, stop.message, tuple(parts[1:])))
+        self.rows.append(
+            FreezeRow(name, "norm", " + ".join(parts), stop.code, stop.message, tuple(parts[1:]), *self.cost(region))
+        )
 
     def kept_norm(self, region: Region) -> fx.Node:
         node = region.head
@@ -302,7 +319,15 @@ class _Builder:
             f"{region.last.meta.get('where') or 'act'}.add_relu", "add_relu", lambda: FrozenAddReLU().eval()
         )
         self.rows.append(
-            FreezeRow(str(region.last.meta.get("where") or name), "add", "add + relu", "", "one pass", ("add", "relu"))
+            FreezeRow(
+                str(region.last.meta.get("where") or name),
+                "add",
+                "add + relu",
+                "",
+                "one pass",
+                ("add", "relu"),
+                *self.cost(region),
+            )
         )
         return name
 
@@ -315,7 +340,9 @@ class _Builder:
             return head
 
         name = self.add(module_name(region.last), f"pool_linear({self.keys((weight, bias))}) {self.dtype}", make)
-        self.rows.append(FreezeRow(name, "pool_linear", "global average pool + linear", "", "one step", ()))
+        self.rows.append(
+            FreezeRow(name, "pool_linear", "global average pool + linear", "", "one step", (), *self.cost(region))
+        )
         return name
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from fastres.inference.capture import CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
-from fastres.inference.plan import measure
+from fastres.inference.plan import measure, measured_rates
 from fastres.inference.recipe import GraphRecipe, ModuleRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
 from fastres.inference.signature import Signature
@@ -117,6 +117,7 @@ def freeze(
     _pack(frozen, inputs, target, tune)
     _split(frozen, inputs, target, tune)
     _program(frozen, inputs, target)
+    _roofline(report, inputs, target, dtype, tune)
     _graph(frozen, inputs, target, tune, cuda_graph)
     _say_if_slower(report)
     if verify:
@@ -331,6 +332,16 @@ def _program(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
         for _ in range(2):
             call(frozen, inputs)
         frozen.report.program = frozen.program
+
+
+def _roofline(
+    report: FreezeReport, inputs: Any, device: torch.device, dtype: torch.dtype, tune: bool | Literal["auto"]
+) -> None:
+    """The example's batch, and where times are measured, the rates that the bound is at."""
+    sizes = [len(t) for t in named_tensors(inputs, "").values() if t.is_floating_point() and t.ndim]
+    report.batch = sizes[0] if sizes else 1
+    if tune is not False and any(row.flops for row in report.rows):
+        report.bandwidth, report.rate = measured_rates(device, dtype)
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
