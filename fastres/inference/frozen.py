@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +92,18 @@ class FrozenModel(nn.Module):
         self._source = Source(source)
         self._engine = Engine()
         self._variants = Variants()
+        self._pass_nan()
+
+    def _pass_nan(self) -> None:
+        """A network that makes NaN of finite inputs runs on steps that pass them on, as eager's do; oneDNN's do not."""
+        refused = any(row.reason in ("BAD_VARIANCE", "OVERFLOW") for row in self.report.rows)
+        tensors = [t for t in source_tensors(self.module).values() if t.is_floating_point() and not t.is_meta]
+        if refused or not all(math.isfinite(float(t.detach().sum())) for t in tensors):
+            for conv in frozen_convs(self.module):
+                conv.exact = True
+            note = "some of its numbers are not finite, or too large to fold: no step that could hide a NaN is taken"
+            if note not in self.report.notes:
+                self.report.notes.append(note)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self._recipe, GraphRecipe):
@@ -290,6 +303,7 @@ class FrozenModel(nn.Module):
         with torch.no_grad():
             for name, t in mine.items():
                 t.copy_(fresh[name])
+        self._pass_nan()
         self._variants = Variants()
         self._source = Source(source)
 
