@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from fastres.inference.capture import capture
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
+from fastres.inference.likeness import take_likeness
 from fastres.inference.plan import measure
 from fastres.inference.report import FreezeReport
 from fastres.inference.rewrite import rewrite
@@ -112,7 +113,7 @@ def freeze(
             if verify != "warn":
                 raise RuntimeError(text)
             logger.warning(text)
-    return frozen
+    return take_likeness(frozen, model)
 
 
 def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, verify: Any) -> None:

@@ -185,6 +185,11 @@ class FrozenModel(nn.Module):
         return packed
 
     @property
+    def device(self) -> torch.device:
+        """Where its tensors are; the CPU if it has none."""
+        return next((t.device for t in source_tensors(self.module).values()), torch.device("cpu"))
+
+    @property
     def program(self) -> str:
         """How many operator calls the last signature's program holds, or why there is none."""
         return self._programs.describe()
