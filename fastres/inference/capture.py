@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.dynamic_shapes import ShapesCollection
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastres.inference.functional import Impure, functionalize
 from fastres.inference.signature import Call
@@ -84,6 +84,20 @@ class Captured:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         return self  # never written to
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graph, which does not pickle and serves the source alone, and pickles have none."""
+        trees = {name: _structure(spec) for name, spec in (("tree", self.tree), ("outputs", self.outputs))}
+        return {**self.__dict__, **trees, "graph": None, "constants": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        trees = {name: tree_flatten(state[name])[1] for name in ("tree", "outputs")}
+        self.__dict__.update({**state, **trees, "graph": fx.Graph()})
+
+
+def _structure(spec: TreeSpec) -> Any:
+    """What `tree_flatten` makes that tree of: a TreeSpec itself does not pickle without a warning."""
+    return tree_unflatten(list(range(spec.num_leaves)), spec)
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
