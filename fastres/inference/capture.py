@@ -25,7 +25,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from fastres.inference.functional import Impure, functionalize
 from fastres.inference.signature import Call
 from fastres.nn.steps import has_global_hooks, is_bare
-from fastres.verify.runs import call as run_once
 
 Dims = tuple["int | str", ...]  # a size, or the name of one that may vary
 
@@ -130,6 +129,7 @@ def capture(model: nn.Module, call: Call) -> Captured:
         if given.ndim and len(given) == batch:
             shapes[t] = {0: Dim.AUTO}  # type: ignore[no-untyped-call]
     args, kwargs = call.arguments(tensors)
+    before = _plain_state(model)
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -139,7 +139,25 @@ def capture(model: nn.Module, call: Call) -> Captured:
                 program = program.run_decompositions({})
     except Exception as error:  # export raises whatever the model's code does with symbols
         raise CaptureError(f"torch.export: {type(error).__name__}: {_first_line(error)}") from error
+    for name, value in _plain_state(model).items():
+        if before.get(name, _MISSING) != value:
+            raise CaptureError(f"its forward changes {name}")
     return _read(program, call, max(batch, 2))
+
+
+_MISSING = object()
+
+
+def _plain_state(model: nn.Module) -> dict[str, Any]:
+    """Numbers and strings that the modules hold, and how long their lists are: a graph would not go on changing them."""
+    state: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, bool | int | float | str):
+                state[f"{prefix}.{name}".lstrip(".")] = value
+            elif isinstance(value, list | dict | set) and name[:1] != "_":
+                state[f"{prefix}.{name}".lstrip(".")] = len(value)
+    return state
 
 
 def _at_least_two(t: Tensor, batch: int) -> Tensor:
@@ -255,7 +273,3 @@ def _meta(node: fx.Node) -> dict[str, Any]:
         meta["where"] = list(stack.values())[-1][0]
     return meta
 
-
-def example_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of an example given as a tensor, a tuple or a mapping."""
-    return run_once(lambda *args, **kwargs: (args, kwargs), inputs)  # type: ignore[no-any-return]

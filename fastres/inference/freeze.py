@@ -28,7 +28,7 @@ from fastres.verify.runs import call, map_tensors, named_tensors, private
 logger = logging.getLogger("fastres")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_verify = verify  # the argument of freeze has the function's name
+_verify, _capture = verify, capture  # arguments of freeze have the functions' names
 
 
 def freeze(
@@ -37,15 +37,18 @@ def freeze(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    capture: Literal["auto", "graph", "modules"] = "auto",
     tune: bool | Literal["auto"] = "auto",
     cuda_graph: bool | Literal["auto"] = "auto",
     verify: bool | Literal["warn"] = True,
 ) -> FrozenModel:
     """A copy of ``model`` for inference: BN folded into convolutions in float64, layout chosen, answers verified.
 
-    The model runs as in eval mode, whatever mode it is in, and is never changed. Every BN that alone reads one
-    convolution's output is folded into it; torchvision's residual blocks and our own also add and rectify in one pass.
-    What could not be folded stays, with the reason in ``.report``.
+    The model runs as in eval mode, whatever mode it is in, and is never changed. Its forward is captured as a graph of
+    ATen operators (`torch.export`, any batch size); each convolution takes in what alone reads it, in whatever form it
+    is written: batch norms and other arithmetic with one number a channel, a residual sum, an activation. A network
+    that has no graph (control flow that depends on data, hooks) keeps its modules, and BN are folded into the
+    convolutions among them. What could not be folded stays, with the reason in ``.report``.
 
     Args:
         model: the source; on any device, in any mode.
@@ -53,6 +56,7 @@ def freeze(
             any batch size; times and the layout are measured on this one.
         dtype: float32, float16, bfloat16 or float64; None keeps the model's. Inputs are cast to it, outputs come in it.
         device: where the copy goes; None keeps the model's.
+        capture: "auto" rewrites the graph or, where there is none, the modules; "graph" and "modules" insist.
         tune: "auto" or True measures eager and both memory layouts on the example, for a few seconds, and keeps the
             faster; False measures nothing and takes channels_last. A frozen model slower than eager says so in the
             report.
@@ -67,7 +71,8 @@ def freeze(
 
     Raises:
         TypeError: an argument of the wrong kind, a model that cannot be copied or is frozen already.
-        ValueError: no tensor in ``example_inputs``, a model on the meta device, ``cuda_graph=True`` without a GPU.
+        ValueError: no tensor in ``example_inputs``, a model on the meta device, ``cuda_graph=True`` without a GPU,
+            ``capture="graph"`` for a network that has none.
         RuntimeError: the referee rejects the result; the message holds its table.
 
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -81,6 +86,8 @@ def freeze(
         (1, (5, 8, 14, 14))
     """
     _check(model, example_inputs, dtype, tune, cuda_graph, verify)
+    if capture not in ("auto", "graph", "modules"):
+        raise ValueError(f"capture: got {capture!r}, expected 'auto', 'graph' or 'modules'")
     source = sharing_copy(model).eval()
     own = _dtype_of(source)
     target = torch.device(device) if device is not None else _device_of(source, example_inputs)
@@ -91,7 +98,7 @@ def freeze(
         source = private("model", source).to(target)
     inputs = map_tensors(example_inputs, lambda _, t: t.detach().to(target), "example_inputs")
     report = FreezeReport(type(model).__name__, short(dtype), str(target), [])
-    recipe = _recipe(source, inputs, report)
+    recipe = _recipe(source, inputs, report, capture)
     module, report.rows = recipe.make(source, dtype)
     frozen = FrozenModel(module, model, recipe, report, dtype)
     if model.training:
@@ -118,13 +125,18 @@ def freeze(
     return take_likeness(frozen, model)
 
 
-def _recipe(source: nn.Module, inputs: Any, report: FreezeReport) -> Recipe:
+def _recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str) -> Recipe:
     """The network's graph; where it has none, its modules, with the reason in the report."""
+    if how == "modules":
+        report.capture_reason = "capture='modules'"
+        return ModuleRecipe(watch(source, inputs))
     try:
         signature = Signature.of(source.forward)
         args, kwargs = call(lambda *args, **kwargs: (args, kwargs), inputs)
-        captured = capture(source, signature.take(args, kwargs).like(source))
+        captured = _capture(source, signature.take(args, kwargs).like(source))
     except CaptureError as error:
+        if how == "graph":
+            raise ValueError(f"capture: got 'graph', and {report.model} has none: {error}") from error
         report.capture_reason = str(error)
         report.notes.append(f"no graph, its modules are rewritten instead: {error}")
         logger.info("freeze: %s has no graph: %s", report.model, error)
