@@ -23,6 +23,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastres.inference.functional import Impure, functionalize
+from fastres.inference.gate import capturing
 from fastres.inference.signature import Call
 from fastres.nn.steps import has_global_hooks, is_bare
 
@@ -131,7 +132,7 @@ def capture(model: nn.Module, call: Call) -> Captured:
     args, kwargs = call.arguments(tensors)
     before = _plain_state(model)
     try:
-        with _quiet(), torch.no_grad():
+        with capturing(), _quiet(), torch.no_grad():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             try:
                 functionalize(program.graph_module.graph, _lifted(program))

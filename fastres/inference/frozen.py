@@ -15,6 +15,7 @@ from fastres.inference.blocks import own_residuals
 from fastres.inference.capture import CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs, is_traced
 from fastres.inference.engine import Engine, Variant, Variants
+from fastres.inference.gate import Running, capturing
 from fastres.inference.plan import choose_packs
 from fastres.inference.recipe import GraphRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
@@ -93,6 +94,12 @@ class FrozenModel(nn.Module):
         self._engine = Engine()
         self._variants = Variants()
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_traced():
+            return super().__call__(*args, **kwargs)
+        with Running():
+            return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self._recipe, GraphRecipe):
             given = self._recipe.signature.take(args, kwargs)
@@ -125,7 +132,7 @@ class FrozenModel(nn.Module):
         for variant in reversed(self._variants.found):
             if variant.captured.takes(given):
                 return variant
-        with self._variants.lock:
+        with capturing():
             for variant in self._variants.found:
                 if variant.captured.takes(given):
                     return variant
