@@ -31,6 +31,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _verify, _capture = verify, capture  # arguments of freeze have the functions' names
 
 
+@torch.inference_mode(False)  # the snapshot's tensors are refreshed later, in whatever mode
 def freeze(
     model: nn.Module,
     example_inputs: Any,

@@ -132,7 +132,7 @@ class FrozenModel(nn.Module):
         for variant in reversed(self._variants.found):
             if variant.captured.takes(given):
                 return variant
-        with capturing():
+        with capturing(), torch.inference_mode(False):
             for variant in self._variants.found:
                 if variant.captured.takes(given):
                     return variant
