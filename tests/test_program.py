@@ -22,7 +22,9 @@ def small():
 
 
 def frozen(net=None, shape=(2, 3, 16, 16)):
-    return fastres.freeze(small() if net is None else net, torch.randn(shape), verify=False, tune=False, capture="modules")
+    return fastres.freeze(
+        small() if net is None else net, torch.randn(shape), verify=False, tune=False, capture="modules"
+    )
 
 
 def ran(model, *args, **kwargs):

@@ -16,7 +16,7 @@ from fastres.inference.capture import CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.likeness import take_likeness
-from fastres.inference.plan import measure
+from fastres.inference.plan import measure, measured_rates
 from fastres.inference.recipe import GraphRecipe, ModuleRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
 from fastres.inference.signature import Signature
@@ -102,6 +102,11 @@ def freeze(
     recipe = _recipe(source, inputs, report, capture)
     module, report.rows = recipe.make(source, dtype)
     frozen = FrozenModel(module, model, recipe, report, dtype)
+    reason = "" if report.capture == "modules" else _why_not_any_batch(source, frozen, inputs)
+    if reason:
+        recipe = _by_modules(source, inputs, report, capture, CaptureError(reason))
+        module, report.rows = recipe.make(source, dtype)
+        frozen = FrozenModel(module, model, recipe, report, dtype)
     if model.training:
         report.notes.append("the model is in training mode; frozen as in eval mode")
     if not report.folded:
@@ -114,6 +119,7 @@ def freeze(
     _pack(frozen, inputs, target, tune)
     _split(frozen, inputs, target, tune)
     _program(frozen, inputs, target)
+    _roofline(report, inputs, target, dtype, tune)
     _graph(frozen, inputs, target, tune, cuda_graph)
     _say_if_slower(report)
     if verify:
@@ -136,15 +142,46 @@ def _recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str) -> R
         args, kwargs = call(lambda *args, **kwargs: (args, kwargs), inputs)
         captured = _capture(source, signature.take(args, kwargs).like(source))
     except CaptureError as error:
-        if how == "graph":
-            raise ValueError(f"capture: got 'graph', and {report.model} has none: {error}") from error
-        report.capture_reason = str(error)
-        report.notes.append(f"no graph, its modules are rewritten instead: {error}")
-        logger.info("freeze: %s has no graph: %s", report.model, error)
-        return ModuleRecipe(watch(source, inputs))
+        return _by_modules(source, inputs, report, how, error)
     report.capture = "graph"
     report.notes += captured.notes
     return GraphRecipe(captured, signature)
+
+
+def _by_modules(source: nn.Module, inputs: Any, report: FreezeReport, how: str, error: CaptureError) -> Recipe:
+    if how == "graph":
+        raise ValueError(f"capture: got 'graph', and {report.model} has none: {error}") from error
+    report.capture, report.capture_reason, report.notes = "modules", str(error), []
+    report.notes.append(f"no graph, its modules are rewritten instead: {error}")
+    logger.info("freeze: %s has no graph: %s", report.model, error)
+    return ModuleRecipe(watch(source, inputs))
+
+
+def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> str:
+    """What shows that the graph is not good for every batch: it was captured at 2 or more, where a size of 1 that the
+    source's code asks for is not seen. Empty where one image, or two for an example of one, is answered as eager does.
+    """
+    sizes = [len(t) for t in named_tensors(inputs, "").values() if t.is_floating_point() and t.ndim]
+    batch = sizes[0] if sizes else 0
+    if batch == 0:
+        return ""
+    other = 2 if batch == 1 else 1
+    resized = map_tensors(
+        inputs, lambda _, t: t if not t.ndim or len(t) != batch else torch.cat([t, t]) if batch == 1 else t[:1], ""
+    )
+    with torch.no_grad():
+        try:
+            want, tree = tree_flatten(call(source, resized))
+        except Exception:  # the source does not take it: nor need the frozen network
+            return ""
+        got, its_tree = tree_flatten(call(frozen, resized))
+    same = str(its_tree) == str(tree)
+    for g, w in zip(got, want, strict=False):
+        if isinstance(w, Tensor) != isinstance(g, Tensor) or (isinstance(w, Tensor) and g.shape != w.shape):
+            same = False
+        elif isinstance(w, Tensor) and bool(torch.isfinite(w).all()):
+            same = same and _close(g.to(w.dtype), w)
+    return "" if same else f"a batch of {other} is answered otherwise than by the source"
 
 
 def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, verify: Any) -> None:
@@ -297,6 +334,16 @@ def _program(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
         for _ in range(2):
             call(frozen, inputs)
         frozen.report.program = frozen.program
+
+
+def _roofline(
+    report: FreezeReport, inputs: Any, device: torch.device, dtype: torch.dtype, tune: bool | Literal["auto"]
+) -> None:
+    """The example's batch, and where times are measured, the rates that the bound is at."""
+    sizes = [len(t) for t in named_tensors(inputs, "").values() if t.is_floating_point() and t.ndim]
+    report.batch = sizes[0] if sizes else 1
+    if tune is not False and any(row.flops for row in report.rows):
+        report.bandwidth, report.rate = measured_rates(device, dtype)
 
 
 def _close(got: Tensor, want: Tensor) -> bool:
