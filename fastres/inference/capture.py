@@ -21,9 +21,10 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.dynamic_shapes import ShapesCollection
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastres.inference.functional import Impure, functionalize
+from fastres.inference.gate import capturing
 from fastres.inference.signature import Call
 from fastres.nn.steps import has_global_hooks, is_bare
 
@@ -87,8 +88,18 @@ class Captured:
         return self  # never written to
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the graph, which only a source can be frozen with again, and pickles have none."""
-        return {**self.__dict__, "graph": fx.Graph(), "constants": {}}
+        """Without the graph, which does not pickle and serves the source alone, and pickles have none."""
+        trees = {name: _structure(spec) for name, spec in (("tree", self.tree), ("outputs", self.outputs))}
+        return {**self.__dict__, **trees, "graph": None, "constants": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        trees = {name: tree_flatten(state[name])[1] for name in ("tree", "outputs")}
+        self.__dict__.update({**state, **trees, "graph": fx.Graph()})
+
+
+def _structure(spec: TreeSpec) -> Any:
+    """What `tree_flatten` makes that tree of: a TreeSpec itself does not pickle without a warning."""
+    return tree_unflatten(list(range(spec.num_leaves)), spec)
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -124,7 +135,7 @@ def capture(model: nn.Module, call: Call) -> Captured:
     before = _plain_state(model)
     written = False
     try:
-        with _quiet(), torch.no_grad():
+        with capturing(), _quiet(), torch.no_grad():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             try:
                 written = functionalize(program.graph_module.graph, _lifted(program))

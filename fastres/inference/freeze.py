@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten
 from fastres.inference.capture import WRITES_TO_INPUT, CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
+from fastres.inference.likeness import take_likeness
 from fastres.inference.plan import measure, measured_rates
 from fastres.inference.recipe import GraphRecipe, ModuleRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
@@ -30,6 +31,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _verify, _capture = verify, capture  # arguments of freeze have the functions' names
 
 
+@torch.inference_mode(False)  # the snapshot's tensors are refreshed later, in whatever mode
 def freeze(
     model: nn.Module,
     example_inputs: Any,
@@ -127,7 +129,7 @@ def freeze(
             if verify != "warn":
                 raise RuntimeError(text)
             logger.warning(text)
-    return frozen
+    return take_likeness(frozen, model)
 
 
 def _recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str) -> Recipe:

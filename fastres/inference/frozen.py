@@ -16,6 +16,7 @@ from fastres.inference.blocks import own_residuals
 from fastres.inference.capture import CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs, is_traced
 from fastres.inference.engine import Engine, Variant, Variants
+from fastres.inference.gate import Running, capturing
 from fastres.inference.plan import Plan, choose_packs
 from fastres.inference.recipe import GraphRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
@@ -105,6 +106,12 @@ class FrozenModel(nn.Module):
             if note not in self.report.notes:
                 self.report.notes.append(note)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_traced():
+            return super().__call__(*args, **kwargs)
+        with Running():
+            return super().__call__(*args, **kwargs)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self._recipe, GraphRecipe):
             given = self._recipe.signature.take(args, kwargs)
@@ -137,7 +144,7 @@ class FrozenModel(nn.Module):
         for variant in reversed(self._variants.found):
             if variant.captured.takes(given):
                 return variant
-        with self._variants.lock:
+        with capturing(), torch.inference_mode(False):
             for variant in self._variants.found:
                 if variant.captured.takes(given):
                     return variant
@@ -236,6 +243,11 @@ class FrozenModel(nn.Module):
         graphs = self._engine.graphs
         self._engine = Engine()
         self._engine.graphs = graphs
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; the CPU if it has none."""
+        return next((t.device for t in source_tensors(self.module).values()), torch.device("cpu"))
 
     @property
     def program(self) -> str:
