@@ -337,7 +337,7 @@ def test_wrong_fold_is_rejected(monkeypatch, caplog):
         norm.eps = 0.1
         return fold(conv, norm, dtype)
 
-    monkeypatch.setattr("fastres.inference.rewrite.fold", wrong)
+    monkeypatch.setattr("fastres.inference.modules.fold", wrong)
     net, x = sample(), torch.randn(2, 3, 8, 8)
     with pytest.raises(RuntimeError, match="the referee rejects the frozen CifarResNet(.|\n)*FAILED"):
         quick(net, x)
@@ -362,7 +362,7 @@ def test_cuda_graph_replays_and_follows_refresh():
     net = sample().cuda()
     x = torch.randn(4, 3, 8, 8, device="cuda")
     frozen = freeze(net, x, dtype=torch.float16, cuda_graph=True)
-    assert len(frozen._graphs) == 1 and frozen.report.cuda_graph.startswith("on")
+    assert len(frozen._engine.graphs) == 1 and frozen.report.cuda_graph.startswith("on")
     first = frozen(x)
     kept = first.clone()
     frozen(torch.randn_like(x))
@@ -372,8 +372,8 @@ def test_cuda_graph_replays_and_follows_refresh():
         net.fc.bias.add_(1)
     frozen.refresh()
     torch.testing.assert_close(frozen(x).float(), kept.float() + 1, rtol=1e-2, atol=1e-2)
-    assert frozen(x[:3]).shape == (3, 5) and len(frozen._graphs) == 1
-    assert len(copy.deepcopy(frozen)._graphs) == 0
+    assert frozen(x[:3]).shape == (3, 5) and len(frozen._engine.graphs) == 1
+    assert len(copy.deepcopy(frozen)._engine.graphs) == 0
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_row10_nan_and_infinity_pass_as_in_eager():
     x = torch.randn(2, 3, 64, 64)
     close(frozen(x), net(x).detach())
     shared = {t.data_ptr() for t in frozen.module.parameters()}
-    assert {t.data_ptr() for t in frozen._exact._twin.parameters()} == shared  # no second copy of the weights
+    assert {t.data_ptr() for t in frozen._engine._twin.parameters()} == shared  # no second copy of the weights
     other = {name: t * 0.9 for name, t in frozen.state_dict().items()}
     frozen.load_state_dict(other, assign=True)
     x[0, 0, 0, 0] = float("nan")

@@ -1,195 +1,247 @@
-"""Which convolution each BN reads, found by running the model once on the example.
+"""A network as a graph of functional ATen operators: `torch.export`, lifted tensors by their names, in-place calls undone.
 
-Hooks say when a convolution or a BN runs and on which tensor; a dispatch mode sees every operator that touches a
-convolution's output, its weights or a BN's tensors anywhere else. A pair is folded only when every call of the one
-feeds exactly one call of the other and nothing else sees what lies between them.
+The capture is of one call: its arguments that are no tensors are constants, every size but the batch's is fixed. It is
+made at a batch of at least 2, because a size of 1 is silently frozen in, and holds no tensor of the source but the
+constants that its forward makes, only names.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.dynamic_shapes import ShapesCollection
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.utils._pytree import TreeSpec, tree_flatten
 
-from fastres.nn.fold import CONVS, Refusal, is_norm, refuse_norm
-from fastres.nn.steps import is_bare
-from fastres.verify.runs import call, named_tensors
+from fastres.inference.functional import Impure, functionalize
+from fastres.inference.signature import Call
+from fastres.nn.steps import has_global_hooks, is_bare
+from fastres.verify.runs import call as run_once
+
+Dims = tuple["int | str", ...]  # a size, or the name of one that may vary
+
+
+class CaptureError(Exception):
+    """The network has no graph; the message says why."""
 
 
 @dataclass
-class Capture:
-    """``pairs`` maps a convolution's name to its BN's; every other convolution and norm has its reason.
+class Captured:
+    """A call as a graph.
 
-    ``acts`` maps a convolution or a norm to the activation module that alone reads it, and reads nothing else.
+    Attributes:
+        graph: placeholders for the tensors of the call, `get_attr` of the source's tensors by name and of `constants`,
+            ATen calls, an output of a flat tuple. `meta["shape"]` (Dims) and `meta["dtype"]` of every tensor,
+            `meta["where"]` the module that made it.
+        inputs: for every tensor of the call its dims and dtype.
+        outputs: the tree that the flat outputs are leaves of.
+        tree, plain: the call's other arguments, see `Call`.
+        constants: tensors that the source's forward makes.
+        batch: what the varying size was in the capture.
+        notes: for the report.
     """
 
-    pairs: dict[str, str] = field(default_factory=dict)
-    acts: dict[str, tuple[str, str]] = field(default_factory=dict)  # -> (the activation's name, what conv_act calls it)
-    convs: dict[str, Refusal] = field(default_factory=dict)
-    norms: dict[str, Refusal] = field(default_factory=dict)
+    graph: fx.Graph
+    inputs: list[tuple[Dims, torch.dtype]]
+    outputs: TreeSpec
+    tree: TreeSpec
+    plain: tuple[tuple[int, Any], ...]
+    constants: dict[str, Tensor]
+    batch: int
+    notes: list[str] = field(default_factory=list)
+
+    def takes(self, call: Call) -> bool:
+        """Whether the graph is of calls like this one: the same tree and constants, tensors of these sizes."""
+        if len(call.tensors) != len(self.inputs) or call.plain != self.plain:
+            return False
+        if call.tree is not self.tree and call.tree != self.tree:
+            return False
+        sizes: dict[str, int] = {}
+        for t, (dims, dtype) in zip(call.tensors, self.inputs, strict=True):
+            if t.ndim != len(dims) or (t.dtype != dtype and not (t.is_floating_point() and dtype.is_floating_point)):
+                return False
+            for size, dim in zip(t.shape, dims, strict=True):
+                if size != (dim if isinstance(dim, int) else sizes.setdefault(dim, size)):
+                    return False
+        return True
+
+    def describe(self) -> str:
+        """The sizes that it takes: `[N, 3, 224, 224]`."""
+        letters = {dim: letter for dim, letter in zip(self._varying(), "NMKLJ", strict=False)}
+        return ", ".join("[" + ", ".join(str(letters.get(d, d)) for d in dims) + "]" for dims, _ in self.inputs)
+
+    def _varying(self) -> list[str]:
+        return list(dict.fromkeys(dim for dims, _ in self.inputs for dim in dims if isinstance(dim, str)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        return self  # never written to
 
 
-class _Watch(TorchDispatchMode):
-    """Follows the outputs of convolutions, by identity: they are kept alive while it lasts."""
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` with its own modules and buffers, on the same parameters: they are never written to.
 
-    def __init__(self, convs: dict[str, nn.Module], norms: dict[str, nn.Module], acts: dict[str, nn.Module]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.running: list[str] = []  # the convolutions and norms inside whose forward we are
-        self.outputs: dict[int, tuple[str, Tensor]] = {}  # id of an output -> (its convolution, itself)
-        self.readers: dict[str, list[str]] = {name: [] for name in convs}  # a norm for each of its calls
-        self.sources: dict[str, list[str | None]] = {name: [] for name in norms}  # a convolution for each of its calls
-        self.calls = dict.fromkeys(convs, 0)
-        self.leaks: set[str] = set()  # modules whose output or tensors something else reads
-        self.finals: dict[int, tuple[str, Tensor]] = {}  # id of an output, of a convolution or a norm
-        self.final_leaks: set[str] = set()  # whose output something else than an activation module reads
-        self.act_sources: dict[str, list[str | None]] = {name: [] for name in acts}
-        self.owners: dict[int, set[str]] = {}  # id of a parameter or buffer -> the modules that hold it
-        for name, module in {**convs, **norms}.items():
-            for t in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-                self.owners.setdefault(id(t), set()).add(name)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        current = self.running[-1] if self.running else None
-        for t in named_tensors((args, kwargs), "").values():
-            if id(t) in self.outputs and current not in self.sources:
-                self.leaks.add(self.outputs[id(t)][0])
-            final = self.finals.get(id(t))
-            if final is not None and current not in self.act_sources and current != final[0]:
-                self.final_leaks.add(final[0])
-            owners = self.owners.get(id(t), set())
-            if current not in owners:
-                self.leaks |= owners
-        return func(*args, **kwargs)
-
-    def enter(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.running.append(name)
-            if name in self.act_sources:
-                final = self.finals.get(id(args[0])) if args else None
-                self.act_sources[name].append(final[0] if final else None)
-            if name in self.sources:
-                source = self.outputs.get(id(args[0])) if args else None
-                self.sources[name].append(source[0] if source else None)
-                if source is not None:
-                    self.readers[source[0]].append(name)
-
-        return hook
-
-    def leave(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.running.pop()
-            if name in self.act_sources:
-                self.finals.pop(id(output), None)  # in place: what comes out is no longer the source's output
-                return
-            self.finals[id(output)] = name, output
-            if name in self.calls:
-                self.calls[name] += 1
-                self.outputs[id(output)] = name, output
-
-        return hook
-
-    def refuse_conv(self, name: str) -> Refusal | None:
-        """Why nothing can be folded into this convolution."""
-        readers = set(self.readers[name])
-        if not self.calls[name]:
-            return Refusal("NOT_REACHED", "it did not run on the example")
-        if not readers:
-            return Refusal("NO_NORM", "no BN reads it")
-        if name in self.leaks:
-            return Refusal("OTHER_USE", "its output or weight is used elsewhere too")
-        if len(readers) > 1 or len(self.readers[name]) != self.calls[name]:
-            return Refusal("SHARED", f"its {self.calls[name]} calls are read by {', '.join(sorted(readers))}")
-        norm = readers.pop()
-        if set(self.sources[norm]) != {name}:
-            return Refusal("SHARED", f"its BN {norm} reads other tensors too")
-        if norm in self.leaks:
-            return Refusal("OTHER_USE", f"the tensors of its BN {norm} are used elsewhere too")
-        return None
-
-    def act_of(self, name: str, calls: int) -> str | None:
-        """The activation module that alone reads every output of this convolution or norm, and reads nothing else."""
-        readers = {act for act, sources in self.act_sources.items() if name in sources}
-        if name in self.final_leaks or len(readers) != 1:
-            return None
-        act = readers.pop()
-        return act if self.act_sources[act] == [name] * calls else None
-
-    def refuse_norm(self, name: str) -> Refusal:
-        """Why this norm stays."""
-        sources = self.sources[name]
-        if not sources:
-            return Refusal("NOT_REACHED", "it did not run on the example")
-        if None in sources:
-            return Refusal("NO_CONV", "it reads something else than a convolution's output")
-        return Refusal("SHARED", f"it reads {', '.join(sorted({str(s) for s in sources}))}, and not alone")
+    Raises:
+        TypeError: the model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    except Exception as error:
+        raise TypeError(f"model: {type(model).__name__} cannot be deep-copied: {error}") from error
 
 
-def act_name(module: nn.Module) -> str | None:
-    """What conv_act calls this activation; None for any other module."""
-    return {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}.get(type(module))
-
-
-def capture(model: nn.Module, inputs: Any) -> Capture:
-    """Run ``model`` once, without gradients, and say which BN can be folded into which convolution.
+def capture(model: nn.Module, call: Call) -> Captured:
+    """The graph of ``model`` for calls like ``call``.
 
     Args:
-        model: a private copy in eval mode; hooks are added and removed.
-        inputs: an example: a tensor, a tuple of arguments or a mapping.
+        model: in eval mode; a copy of one's own (`sharing_copy`), since its forward runs once.
+        call: an example, of any batch size.
+
+    Raises:
+        CaptureError: with the reason: hooks, control flow that depends on data, state that the forward writes to.
     """
-    found = Capture()
-    convs: dict[str, nn.Module] = {}
-    norms: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, CONVS):
-            if type(module) not in CONVS:
-                found.convs[name] = Refusal("CONV_TYPE", f"{type(module).__name__} is not a plain convolution")
-            elif not is_bare(module):
-                found.convs[name] = Refusal("HAS_HOOKS", "it has hooks or a forward patched on the instance")
-            else:
-                convs[name] = module
-        elif is_norm(module):
-            refusal = refuse_norm(module)
-            if refusal is None and not is_bare(module):
-                refusal = Refusal("HAS_HOOKS", "it has hooks or a forward patched on the instance")
-            if refusal is None:
-                norms[name] = module
-            else:
-                found.norms[name] = refusal
-        elif isinstance(module, _NormBase) and "Batch" in type(module).__name__:
-            found.norms[name] = Refusal("NORM_TYPE", f"{type(module).__name__} is not a class that folding knows")
-    acts = {name: m for name, m in model.named_modules() if act_name(m) is not None and is_bare(m)}
-    watch = _Watch(convs, norms, acts)
-    handles = []
-    for name, module in {**convs, **norms, **acts}.items():
-        handles.append(module.register_forward_pre_hook(watch.enter(name)))
-        handles.append(module.register_forward_hook(watch.leave(name)))
+    _refuse_hooks(model)
+    batch = next((len(t) for t in call.tensors if t.is_floating_point() and t.ndim), 0)
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+    tensors = [_at_least_two(t, batch) for t in call.tensors]
+    for t, given in zip(tensors, call.tensors, strict=True):
+        if given.ndim and len(given) == batch:
+            shapes[t] = {0: Dim.AUTO}  # type: ignore[no-untyped-call]
+    args, kwargs = call.arguments(tensors)
     try:
-        with torch.no_grad(), watch:
-            output = call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for t in named_tensors(output, "output").values():
-        if id(t) in watch.outputs:
-            watch.leaks.add(watch.outputs[id(t)][0])
-        if id(t) in watch.finals:
-            watch.final_leaks.add(watch.finals[id(t)][0])
-    for name in {**convs, **norms}:
-        calls = watch.calls[name] if name in convs else len(watch.sources[name])
-        act = watch.act_of(name, calls)
-        if act is not None:
-            found.acts[name] = act, str(act_name(acts[act]))
-    for name in convs:
-        refusal = watch.refuse_conv(name)
-        if refusal is None:
-            found.pairs[name] = watch.readers[name][0]
+        with _quiet(), torch.no_grad():
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            try:
+                functionalize(program.graph_module.graph, _lifted(program))
+            except Impure:
+                program = program.run_decompositions({})
+    except Exception as error:  # export raises whatever the model's code does with symbols
+        raise CaptureError(f"torch.export: {type(error).__name__}: {_first_line(error)}") from error
+    return _read(program, call, max(batch, 2))
+
+
+def _at_least_two(t: Tensor, batch: int) -> Tensor:
+    if not t.ndim or len(t) != batch or batch >= 2:
+        return t.detach().clone()
+    return torch.zeros((2, *t.shape[1:]), dtype=t.dtype, device=t.device) if batch == 0 else torch.cat([t, t]).detach()
+
+
+def _refuse_hooks(model: nn.Module) -> None:
+    if has_global_hooks():
+        raise CaptureError("hooks on every module are set (register_module_forward_hook)")
+    for name, module in model.named_modules():
+        if not is_bare(module):
+            raise CaptureError(f"{name or 'the model'} has hooks or a forward patched on the instance")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own warnings: what goes wrong is raised, and put into the report."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch.fx.experimental")]
+    levels = [log.level for log in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for log in loggers:
+            log.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            for log, level in zip(loggers, levels, strict=True):
+                log.setLevel(level)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "no message"
+
+
+def _lifted(program: Any) -> set[str]:
+    """The names of the placeholders that stand for the source's tensors."""
+    specs = program.graph_signature.input_specs
+    return {spec.arg.name for spec in specs if spec.kind is not InputKind.USER_INPUT}
+
+
+def _read(program: Any, call: Call, batch: int) -> Captured:
+    """The exported program as a `Captured`."""
+    signature = program.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
+            raise CaptureError(f"its forward writes to {spec.target}")
+        if spec.kind not in (OutputKind.USER_OUTPUT, OutputKind.USER_INPUT_MUTATION):
+            raise CaptureError(f"an output of kind {spec.kind.name}")
+    graph = fx.Graph()
+    values: dict[fx.Node, Any] = {}
+    constants: dict[str, Tensor] = {}
+    inputs: list[tuple[Dims, torch.dtype]] = []
+    notes: list[str] = []
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node.name]
+            if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+                if not node.users:
+                    continue
+                if spec.kind is InputKind.CONSTANT_TENSOR:
+                    constants[spec.target] = program.constants[spec.target]
+                values[node] = graph.create_node("get_attr", spec.target)
+            elif spec.kind is not InputKind.USER_INPUT:
+                raise CaptureError(f"an input of kind {spec.kind.name}")
+            elif isinstance(spec.arg, ConstantArgument):
+                values[node] = spec.arg.value
+                continue
+            else:
+                values[node] = graph.placeholder(node.name)
+                inputs.append((_dims(node.meta["val"]), node.meta["val"].dtype))
+        elif node.op == "call_function":
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                raise CaptureError(f"its forward has a {node.target.name()} region")
+            values[node] = graph.node_copy(node, values.__getitem__)
+        elif node.op == "output":
+            kept = [
+                value
+                for value, spec in zip(node.args[0], signature.output_specs, strict=True)
+                if spec.kind is OutputKind.USER_OUTPUT
+            ]
+            if len(kept) < len(node.args[0]):
+                notes.append("the source writes to its input in place; the frozen network leaves it alone")
+            graph.output(tuple(values[value] if isinstance(value, fx.Node) else value for value in kept))
+            continue
         else:
-            found.convs[name] = refusal
-    for name in norms.keys() - set(found.pairs.values()):
-        found.norms[name] = watch.refuse_norm(name)
-    return found
+            raise CaptureError(f"a {node.op} node")
+        if isinstance(values[node], fx.Node):
+            values[node].meta = _meta(node)
+    fixed = batch if all(isinstance(dim, int) for dims, _ in inputs for dim in dims) else None
+    if fixed is not None and inputs:
+        notes.append(f"the network fixes its batch: captured for {fixed}, other sizes are captured on their first call")
+    return Captured(
+        graph, inputs, program.call_spec.out_spec, call.tree, call.plain, constants, batch, notes
+    )
+
+
+def _dims(value: Any) -> Dims:
+    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+
+
+def _meta(node: fx.Node) -> dict[str, Any]:
+    meta: dict[str, Any] = {}
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        meta["shape"], meta["dtype"] = _dims(value), value.dtype
+        meta["size"] = tuple(int(size) if isinstance(size, int) else int(size.node.hint) for size in value.shape)
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        meta["where"] = list(stack.values())[-1][0]
+    return meta
+
+
+def example_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of an example given as a tensor, a tuple or a mapping."""
+    return run_once(lambda *args, **kwargs: (args, kwargs), inputs)  # type: ignore[no-any-return]

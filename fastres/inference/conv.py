@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastres.nn.steps import fused_conv_act, is_bare
 from fastres.ops._autograd import goes_straight
-from fastres.ops._conv_backends import Conv, output_size, why_not_onednn
+from fastres.ops._conv_backends import ACTIVATIONS, Conv, output_size, why_not_onednn
 from fastres.ops._tensors import is_channels_last
 
 torch.fx.wrap("fused_conv_act")
@@ -31,6 +31,11 @@ _UNARY: dict[str, tuple[str, list[float]]] = {
     "silu": ("swish", []),
 }
 _BINARY: dict[str, str | None] = {"none": None, "relu": "relu"}
+
+
+def is_traced() -> bool:
+    """Whether a compiler or an exporter follows: then a frozen network shows it stock operators alone."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
 
 
 class Packs:
@@ -57,8 +62,27 @@ class FrozenConv(nn.Conv2d):
     exact: bool
     packs: Packs
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, None, self.act)
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, act: str) -> Any:
+        """The convolution with this weight [K, C / groups, R, S] and bias [K], which become its parameters.
+
+        Args:
+            stride, padding, dilation: two numbers each.
+            act: what follows: none, relu, relu6, hardswish or silu.
+        """
+        k, c, *kernel = weight.shape
+        with torch.device("meta"):
+            conv = cls(c * groups, k, kernel, stride, padding, dilation, groups, bias is not None)  # type: ignore[arg-type]
+        conv.weight = nn.Parameter(weight, requires_grad=False)
+        conv.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        conv.act, conv.exact, conv.packs = act, False, Packs()
+        return conv.eval()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if is_traced():
+            y = self._conv_forward(x, self.weight, self.bias)
+            return ACTIVATIONS[self.act](y if residual is None else y + residual)
+        return self.run(x, residual, self.act)
 
     def run(self, x: Tensor, residual: Tensor | None, act: str, overwrite: bool = False) -> Tensor:
         """The call with its epilogue; `overwrite`: the residual is nobody else's, and y may take its memory."""

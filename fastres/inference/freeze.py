@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from fastres.inference.capture import capture
+from fastres.inference.capture import CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.plan import measure
+from fastres.inference.recipe import GraphRecipe, ModuleRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
-from fastres.inference.rewrite import rewrite
+from fastres.inference.signature import Signature
+from fastres.inference.watch import capture as watch
 from fastres.nn.fold import short
 from fastres.verify import Verification, calibrate, uncalibrated, verify
 from fastres.verify.runs import call, map_tensors, named_tensors, private
@@ -78,19 +80,19 @@ def freeze(
         (1, (5, 8, 14, 14))
     """
     _check(model, example_inputs, dtype, tune, cuda_graph, verify)
-    source = private("model", model).eval().requires_grad_(False)
+    source = sharing_copy(model).eval()
     own = _dtype_of(source)
     target = torch.device(device) if device is not None else _device_of(source, example_inputs)
     dtype = dtype or own
     if cuda_graph is True and target.type != "cuda":
         raise ValueError(f"cuda_graph: got True for a model on {target}, expected a CUDA device")
-    source = source.to(target)
+    if any(t.device != target for t in source_tensors(source).values()):
+        source = private("model", source).to(target)
     inputs = map_tensors(example_inputs, lambda _, t: t.detach().to(target), "example_inputs")
-    found = capture(source, inputs)
-    module = private("model", source)
-    rows = rewrite(module, found, dtype)
-    report = FreezeReport(type(model).__name__, short(dtype), str(target), rows)
-    frozen = FrozenModel(module, model, found, report, dtype)
+    report = FreezeReport(type(model).__name__, short(dtype), str(target), [])
+    recipe = _recipe(source, inputs, report)
+    module, report.rows = recipe.make(source, dtype)
+    frozen = FrozenModel(module, model, recipe, report, dtype)
     if model.training:
         report.notes.append("the model is in training mode; frozen as in eval mode")
     if not report.folded:
@@ -113,6 +115,22 @@ def freeze(
                 raise RuntimeError(text)
             logger.warning(text)
     return frozen
+
+
+def _recipe(source: nn.Module, inputs: Any, report: FreezeReport) -> Recipe:
+    """The network's graph; where it has none, its modules, with the reason in the report."""
+    try:
+        signature = Signature.of(source.forward)
+        args, kwargs = call(lambda *args, **kwargs: (args, kwargs), inputs)
+        captured = capture(source, signature.take(args, kwargs).like(source))
+    except CaptureError as error:
+        report.capture_reason = str(error)
+        report.notes.append(f"no graph, its modules are rewritten instead: {error}")
+        logger.info("freeze: %s has no graph: %s", report.model, error)
+        return ModuleRecipe(watch(source, inputs))
+    report.capture = "graph"
+    report.notes += captured.notes
+    return GraphRecipe(captured, signature)
 
 
 def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, verify: Any) -> None:
@@ -205,7 +223,8 @@ def _overwrite_residuals(frozen: FrozenModel, inputs: Any, device: torch.device)
     For calls with tensors alone: a flag could ask for the outputs of blocks, and the example would not show it.
     """
     given = [inputs] if isinstance(inputs, Tensor) else inputs
-    if device.type != "cpu" or isinstance(given, Mapping) or not all(isinstance(t, Tensor) for t in given):
+    graph = frozen.report.capture == "graph"  # its programs see who reads what
+    if graph or device.type != "cpu" or isinstance(given, Mapping) or not all(isinstance(t, Tensor) for t in given):
         return
     frozen.overwrite_residuals(False)
     want = map_tensors(call(frozen, inputs), lambda _, t: t.clone(), "")
@@ -316,9 +335,8 @@ def _judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeRe
             report.notes.append(f"{len(layers)} BN have initial statistics and could not be calibrated: {error}")
         else:
             report.notes.append(f"{len(layers)} BN have initial statistics; verified on a copy with the example's")
-            module = private("model", calibrated)
-            rewrite(module, frozen._found, frozen.dtype)
-            twin = FrozenModel(module, calibrated, frozen._found, report, frozen.dtype)
+            module, _ = frozen._recipe.make(calibrated, frozen.dtype)
+            twin = FrozenModel(module, calibrated, frozen._recipe, report, frozen.dtype)
             if frozen.channels_last:
                 twin.use_channels_last()
             twin.overwrite_residuals(frozen._overwrites)

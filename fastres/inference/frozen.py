@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import math
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,21 +12,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastres.inference.blocks import own_residuals
-from fastres.inference.capture import Capture
-from fastres.inference.conv import frozen_convs
-from fastres.inference.graphs import Graphs
+from fastres.inference.capture import CaptureError, capture, sharing_copy
+from fastres.inference.conv import frozen_convs, is_traced
+from fastres.inference.engine import Engine, Variant, Variants
 from fastres.inference.plan import choose_packs
-from fastres.inference.program import Programs
+from fastres.inference.recipe import GraphRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
-from fastres.inference.rewrite import rewrite
+from fastres.inference.signature import Call
 from fastres.ops._autograd import goes_straight
-from fastres.verify.runs import call, map_tensors, named_tensors, private
+from fastres.verify.runs import call, map_tensors
 
-
-def source_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer, also those with two names, by name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return parameters | dict(model.named_buffers(remove_duplicate=False))
+logger = logging.getLogger("fastres")
 
 
 class Source:
@@ -63,37 +58,6 @@ class Source:
         )
 
 
-class Exact:
-    """What runs where an input on a CPU holds NaN or infinity, which oneDNN's ReLU would hide: a twin of the network
-    that shares its tensors, made when it is first needed. A deep copy or a pickle of it is empty."""
-
-    def __init__(self) -> None:
-        self._twin: nn.Module | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Exact:
-        return Exact()
-
-    def __reduce__(self) -> tuple[type[Exact], tuple[()]]:
-        return Exact, ()
-
-    def wanted(self, inputs: Any) -> bool:
-        """Whether a tensor is not finite: then its sum is not (nor is, rarely, that of a finite one: no harm)."""
-        return any(
-            t.is_floating_point() and t.device.type == "cpu" and not math.isfinite(float(t.detach().sum()))
-            for t in named_tensors(inputs, "").values()
-            if goes_straight(t)
-        )
-
-    def twin(self, module: nn.Module) -> nn.Module:
-        tensors = source_tensors(module)
-        if self._twin is None or any(t is not tensors[name] for name, t in source_tensors(self._twin).items()):
-            twin = copy.deepcopy(module, {id(t): t for t in tensors.values()})
-            for conv in frozen_convs(twin):
-                conv.exact = True
-            self._twin = twin
-        return self._twin
-
-
 def _version(t: Tensor) -> int:
     return -1 if t.is_inference() else t._version
 
@@ -115,7 +79,7 @@ class FrozenModel(nn.Module):
         module: the rewritten network.
     """
 
-    def __init__(self, module: nn.Module, source: nn.Module, found: Capture, report: FreezeReport, dtype: torch.dtype):
+    def __init__(self, module: nn.Module, source: nn.Module, recipe: Recipe, report: FreezeReport, dtype: torch.dtype):
         super().__init__()
         self.module = module
         self.report = report
@@ -124,37 +88,95 @@ class FrozenModel(nn.Module):
         self.images_at_a_time: int | None = None
         self._overwrites = False
         self.training = False
-        self._found = found
+        self._recipe = recipe
         self._source = Source(source)
-        self._graphs = Graphs()
-        self._programs = Programs()
-        self._exact = Exact()
+        self._engine = Engine()
+        self._variants = Variants()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.images_at_a_time and len(args) == 1 and not kwargs:
-            images = args[0]
-            if isinstance(images, Tensor) and images.ndim == 4 and len(images) > self.images_at_a_time:
-                if goes_straight(images):
-                    return self._in_parts(images, self.images_at_a_time)
+        if isinstance(self._recipe, GraphRecipe):
+            given = self._recipe.signature.take(args, kwargs)
+            return self._call(given, self._recipe)
+        if self._goes_in_parts(args, kwargs):
+            return self._in_parts(lambda part: self._run((part,), {}), args[0])
         return self._run(args, kwargs)
+
+    def _call(self, given: Call, recipe: GraphRecipe) -> Any:
+        """A call of the network that was captured for its like."""
+        captured, module, engine = recipe.captured, self.module, self._engine
+        if not captured.takes(given):
+            variant = self._variant(given, recipe)
+            captured, module, engine = variant.captured, variant.module, variant.engine
+        if is_traced():
+            outputs = module(*(self._prepare("", t) for t in given.tensors))
+        elif self._goes_in_parts(given.tensors, {}):
+            outputs = self._in_parts(lambda part: engine.run(module, (self._prepare("", part),), {}), given.tensors[0])
+        else:
+            outputs = engine.run(module, tuple(self._prepare("", t) for t in given.tensors), {})
+        return tree_unflatten(outputs, captured.outputs)
+
+    def _variant(self, given: Call, recipe: GraphRecipe) -> Variant:
+        """The network for a call unlike the example, captured on the first one.
+
+        Raises:
+            RuntimeError: there is no source to capture it from, or the source has changed since.
+            ValueError: it cannot be captured.
+        """
+        for variant in reversed(self._variants.found):
+            if variant.captured.takes(given):
+                return variant
+        with self._variants.lock:
+            for variant in self._variants.found:
+                if variant.captured.takes(given):
+                    return variant
+            source, what = self._source.model, _describe(given)
+            if source is None:
+                raise RuntimeError(
+                    f"input: got {what}; this network was captured for {recipe.captured.describe()}, and its source, "
+                    "which another capture needs, is gone: freeze the model with an example of that kind"
+                )
+            if self.is_stale():
+                raise RuntimeError(
+                    f"input: got {what}; this network was captured for {recipe.captured.describe()}, and its source "
+                    "has changed since: refresh() first"
+                )
+            try:
+                captured = capture(sharing_copy(source).eval(), given.like(source))
+            except CaptureError as error:
+                raise ValueError(
+                    f"input: got {what}; this network was captured for {recipe.captured.describe()}, and it cannot be "
+                    f"for this: {error}"
+                ) from error
+            fresh = GraphRecipe(captured, recipe.signature)
+            module, _ = fresh.make(source, self.dtype, self.module, self._device())
+            if self.channels_last:
+                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            logger.info("freeze: %s captured again for %s", self.report.model, what)
+            variant = Variant(captured, module)
+            self._variants.add(variant)
+            return variant
+
+    def _device(self) -> torch.device | None:
+        return next((t.device for t in source_tensors(self.module).values()), None)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         args, kwargs = map_tensors((args, kwargs), self._prepare, "")
+        if is_traced():
+            return self.module(*args, **kwargs)
         if self._overwrites and (kwargs or not all(isinstance(arg, Tensor) for arg in args)):
             self.overwrite_residuals(False)  # a call unlike the example may keep what the example did not
-        if self._exact.wanted((args, kwargs)):
-            with torch.no_grad():
-                return self._exact.twin(self.module)(*args, **kwargs)
-        if len(self._graphs):
-            replayed, output = self._graphs.replay((args, kwargs))
-            if replayed:
-                return output
-        with torch.no_grad():
-            return self._programs.run(self.module, args, kwargs)
+        return self._engine.run(self.module, args, kwargs)
 
-    def _in_parts(self, images: Tensor, count: int) -> Any:
+    def _goes_in_parts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        count = self.images_at_a_time
+        if not count or kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 4:
+            return False
+        return len(args[0]) > count and goes_straight(args[0])
+
+    def _in_parts(self, run: Callable[[Tensor], Any], images: Tensor) -> Any:
         """A few images at a time: inputs and activations stay in cache, and below the size that malloc maps anew."""
-        parts = [tree_flatten(self._run((part,), {})) for part in images.detach().split(count)]
+        assert self.images_at_a_time is not None
+        parts = [tree_flatten(run(part)) for part in images.detach().split(self.images_at_a_time)]
         joined = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in parts), strict=True)]
         return tree_unflatten(joined, parts[0][1])
 
@@ -174,28 +196,35 @@ class FrozenModel(nn.Module):
     def overwrite_residuals(self, allowed: bool) -> None:
         """Let blocks write over the output of the block before, which must be nobody else's."""
         own_residuals(self.module, allowed)
-        self._programs = Programs()
+        self._engine = Engine()
         self._overwrites = allowed
 
     def choose_packs(self, inputs: Any) -> int:
         """Keep, for each convolution of a call on these inputs, the packed or the plain weight; how many are packed."""
-        self._programs = Programs()  # they hold the weights of before, and hide the convolutions
+        self._forget_programs()  # they hold the weights of before, and hide the convolutions
         packed = choose_packs(frozen_convs(self.module), lambda: call(self, inputs))
-        self._programs = Programs()
+        self._forget_programs()
         return packed
+
+    def _forget_programs(self) -> None:
+        graphs = self._engine.graphs
+        self._engine = Engine()
+        self._engine.graphs = graphs
 
     @property
     def program(self) -> str:
         """How many operator calls the last signature's program holds, or why there is none."""
-        return self._programs.describe()
+        return self._engine.programs.describe()
 
     def record_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record a CUDA graph for inputs of these shapes; other shapes run eagerly."""
-        self._graphs.record(self.module, map_tensors((args, kwargs), self._prepare, ""))
+        if isinstance(self._recipe, GraphRecipe):
+            args, kwargs = self._recipe.signature.take(args, kwargs).tensors, {}
+        self._engine.graphs.record(self.module, map_tensors((args, kwargs), self._prepare, ""))
 
     def drop_graphs(self) -> None:
         """Forget the recorded CUDA graphs; every shape runs eagerly."""
-        self._graphs = Graphs()
+        self._engine = Engine()
 
     def train(self, mode: bool = True) -> FrozenModel:
         """Only ``train(False)``: a frozen model has no batch statistics to train with.
@@ -233,11 +262,10 @@ class FrozenModel(nn.Module):
         source = self._source.model
         if source is None:
             raise RuntimeError("refresh: the source is gone; freeze the model you have")
-        fresh_module = private("source", source).eval()
         mine = source_tensors(self.module)
         try:
-            rows = rewrite(fresh_module, self._found, self.dtype)
-        except (AttributeError, RuntimeError) as error:
+            fresh_module, rows = self._recipe.make(source, self.dtype, device=self._device())
+        except (AttributeError, KeyError, RuntimeError) as error:
             raise RuntimeError(f"refresh: the source's structure has changed, freeze it again: {error}") from error
         fresh = source_tensors(fresh_module)
         shapes = {name: t.shape for name, t in mine.items()}
@@ -249,13 +277,13 @@ class FrozenModel(nn.Module):
         with torch.no_grad():
             for name, t in mine.items():
                 t.copy_(fresh[name])
+        self._variants = Variants()
         self._source = Source(source)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._graphs = Graphs()
-        self._programs = Programs()
-        self._exact = Exact()
+        self._engine = Engine()
+        self._variants = Variants()
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.is_floating_point():
             self.dtype = probe.dtype
@@ -263,3 +291,8 @@ class FrozenModel(nn.Module):
 
     def extra_repr(self) -> str:
         return f"dtype={self.dtype}, channels_last={self.channels_last}"
+
+
+def _describe(given: Call) -> str:
+    shapes = ", ".join(str(list(t.shape)) for t in given.tensors)
+    return f"{shapes} with {[value for _, value in given.plain]}" if given.plain else shapes

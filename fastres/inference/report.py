@@ -7,20 +7,24 @@ from typing import Any
 
 from fastres.verify import Verification
 
+ACTS = ("relu", "relu6", "hardswish", "silu")
+
 
 @dataclass(frozen=True)
 class FreezeRow:
-    """One convolution, one BN that stayed, or one fused block.
+    """One convolution, one BN that stayed, another fused step, or (without a graph) one fused block.
 
-    ``reason`` is a code where it could not become more: NO_NORM, NO_CONV, SHARED, OTHER_USE, NOT_REACHED, HAS_HOOKS,
-    CONV_TYPE, NORM_TYPE, BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, SHAPE; ``message`` says it in words.
+    ``reason`` is a code where it could not become more: NO_NORM, NO_CONV, SHARED, OTHER_USE, NOT_REACHED, NOT_CONSTANT,
+    HAS_HOOKS, CONV_TYPE, NORM_TYPE, BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, SHAPE; ``message`` says it in
+    words. ``took`` lists what it took in: "bn", "bias", "add" and the activation.
     """
 
     name: str
-    kind: str  # "conv", "norm" or "block"
+    kind: str  # "conv", "norm", "add", "pool_linear" or "block"
     became: str
     reason: str
     message: str
+    took: tuple[str, ...] = ()
 
 
 @dataclass
@@ -31,6 +35,8 @@ class FreezeReport:
     dtype: str
     device: str
     rows: list[FreezeRow]
+    capture: str = "modules"  # "graph": torch.export; "modules": what the fallback rewrites
+    capture_reason: str = ""  # why there is no graph
     memory_format: str = "contiguous"
     memory_format_reason: str = ""
     cuda_graph: str = "off"
@@ -44,7 +50,24 @@ class FreezeReport:
     @property
     def folded(self) -> int:
         """How many BN were folded."""
-        return sum(row.kind == "conv" and row.became.startswith("conv + bias") for row in self.rows)
+        return self.counts["folded"]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many convolutions there are, and of them: BN folded, residuals added, activations taken in; BN that
+        stayed, of those fused with what follows; sums and heads that are one step; blocks of the fallback."""
+        kinds = {kind: [row for row in self.rows if row.kind == kind] for kind in ("conv", "norm", "add", "block")}
+        return {
+            "convs": len(kinds["conv"]),
+            "folded": sum("bn" in row.took for row in kinds["conv"]),
+            "adds": sum("add" in row.took for row in kinds["conv"]),
+            "acts": sum(bool(row.took) and row.took[-1] in ACTS for row in kinds["conv"]),
+            "norms_left": len(kinds["norm"]),
+            "bn_act": sum("relu" in row.took for row in kinds["norm"]),
+            "add_relu": len(kinds["add"]),
+            "pool_linear": sum(row.kind == "pool_linear" for row in self.rows),
+            "blocks": len(kinds["block"]),
+        }
 
     @property
     def speedup(self) -> float | None:
@@ -58,6 +81,9 @@ class FreezeReport:
             "model": self.model,
             "dtype": self.dtype,
             "device": self.device,
+            "capture": self.capture,
+            "capture_reason": self.capture_reason,
+            "counts": self.counts,
             "memory_format": self.memory_format,
             "memory_format_reason": self.memory_format_reason,
             "cuda_graph": self.cuda_graph,
@@ -73,10 +99,10 @@ class FreezeReport:
         }
 
     def __str__(self) -> str:
-        counts = {kind: sum(row.kind == kind for row in self.rows) for kind in ("conv", "norm", "block")}
+        n = self.counts
         lines = [
-            f"{self.model}: {self.folded} of {counts['conv']} convolutions took their BN in, {counts['norm']} BN stay, "
-            f"{counts['block']} blocks fused; {self.dtype} on {self.device}",
+            f"{self.model}: {n['folded']} of {n['convs']} convolutions took their BN in, {n['adds']} a residual, "
+            f"{n['acts']} an activation; {n['norms_left']} BN stay; {self.dtype} on {self.device}",
             f"  layout: {self.memory_format} ({self.memory_format_reason}); packed weights: {self.packed}; "
             f"images at a time: {self.images_at_a_time or 'all'}; program: "
             f"{self.program}; CUDA graph: {self.cuda_graph}",

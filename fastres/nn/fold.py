@@ -78,26 +78,49 @@ def fold(conv: Any, norm: Any, dtype: torch.dtype) -> Folded | Refusal:
     refusal = refuse_norm(norm)
     if refusal is not None:
         return refusal
-    mean, var = norm.running_mean.double(), norm.running_var.double()  # [C_out]
-    if len(var) != len(conv.weight):
-        return Refusal("SHAPE", f"it has {len(var)} channels, the convolution {len(conv.weight)}")
-    spread = var + norm.eps
+    if len(norm.running_var) != len(conv.weight):
+        return Refusal("SHAPE", f"it has {len(norm.running_var)} channels, the convolution {len(conv.weight)}")
+    affine = norm_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    if isinstance(affine, Refusal):
+        return affine
+    return fold_affine(conv.weight, conv.bias, *affine, dtype)
+
+
+def norm_affine(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor] | Refusal:
+    """scale and shift of a BN, float64 [C]: y = scale * x + shift. Refused: ``BAD_VARIANCE``."""
+    spread = var.detach().double() + eps
     if not bool((spread >= torch.finfo(torch.float32).tiny).all()):  # NaN fails too
-        return Refusal("BAD_VARIANCE", f"its var + eps is {float(spread.min()):.3g} at the least, not a normal float32")
+        least = float(spread.min()) if len(spread) else 0.0
+        return Refusal("BAD_VARIANCE", f"its var + eps is {least:.3g} at the least, not a normal float32")
     scale = spread.rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    weight = conv.weight.detach().double()
-    exact = weight * scale.view(-1, *[1] * (weight.ndim - 1))  # [C_out, C_in / groups, *kernel]
-    bias = -mean if conv.bias is None else conv.bias.detach().double() - mean
-    bias = bias * scale
-    if norm.bias is not None:
-        bias = bias + norm.bias.detach().double()
-    folded = Folded(exact.to(dtype), bias.to(dtype))
-    for name, rounded, of in (("weight", folded.weight, exact), ("bias", folded.bias, bias)):
+    if weight is not None:
+        scale = scale * weight.detach().double()
+    shift = -mean.detach().double() * scale
+    return scale, shift if bias is None else shift + bias.detach().double()
+
+
+def fold_affine(
+    weight: Tensor, bias: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype
+) -> Folded | Refusal:
+    """The weight and bias of ``scale * (conv(x, weight) + bias) + shift`` as one convolution, rounded to ``dtype``.
+
+    Args:
+        weight: [C_out, C_in / groups, *kernel], bias: [C_out] or None; any floating dtype.
+        scale, shift: [C_out], float64.
+
+    Refused (codes): ``OVERFLOW`` and ``UNDERFLOW``, see :func:`fold`.
+    """
+    exact = weight.detach().double() * scale.view(-1, *[1] * (weight.ndim - 1))  # [C_out, C_in / groups, *kernel]
+    moved = shift if bias is None else shift + scale * bias.detach().double()  # [C_out]
+    folded = Folded(exact.to(dtype), moved.to(dtype))
+    for name, rounded, of in (("weight", folded.weight, exact), ("bias", folded.bias, moved)):
         if bool((~torch.isfinite(rounded)).any()):
             largest = float(of.abs().max())
             return Refusal("OVERFLOW", f"the folded {name} reaches {largest:.3g}, too large for {short(dtype)}")
+    if not exact.numel():
+        return folded
     size, lost = exact.square().mean().sqrt(), (folded.weight.double() - exact).square().mean().sqrt()
     if bool(lost > 2 * torch.finfo(dtype).eps * size):
         return Refusal("UNDERFLOW", f"the folded weight's RMS is {float(size):.3g}, too small for {short(dtype)}")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastres.inference.blocks import freeze_block
-from fastres.inference.capture import Capture
+from fastres.inference.watch import Capture
 from fastres.inference.conv import freeze_conv
 from fastres.inference.report import FreezeRow
 from fastres.nn.fold import Refusal, fold, remainder
@@ -43,7 +43,7 @@ def rewrite(model: nn.Module, found: Capture, dtype: torch.dtype) -> list[Freeze
             continue
         folded.append((conv, result))
         done[id(norm)] = remainder(norm)
-        rows.append(FreezeRow(conv_name, "conv", "conv + bias", "", f"{norm_name} folded"))
+        rows.append(FreezeRow(conv_name, "conv", "conv + bias", "", f"{norm_name} folded", ("bn", "bias")))
     for conv, result in folded:
         conv.weight = nn.Parameter(result.weight, requires_grad=False)
         conv.bias = nn.Parameter(result.bias, requires_grad=False)
@@ -58,7 +58,8 @@ def rewrite(model: nn.Module, found: Capture, dtype: torch.dtype) -> list[Freeze
         freeze_conv(module)
     for i, row in enumerate(rows):
         if row.name in fused:
-            rows[i] = replace(row, became=f"{row.became} + {fused[row.name]}")
+            act = fused[row.name]
+            rows[i] = replace(row, became=f"{row.became} + {act}", took=(*row.took, act))
     for name, module in model.named_modules():
         if freeze_block(module):
             rows.append(

@@ -1,0 +1,317 @@
+"""The executor: a captured graph and the source's tensors become a `GraphModule` of fused steps.
+
+Every step stands where the last node of its region stood. A step's tensors have the names of the module that they come
+from; steps and constants made of the same things are made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastres.inference.capture import Captured
+from fastres.inference.constants import Constants, as_channels
+from fastres.inference.conv import FrozenConv
+from fastres.inference.leaves import FrozenAddReLU, FrozenNorm, PoolLinear
+from fastres.inference.normal import aten, normalize
+from fastres.inference.regions import Region, arithmetic, find_regions, norm_name, other
+from fastres.inference.report import FreezeRow
+from fastres.nn.fold import Folded, Refusal, fold_affine, norm_affine
+
+def build(
+    captured: Captured, tensors: Mapping[str, Tensor], dtype: torch.dtype, shared: nn.Module | None = None
+) -> tuple[fx.GraphModule, list[FreezeRow]]:
+    """The network of ``captured`` with BN folded into convolutions in float64, and a row for each that was one.
+
+    Args:
+        captured: normalised in place on the first call.
+        tensors: the source's parameters and buffers, and the capture's constants, by name.
+        dtype: what the network computes in.
+        shared: another network of the same source: its steps and constants are taken where they are the same.
+    """
+    normalize(captured.graph)
+    constants = Constants(captured.graph, tensors)
+    refused: dict[fx.Node, Refusal] = {}
+    folded: dict[fx.Node, Folded] = {}
+    while True:
+        regions = find_regions(captured.graph, constants, refused)
+        before = len(refused)
+        for region in regions:
+            if region.affines and region.head not in folded:
+                result = _fold(region, constants, dtype)
+                if isinstance(result, Refusal):
+                    refused[region.head] = result
+                else:
+                    folded[region.head] = result
+        if len(refused) == before:
+            return _Builder(captured, constants, regions, folded, dtype, shared).run()
+
+
+def _fold(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | Refusal:
+    """The weight and bias of a convolution with the affines behind it, in float64, rounded once."""
+    weight, bias = (*region.head.args[1:], None)[:2]
+    channels: int = weight.meta["shape"][0]  # type: ignore[union-attr]
+    device = constants.tensors[next(iter(constants.tensors))].device
+    scale = torch.ones(channels, dtype=torch.float64, device=device)
+    shift = torch.zeros_like(scale)
+    current = region.head
+    for node in region.affines:
+        if node.target is aten.batch_norm.default:
+            tensors = [None if t is None else constants.exact(t) for t in node.args[1:5]]  # type: ignore[arg-type]
+            affine = norm_affine(tensors[2], tensors[3], tensors[0], tensors[1], node.args[7])  # type: ignore[arg-type]
+            if isinstance(affine, Refusal):
+                return Refusal(affine.code, f"{norm_name(node)}: {affine.message}")
+            scale, shift = scale * affine[0], shift * affine[0] + affine[1]
+        else:
+            value, name = as_channels(other(node, current), constants, channels), arithmetic(node)
+            if name == "mul":
+                scale, shift = scale * value, shift * value
+            elif name == "div":
+                scale, shift = scale / value, shift / value
+            elif name == "sub" and node.args[0] is not current:
+                scale, shift = -scale, value - shift
+            else:
+                shift = shift + value if name == "add" else shift - value
+        current = node
+    exact_bias = None if bias is None else constants.exact(bias)  # type: ignore[arg-type]
+    result = fold_affine(constants.exact(weight), exact_bias, scale, shift, dtype)  # type: ignore[arg-type]
+    if isinstance(result, Refusal):
+        return Refusal(result.code, f"{norm_name(region.affines[0])}: {result.message}")
+    return result
+
+
+class _Builder:
+    def __init__(
+        self,
+        captured: Captured,
+        constants: Constants,
+        regions: list[Region],
+        folded: dict[fx.Node, Folded],
+        dtype: torch.dtype,
+        shared: nn.Module | None,
+    ) -> None:
+        self.captured, self.constants, self.folded, self.dtype = captured, constants, folded, dtype
+        self.regions = regions
+        self.root = nn.Module()
+        self.graph = fx.Graph()
+        self.values: dict[fx.Node, fx.Node] = {}
+        self.rows: list[FreezeRow] = []
+        self.steps: dict[str, str] = {}  # a step's key -> its name
+        self.names: set[str] = set()
+        self.shared: dict[str, nn.Module] = {}
+        for module in shared.modules() if shared is not None else ():
+            if "origin" in module.__dict__:
+                self.shared[module.origin] = module
+        self.kept = dict(shared.named_buffers()) if shared is not None else {}
+        self.in_norms = {
+            n for node in captured.graph.nodes if node.target is aten.batch_norm.default for n in node.args[1:5]
+        }
+
+    def run(self) -> tuple[fx.GraphModule, list[FreezeRow]]:
+        last = {region.last: region for region in self.regions}
+        inside = {node for region in self.regions for node in region.nodes[:-1]}
+        for node in self.captured.graph.nodes:
+            if node in last:
+                self.values[node] = self.step(last[node])
+            elif node in inside or node in self.constants.nodes:
+                continue
+            else:
+                self.values[node] = self.graph.node_copy(node, self.value)
+                self.values[node].meta = {}
+        network = fx.GraphModule(self.root, self.graph, "FrozenNetwork")
+        network.eval()
+        return network, self.rows
+
+    def value(self, node: fx.Node) -> fx.Node:
+        if node not in self.values:
+            self.values[node] = self.constant(node)
+        return self.values[node]
+
+    def constant(self, node: fx.Node) -> fx.Node:
+        """A constant that meets the input, as a buffer; or computed again where its value would be huge."""
+        if not self.constants.is_worth_keeping(node):
+            return self.graph.node_copy(node, self.value)
+        name = self.unique("constant" if node.op != "get_attr" else str(node.target))
+        if node in self.in_norms:
+            dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        else:
+            dtype = self.dtype
+        kept = self.kept.get(name) if node.op == "get_attr" else None
+        fits = kept is not None and kept.shape == node.meta["shape"] and kept.dtype in (dtype, node.meta["dtype"])
+        self.put(name, kept if fits else self.constants.rounded(node, dtype))  # type: ignore[arg-type]
+        return self.graph.get_attr(name)
+
+    def unique(self, name: str) -> str:
+        name = name or "step"
+        candidate, count = name, 1
+        while candidate in self.names:
+            count += 1
+            candidate = f"{name}_{count}"
+        self.names.add(candidate)
+        return candidate
+
+    def put(self, name: str, value: Tensor | nn.Module) -> None:
+        """Under a dotted name, with empty modules above it."""
+        parent = self.root
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module().eval())
+            parent = parent._modules[part]  # type: ignore[assignment]
+        if isinstance(value, Tensor):
+            parent.register_buffer(leaf, value)
+        else:
+            parent.add_module(leaf, value)
+
+    def step(self, region: Region) -> fx.Node:
+        inputs: list[Any] = [region.head.args[0]]
+        if region.kind == "conv":
+            if region.head.target is not aten.conv2d.default or len(region.head.meta["shape"]) != 4:
+                return self.other_conv(region)
+            made: Any = self.conv(region)
+        elif region.kind == "norm":
+            if region.stop is None or region.stop.code in ("BATCH_STATISTICS", "NOT_CONSTANT") or len(region.head.meta["shape"]) != 4:
+                return self.kept_norm(region)
+            made = self.norm(region)
+        elif region.kind == "pool_linear":
+            made = self.pool_linear(region)
+        else:
+            made = self.add_relu(region)
+        if region.residual is not None:
+            inputs.append(region.residual)
+        return self.graph.call_module(made, tuple(self.value(node) for node in inputs))
+
+    def add(self, name: str, key: str, make: Any) -> str:
+        """The step of that key, made once; its name."""
+        if key not in self.steps:
+            name = self.unique(name)
+            module = self.shared.get(key)
+            if module is None:
+                module = make()
+                module.origin = key
+            self.put(name, module)
+            self.steps[key] = name
+        return self.steps[key]
+
+    def key(self, node: Any) -> str:
+        return self.constants.key(node) if isinstance(node, fx.Node) else repr(node)
+
+    def keys(self, nodes: Any) -> str:
+        return ", ".join(self.key(node) for node in nodes)
+
+    def conv(self, region: Region) -> str:
+        _, weight, bias, stride, padding, dilation, groups = region.head.args
+        affines = "; ".join(f"{n.target}({self.affine_key(n)})" for n in region.affines)
+        where = stride, padding, dilation, groups
+        key = f"conv({self.keys((weight, bias))}) {where} [{affines}] {region.act} {self.dtype}"
+
+        def make() -> FrozenConv:
+            tensors = self.folded.get(region.head) or Folded(
+                self.constants.rounded(weight, self.dtype),  # type: ignore[arg-type]
+                None if bias is None else self.constants.rounded(bias, self.dtype),  # type: ignore[arg-type]
+            )
+            return FrozenConv.of(*tensors, *where, region.act)  # type: ignore[no-any-return,arg-type]
+
+        name = self.add(module_name(region.head), key, make)
+        self.conv_row(name, region)
+        return name
+
+    def affine_key(self, node: fx.Node) -> str:
+        """Of the constants and numbers of an affine, in their places."""
+        return self.keys("x" if isinstance(a, fx.Node) and a not in self.constants.nodes else a for a in node.args)
+
+    def conv_row(self, name: str, region: Region) -> None:
+        parts = ["conv"]
+        if region.head in self.folded or region.head.args[2] is not None:
+            parts.append("bias")
+        if region.residual is not None:
+            parts.append("add")
+        if region.act != "none":
+            parts.append(region.act)
+        took = tuple(["bn"] if region.head in self.folded else []) + tuple(parts[1:])
+        folded = ", ".join(dict.fromkeys(norm_name(n) for n in region.affines)) if region.head in self.folded else ""
+        stop = region.stop or Refusal("", "")
+        message = "; ".join(part for part in (f"{folded} folded" if folded else stop.message, readers(region)) if part)
+        self.rows.append(FreezeRow(name, "conv", " + ".join(parts), stop.code, message, took))
+
+    def other_conv(self, region: Region) -> fx.Node:
+        """A 1-D or 3-D convolution, or one of an unbatched input: folded, and called as it was."""
+        x, weight, bias, *rest = (*region.head.args, None)[: max(len(region.head.args), 3)]
+        name = module_name(region.head)
+        tensors: Any = self.folded.get(region.head)
+        if tensors is None:
+            new = self.value(weight), None if bias is None else self.value(bias)  # type: ignore[arg-type]
+        else:
+            names = [self.unique(f"{name}.{part}") for part in ("weight", "bias")]
+            for part, t in zip(names, tensors, strict=True):
+                self.put(part, t)
+            new = self.graph.get_attr(names[0]), self.graph.get_attr(names[1])
+        node = self.graph.call_function(region.head.target, (self.value(x), *new, *rest))  # type: ignore[arg-type]
+        self.conv_row(name, region)
+        return node
+
+    def norm(self, region: Region) -> str:
+        _, *tensors, _, _, eps, _ = region.head.args
+        dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        names = ("weight", "bias", "running_mean", "running_var")
+
+        def make() -> FrozenNorm:
+            values = {n: None if t is None else self.constants.rounded(t, dtype) for n, t in zip(names, tensors, strict=True)}  # type: ignore[arg-type]
+            return FrozenNorm(values, eps, region.act)  # type: ignore[arg-type]
+
+        name = self.add(norm_name(region.head), f"norm({self.keys(tensors)}) {eps} {region.act} {dtype}", make)
+        self.norm_row(name, region)
+        return name
+
+    def norm_row(self, name: str, region: Region) -> None:
+        parts = ["batch norm"]
+        if region.residual is not None:
+            parts.append("add")
+        if region.act != "none":
+            parts.append(region.act)
+        stop = region.stop or Refusal("", "")
+        self.rows.append(FreezeRow(name, "norm", " + ".join(parts), stop.code, stop.message, tuple(parts[1:])))
+
+    def kept_norm(self, region: Region) -> fx.Node:
+        node = region.head
+        for node in region.nodes:
+            self.values[node] = self.graph.node_copy(node, self.value)
+            self.values[node].meta = {}
+        region.residual, region.act = None, "none"
+        self.norm_row(norm_name(region.head), region)
+        return self.values[node]
+
+    def add_relu(self, region: Region) -> str:
+        name = self.add(f"{region.last.meta.get('where') or 'act'}.add_relu", "add_relu", lambda: FrozenAddReLU().eval())
+        self.rows.append(FreezeRow(str(region.last.meta.get("where") or name), "add", "add + relu", "", "one pass", ("add", "relu")))
+        return name
+
+    def pool_linear(self, region: Region) -> str:
+        _, weight, bias = (*region.last.args, None)[:3]
+
+        def make() -> PoolLinear:
+            values = [None if t is None else self.constants.rounded(t, self.dtype) for t in (weight, bias)]  # type: ignore[arg-type]
+            return PoolLinear.of(*values)  # type: ignore[no-any-return,arg-type]
+
+        name = self.add(module_name(region.last), f"pool_linear({self.keys((weight, bias))}) {self.dtype}", make)
+        self.rows.append(FreezeRow(name, "pool_linear", "global average pool + linear", "", "one step", ()))
+        return name
+
+
+def module_name(node: fx.Node) -> str:
+    """The module that a convolution or linear layer was, by its weight's name where it has one."""
+    weight = node.args[1]
+    if isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).endswith(".weight"):
+        return str(weight.target).removesuffix(".weight")
+    return str(node.meta.get("where") or node.name)
+
+
+def readers(region: Region) -> str:
+    """What reads the step's output, where a convolution did not take an activation in."""
+    if region.act != "none":
+        return ""
+    names = sorted({str(user.target).removeprefix("aten.") if user.op == "call_function" else user.op for user in region.last.users})
+    return f"read by {', '.join(names)}"

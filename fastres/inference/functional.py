@@ -1,0 +1,120 @@
+"""In-place calls of a graph undone, where nothing but the tensor's own later readers can see them.
+
+`relu_(x)` becomes `relu(x)`, and what read x behind it reads the result. Where x has a view that is read behind the
+call, or is a view of something that is, that would be wrong: `Impure` is raised, and PyTorch's own functionalization
+(`run_decompositions`), several times slower, takes the graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+# They hand their input on in eval mode, though their schemas do not say so.
+PASS = {
+    torch.ops.aten.dropout.default,
+    torch.ops.aten.dropout_.default,
+    torch.ops.aten.feature_dropout.default,
+    torch.ops.aten.feature_dropout_.default,
+    torch.ops.aten.alpha_dropout.default,
+    torch.ops.aten.alpha_dropout_.default,
+    torch.ops.aten.feature_alpha_dropout.default,
+    torch.ops.aten.feature_alpha_dropout_.default,
+}
+_MAY_PASS = {torch.ops.aten.type_as.default}  # where dtype and device are the same already
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+_NORM_STATISTICS = {_BATCH_NORM: (3, 5), torch.ops.aten.instance_norm.default: (3, 5)}
+
+
+class Impure(Exception):
+    """An in-place call that others can see."""
+
+
+def functionalize(graph: fx.Graph, lifted: set[str]) -> None:
+    """Undo every in-place call of ``graph``, or raise before anything is changed.
+
+    Args:
+        graph: a `torch.export` graph, straight from tracing.
+        lifted: the placeholders that are the source's tensors.
+
+    Raises:
+        Impure: PyTorch's own functionalization is needed.
+    """
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    shares: dict[fx.Node, set[fx.Node]] = {}  # a node -> all that may share its memory, itself included
+    written: list[tuple[fx.Node, fx.Node]] = []
+    for node in graph.nodes:
+        shares[node] = {node}
+        if node.op != "call_function":
+            continue
+        if not isinstance(node.target, torch._ops.OpOverload):
+            for argument in node.all_input_nodes:  # getitem of a list of views
+                _join(shares, node, argument)
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None or node.target in PASS or node.target in _MAY_PASS:
+                for source in [value] if isinstance(value, fx.Node) else _nodes(value):
+                    _join(shares, node, source)
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                if not isinstance(value, fx.Node):
+                    raise Impure(str(node.target))
+                written.append((node, value))
+        training = _NORM_STATISTICS.get(node.target)
+        if training is not None and node.args[training[1]] and node.args[training[0]] is not None:
+            raise Impure("a norm that moves its statistics")
+    for node, target in written:
+        for other in shares[target] - {node, target}:
+            if _is_chained(other, node, written):
+                continue
+            if any(order[user] > order[node] for user in other.users):
+                raise Impure(f"{node} writes to memory that {other} shares")
+        if target.name in lifted or _base(target, written).name in lifted or _pure(node) is None:
+            raise Impure(f"{node} writes to {target}")
+    for node, _ in written:
+        _replace(node, order)
+
+
+def _join(shares: dict[fx.Node, set[fx.Node]], node: fx.Node, source: fx.Node) -> None:
+    joined = shares[node] | shares[source]
+    for member in joined:
+        shares[member] = joined
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    return [item for item in value if isinstance(item, fx.Node)] if isinstance(value, list | tuple) else []
+
+
+def _base(target: fx.Node, written: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
+    """What a chain of in-place calls began with."""
+    sources = dict(written)
+    while target in sources:
+        target = sources[target]
+    return target
+
+
+def _is_chained(other: fx.Node, node: fx.Node, written: list[tuple[fx.Node, fx.Node]]) -> bool:
+    """Whether `other` is the same tensor as `node`'s, through in-place calls alone: its readers are all followed."""
+    return _base(other, written) is _base(node, written)
+
+
+def _pure(node: fx.Node) -> Any:
+    """The operator that computes what this one writes; None where there is none with the same arguments."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    namespace, _, name = schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    overload = getattr(packet, schema.overload_name or "default", None)
+    if not name.endswith("_") or overload is None:
+        return None
+    same = [a.name for a in overload._schema.arguments] == [a.name for a in schema.arguments]
+    return overload if same and len(schema.returns) == 1 and not overload._schema.is_mutable else None
+
+
+def _replace(node: fx.Node, order: dict[fx.Node, int]) -> None:
+    """``node`` computes out of place, and whatever read its target behind it reads it."""
+    schema: Any = node.target._schema  # type: ignore[union-attr]
+    place = next(i for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+    target: Any = node.args[place]  # an earlier call of the same chain may have taken its place
+    node.target = _pure(node)
+    target.replace_all_uses_with(node, delete_user_cb=lambda user: order[user] > order[node])

@@ -1,0 +1,199 @@
+"""One way to write each thing: what regions look for has a single form here, and what computes nothing is gone.
+
+    aten.conv2d.default(x, w, b, [sh, sw], [ph, pw], [dh, dw], groups)          every plain 2-D convolution
+    aten.batch_norm.default(x, w, b, mean, var, False, m, eps, False)           every BN by running statistics
+    aten.add.Tensor(x, y)                                                       a residual, whatever was written
+    aten.relu / hardtanh(0, 6) / hardswish / silu .default(x)                   see `activation`
+    aten.reshape.default                                                        every view
+
+Views become reshapes: in a functional graph nobody can tell, and they exist in every memory layout.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastres.inference.functional import PASS
+
+aten = torch.ops.aten
+_SAME = PASS | {
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.detach_.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten.lift_fresh_copy.default,
+}
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
+_CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
+_EPS, _MOMENTUM = 1e-5, 0.1
+
+
+def normalize(graph: fx.Graph) -> None:
+    """Rewrite a functional ATen graph, in place, into the forms above; dead nodes go."""
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _CHECKS:
+            graph.erase_node(node)
+        elif node.target in _SAME:
+            _hand_on(graph, node)
+        elif node.target in _VIEWS:
+            node.target, node.args = aten.reshape.default, node.args[:2]
+        elif node.target in (aten.add_.Tensor, aten.add.Tensor):
+            node.target = aten.add.Tensor
+        elif node.target is aten.convolution.default:
+            _convolution(node)
+        elif node.target is aten.conv2d.padding:
+            _padding(node)
+        elif node.target is aten._native_batch_norm_legit_no_training.default:
+            _native_norm(graph, node)
+        elif node.target in _OURS:
+            _OURS[node.target](graph, node)
+        if node.target is aten.conv2d.default:
+            _spell_out(node)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output") or _writes(node))
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _hand_on(graph: fx.Graph, node: fx.Node) -> None:
+    """`node` is its input; only as an output of a tensor given to the network must a copy stay a copy."""
+    source: Any = node.args[0]
+    if any(user.op == "output" for user in node.users) and source.op in ("placeholder", "get_attr"):
+        return
+    node.replace_all_uses_with(source)
+    graph.erase_node(node)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by the schema's names, defaults included."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    found = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    found |= {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
+    return found | dict(node.kwargs)
+
+
+def pair(value: Any) -> list[Any]:
+    """[h, w] of one number or two, as convolutions take them."""
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    return items * 2 if len(items) == 1 else items
+
+
+def _set_conv(node: fx.Node, weight: Any, a: dict[str, Any], padding: Any) -> None:
+    node.target = aten.conv2d.default
+    where = pair(a["stride"]), pair(padding), pair(a["dilation"])
+    node.args = (a["input"], weight, a["bias"], *where, a["groups"])
+    node.kwargs = {}
+
+
+def _spell_out(node: fx.Node) -> None:
+    a = arguments(node)
+    _set_conv(node, a["weight"], a, a["padding"])
+
+
+def _convolution(node: fx.Node) -> None:
+    a = arguments(node)
+    if not a["transposed"] and len(a["stride"]) == 2 and len(node.meta.get("shape", ())) == 4:
+        _set_conv(node, a["weight"], a, a["padding"])
+
+
+def _padding(node: fx.Node) -> None:
+    """'valid', and 'same' where it is the same on both sides."""
+    a = arguments(node)
+    kernel = a["weight"].meta["shape"][2:]
+    if a["padding"] == "valid":
+        _set_conv(node, a["weight"], a, [0, 0])
+    elif a["padding"] == "same":
+        total = [d * (k - 1) for d, k in zip(pair(a["dilation"]), kernel, strict=True)]
+        if all(t % 2 == 0 for t in total):
+            _set_conv(node, a["weight"], a, [t // 2 for t in total])
+
+
+def _native_norm(graph: fx.Graph, node: fx.Node) -> None:
+    a = arguments(node)
+    for user in list(node.users):
+        if user.target is operator.getitem and user.args[1] == 0:
+            affine = a["weight"], a["bias"], a["running_mean"], a["running_var"]
+            user.target = aten.batch_norm.default
+            user.args = (a["input"], *affine, False, a["momentum"], a["eps"], False)
+
+
+def _insert(graph: fx.Graph, before: fx.Node, target: Any, args: tuple[Any, ...]) -> fx.Node:
+    with graph.inserting_before(before):
+        node = graph.call_function(target, args)
+    node.meta = dict(before.meta)
+    return node
+
+
+def _tail(graph: fx.Graph, node: fx.Node, y: fx.Node, residual: Any, act: str, out: fx.Node) -> None:
+    """`out` becomes act(y [+ residual]): an operator of ours taken apart again, so that what is around it can join."""
+    if residual is not None:
+        y = _insert(graph, node, aten.add.Tensor, (y, residual))
+    if act != "none":
+        y = _insert(graph, node, _ACTS[act][0], (y, *_ACTS[act][1]))
+    y.meta |= {k: out.meta[k] for k in ("shape", "dtype", "size") if k in out.meta}
+    out.replace_all_uses_with(y)
+
+
+def _our_norm(graph: fx.Graph, node: fx.Node) -> None:
+    a = arguments(node)
+    outs = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+    if a["training"] or len(outs) != 1 or any(user not in outs and user.users for user in node.users):
+        return
+    affine = a["weight"], a["bias"], a["running_mean"], a["running_var"]
+    norm = _insert(graph, node, aten.batch_norm.default, (a["x"], *affine, False, _MOMENTUM, a["eps"], False))
+    for key in ("shape", "dtype", "size"):
+        norm.meta[key] = outs[0].meta[key]
+    _tail(graph, node, norm, a["residual"], a["act"], outs[0])
+
+
+def _our_conv(graph: fx.Graph, node: fx.Node) -> None:
+    a = arguments(node)
+    where = pair(a["stride"]), pair(a["padding"]), pair(a["dilation"]), a["groups"]
+    conv = _insert(graph, node, aten.conv2d.default, (a["x"], a["weight"], a["bias"], *where))
+    _tail(graph, node, conv, a["residual"], a["act"], node)
+
+
+def _our_add(graph: fx.Graph, node: fx.Node) -> None:
+    a = arguments(node)
+    y = _insert(graph, node, aten.add.Tensor, (a["x"], a["residual"]))
+    _tail(graph, node, y, None, "relu", node)
+
+
+_OURS = {
+    torch.ops.fastres.bn_act.default: _our_norm,
+    torch.ops.fastres.conv_act.default: _our_conv,
+    torch.ops.fastres.add_relu.default: _our_add,
+}
+_ACTS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "relu": (aten.relu.default, ()),
+    "relu6": (aten.hardtanh.default, (0.0, 6.0)),
+    "hardswish": (aten.hardswish.default, ()),
+    "silu": (aten.silu.default, ()),
+}
+
+
+def activation(node: fx.Node) -> str | None:
+    """What `conv_act` calls this activation; None for any other node."""
+    target, args = node.target, node.args[1:]
+    if target is aten.relu.default:
+        return "relu"
+    if target is aten.hardswish.default:
+        return "hardswish"
+    if target is aten.silu.default:
+        return "silu"
+    if target is aten.relu6.default or (target in (aten.hardtanh.default, aten.clamp.default) and args == (0, 6)):
+        return "relu6"
+    if (target is aten.clamp_min.default and args == (0,)) or (target is aten.clamp.default and args == (0,)):
+        return "relu"
+    if target is aten.threshold.default and args == (0, 0):
+        return "relu"
+    return None
