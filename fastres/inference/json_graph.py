@@ -9,10 +9,11 @@ json_leaves.py, and every argument is a plain value of json_values.py, written i
 
     {"nodes":   [{"op": "call_module", "name": "conv1", "target": "conv1", "args": [{"node": "x"}], "kwargs": {}}, ...],
      "modules": [{"name": "conv1", "class": "FrozenConv", "settings": {...}}, ...],
-     "tensors": [{"name": "conv1.weight", "data": "conv1.weight", "kind": "parameter", "strides": [...]}, ...]}
+     "tensors": [{"name": "conv1.weight", "data": "conv1.weight", "kind": "parameter"}, ...],
+     "strides": {"conv1.weight": [27, 1, 9, 3], ...}}
 
-Only what the graph uses is kept. A tensor with two names is stored once, under the first; ``strides`` is there where a
-tensor is dense but not contiguous, such as a weight in channels_last.
+Only what the graph uses is kept. A tensor with two names is stored once, under the first; it has strides here where it
+is dense but not contiguous, such as a weight in channels_last.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastres.inference.json_leaves import LEAVES, leaf_from_json, leaf_to_json
+from fastres.inference.json_leaves import LEAVES, leaf_from_json, leaf_to_json, settle
 from fastres.inference.json_ops import target_from_json, target_to_json
-from fastres.inference.json_values import DTYPES, Decoder, FrozenFileError, device_of, encode, short
+from fastres.inference.json_values import DTYPES, Decoder, FrozenFileError, encode, short
 
 MAX_NODES = 100_000
 MAX_SIZE = 2**48
@@ -52,7 +53,8 @@ def graph_to_json(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Ten
             nodes.append(_node_to_json(node, module, modules, tensors))
         except FrozenFileError as error:
             raise FrozenFileError(f"node {node.name}: {error}") from error
-    return {"nodes": nodes, "modules": list(modules.values()), "tensors": list(tensors.rows.values())}, tensors.data
+    data = {"nodes": nodes, "modules": list(modules.values()), "tensors": list(tensors.rows.values())}
+    return {**data, "strides": tensors.strides}, tensors.data
 
 
 def _node_to_json(
@@ -91,6 +93,7 @@ class _Tensors:
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
         self.data: dict[str, Tensor] = {}
+        self.strides: dict[str, list[int]] = {}
         self._known: dict[Any, str] = {}
 
     def add(self, path: str, owner: nn.Module, name: str) -> None:
@@ -102,12 +105,11 @@ class _Tensors:
             raise FrozenFileError(f"{path} {reason}")
         key = id(t) if not t.numel() else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)
         data = self._known.setdefault(key, path)
-        self.data.setdefault(data, t)
+        if self.data.setdefault(data, t) is t and t.stride() != _contiguous(t) and is_dense(t.shape, t.stride()):
+            self.strides[data] = list(t.stride())
         row: dict[str, Any] = {"name": path, "data": data, "kind": _KINDS[name not in owner._parameters]}
         if row["kind"] == "buffer" and name in owner._non_persistent_buffers_set:
             row["persistent"] = False
-        if not t.is_contiguous() and is_dense(t.shape, t.stride()):
-            row["strides"] = list(t.stride())
         self.rows[path] = row
 
 
@@ -120,14 +122,36 @@ def _why_not(t: Any) -> str:
     return "is on meta and has no values" if t.is_meta else ""
 
 
+def _contiguous(t: Tensor) -> tuple[int, ...]:
+    """Its strides, were it contiguous: ``is_contiguous`` does not look at those of sizes of 1, and layouts do."""
+    return torch.empty(t.shape, device="meta").stride()
+
+
 def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether these strides reach each of numel places once, and no other."""
+    if 0 in shape:
+        return False
     expected = 1
     for stride, size in sorted((s, n) for n, s in zip(shape, strides, strict=True) if n != 1):
         if stride != expected:
             return False
         expected *= size
     return True
+
+
+def layout(data: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The strides that a stored tensor had; None: contiguous. Raises FrozenFileError where they do not fit."""
+    table = data.get("strides")
+    if not isinstance(table, Mapping):
+        raise FrozenFileError("its graph has no table of strides")
+    strides = table.get(name)
+    if strides is None:
+        return None
+    if not isinstance(strides, list) or len(strides) != len(shape) or 0 in shape:
+        raise FrozenFileError(f"{name}: {short(strides)} are no strides of {short(shape)}")
+    if any(type(s) is not int or not 0 < s < MAX_SIZE for s in strides) or not is_dense(shape, tuple(strides)):
+        raise FrozenFileError(f"{name}: the strides {short(strides)} do not fit {short(shape)}")
+    return tuple(strides)
 
 
 def graph_from_json(
@@ -137,15 +161,15 @@ def graph_from_json(
 
     Args:
         data: what ``graph_to_json`` returned, from a file.
-        stored: the tensors of the file by name, contiguous, on the CPU.
-        saved: the device that it was saved on: arguments and tensors that were there go to ``device``.
-        device: where it is to run.
+        stored: the tensors of the file by name, laid out as they were.
+        saved: the device that it was saved on: arguments that name it name ``device`` instead.
+        device: where it is to run; on meta it is checked, and cannot.
 
     Raises:
         FrozenFileError: anything that ``graph_to_json`` does not write.
     """
     nodes, modules, rows = (_rows(data, name) for name in ("nodes", "modules", "tensors"))
-    network = fx.GraphModule(nn.Module(), fx.Graph())
+    network = fx.GraphModule(nn.Module(), fx.Graph(), "FrozenNetwork")
     tensors = _tensors_from_json(rows, stored, device)
     _install(network, modules, tensors)
     moved = {saved: device, torch.device(saved.type): device}
@@ -165,42 +189,26 @@ def _tensors_from_json(
 ) -> dict[str, tuple[Tensor, bool]]:
     """Each path's parameter or buffer, and whether it is in the state_dict; two paths of one tensor share it."""
     found: dict[str, tuple[Tensor, bool]] = {}
-    made: dict[tuple[Any, ...], Tensor] = {}
-    used = set()
+    made: dict[tuple[str, str], Tensor] = {}
+    moved: dict[str, Tensor] = {}
     for row in rows:
-        path, key, kind, strides = row.get("name"), row.get("data"), row.get("kind"), row.get("strides")
+        path, key, kind = row.get("name"), row.get("data"), row.get("kind")
         if not isinstance(path, str) or path in found:
             raise FrozenFileError(f"the tensor {short(path)} is there twice, or has no name")
         if not isinstance(key, str) or key not in stored or kind not in _KINDS:
             raise FrozenFileError(f"the tensor {short(path)} is not in the file")
-        used.add(key)
-        t = stored[key]
-        if strides is not None:
-            if not isinstance(strides, list) or len(strides) != t.ndim or not t.numel():
-                raise FrozenFileError(f"{path}: {short(strides)} are no strides of {short(tuple(t.shape))}")
-            if any(type(s) is not int or not 0 < s < MAX_SIZE for s in strides) or not is_dense(t.shape, tuple(strides)):
-                raise FrozenFileError(f"{path}: the strides {short(strides)} do not fit {short(tuple(t.shape))}")
-        place = device if row.get("device") is None else device_of(row["device"])
-        memory = (key, tuple(strides or ()), place)
-        if memory not in made:
-            made[memory] = _laid_out(t, strides).to(place)
-        full = (*memory, kind)
-        if full not in made:
-            base = made[memory]
-            made[full] = nn.Parameter(base, requires_grad=False) if kind == "parameter" else base
-        found[path] = made[full], row.get("persistent") is not False
-    if len(used) != len(stored):
-        raise FrozenFileError(f"the file has tensors that its graph does not: {short(sorted(set(stored) - used))}")
+        if key not in moved:
+            moved[key] = stored[key].to(device)
+        if (key, kind) not in made:
+            parameter = kind == "parameter"
+            made[key, kind] = nn.Parameter(moved[key], requires_grad=False) if parameter else moved[key]
+        found[path] = made[key, kind], row.get("persistent") is not False
+    if len(moved) != len(stored):
+        raise FrozenFileError(f"it has tensors that its graph does not use: {short(sorted(set(stored) - set(moved)))}")
     return found
 
 
-def _laid_out(t: Tensor, strides: list[int] | None) -> Tensor:
-    return t if strides is None else torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
-
-
-def _install(
-    network: nn.Module, rows: list[dict[str, Any]], tensors: Mapping[str, tuple[Tensor, bool]]
-) -> None:
+def _install(network: nn.Module, rows: list[dict[str, Any]], tensors: Mapping[str, tuple[Tensor, bool]]) -> None:
     """Puts modules and tensors at their paths, in plain containers made as needed."""
     leaves: dict[str, dict[str, tuple[Tensor, bool]]] = {}
     for row in rows:
@@ -217,16 +225,18 @@ def _install(
             _put(at, name, *entry)
     for row in rows:
         mine = leaves[row["name"]]
+        settings = Decoder()(row.get("settings"))
         try:
-            module = leaf_from_json(row.get("class"), Decoder()(row.get("settings")), {n: t for n, (t, _) in mine.items()})
+            module = leaf_from_json(row.get("class"), settings, {n: t for n, (t, _) in mine.items()})
         except FrozenFileError as error:
             raise FrozenFileError(f"module {short(row['name'])}: {error}") from error
         for name, (t, _) in mine.items():
             if (name in module._parameters) is not isinstance(t, nn.Parameter):
                 raise FrozenFileError(f"module {short(row['name'])}: its {name} is of the wrong kind")
-            (module._parameters if name in module._parameters else module._buffers)[name] = t  # type: ignore[index]
+            setattr(module, name, t)  # one object for all who share it
         at, name = _container(network, row["name"])
         at.add_module(name, module)
+        settle(module, settings)
 
 
 def _container(network: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -283,13 +293,15 @@ def _nodes_from_json(
     graph = fx.Graph()
     known: dict[str, fx.Node] = {}
     decode = Decoder(known, moved)
+    inputs = True  # so far
     for i, row in enumerate(rows):
         op, name, target = row.get("op"), row.get("name"), row.get("target")
         if not isinstance(name, str) or not _NAME.fullmatch(name) or keyword.iskeyword(name) or name == "self":
             raise FrozenFileError(f"{short(name)} is no name of a node")
         try:
             args, kwargs = _arguments(row, decode)
-            if op == "placeholder" and all(n.op == "placeholder" for n in known.values()) and not args and not kwargs:
+            inputs = inputs and op == "placeholder"
+            if inputs and not args and not kwargs:
                 node = graph.create_node("placeholder", name, name=name)
             elif op == "output" and i == len(rows) - 1 and len(args) == 1 and isinstance(args[0], tuple) and not kwargs:
                 node = graph.create_node("output", "output", args, name=name)
@@ -299,7 +311,8 @@ def _nodes_from_json(
                 inspect.signature(network.get_submodule(target).forward).bind(*args, **kwargs)
                 node = graph.create_node("call_module", target, args, kwargs, name=name)
             elif op == "call_function":
-                node = graph.create_node("call_function", target_from_json(target, args, kwargs), args, kwargs, name=name)
+                function = target_from_json(target, args, kwargs)
+                node = graph.create_node("call_function", function, args, kwargs, name=name)
             else:
                 raise FrozenFileError(f"a {short(op)} of {short(target)} at this place makes no sense")
         except (FrozenFileError, TypeError) as error:

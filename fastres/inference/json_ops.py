@@ -5,8 +5,8 @@ torchvision, fastres), and only if its schema shows that it computes values from
 
 * it is one of the dispatcher's operators, not one of the hundreds that exist for TorchScript alone (``aten::save``);
 * it writes to none of its arguments;
-* its arguments and results are tensors, numbers, devices, dtypes and the like: no stream, storage or object (a generator
-  may be left out, and no file can hold one);
+* its arguments and results are tensors, numbers, devices, dtypes and the like: no stream, storage or object (no file
+  can hold a generator, and it may be left out);
 * it takes no string but under a few names, such as ``rounding_mode``: no path (``aten::from_file``), no message to
   print (``aten::_print``);
 * it is public, or one of the private ones that captured networks hold: the others hand their arguments to libraries
@@ -31,7 +31,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from fastres.inference.json_values import FrozenFileError, short
 
 NAMESPACES = ("aten", "torchvision", "fastres")
-_TARGET = re.compile(r"(aten|torchvision|fastres)\.([A-Za-z_][A-Za-z0-9_]{0,99})\.([A-Za-z_][A-Za-z0-9_]{0,99})", re.ASCII)
+_TARGET = re.compile(rf"({'|'.join(NAMESPACES)})\.([A-Za-z_]\w{{0,99}})\.([A-Za-z_]\w{{0,99}})", re.ASCII)
 _TYPE = re.compile(r"(?:Optional|List)\[(.+)\]")
 _TYPES = frozenset(["Tensor", "int", "float", "bool", "number", "str", "Device", "Generator"])  # a dtype is an int here
 _STRINGS = frozenset(
@@ -87,7 +87,8 @@ def target_to_json(target: Any) -> str:
     try:
         return _NAMES[target]
     except (KeyError, TypeError):
-        raise FrozenFileError(f"it calls {short(target)}: only operators of {', '.join(NAMESPACES)} can be saved") from None
+        allowed = f"only operators of {', '.join(NAMESPACES)} can be saved"
+        raise FrozenFileError(f"it calls {short(target)}: {allowed}") from None
 
 
 def target_from_json(name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
@@ -113,15 +114,16 @@ def target_from_json(name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def _operator(name: Any) -> OpOverload:
     match = _TARGET.fullmatch(name) if isinstance(name, str) else None
     if match is None:
-        raise FrozenFileError(f"{short(name)} is no operator of {', '.join(NAMESPACES)} and no function that it may call")
+        raise FrozenFileError(f"{short(name)} is no operator of {', '.join(NAMESPACES)}, and no function it may call")
     return _looked_up(*match.groups())
 
 
 @lru_cache(maxsize=1024)
 def _looked_up(namespace: str, name: str, overload: str) -> OpOverload:
-    if namespace == "torchvision":
-        _torchvision(f"{namespace}.{name}")
     packet = getattr(getattr(torch.ops, namespace), name, None)
+    if packet is None and namespace == "torchvision":
+        _torchvision(name)
+        packet = getattr(torch.ops.torchvision, name, None)
     if not isinstance(packet, OpOverloadPacket) or overload not in packet.overloads():
         raise FrozenFileError(f"this torch ({torch.__version__}) has no operator {namespace}.{name}.{overload}")
     found = getattr(packet, overload)
@@ -166,4 +168,4 @@ def _torchvision(name: str) -> None:
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # where torchvision does not fit torch its import raises nearly anything
-        raise FrozenFileError(f"it calls {name}: it needs torchvision, which does not import here: {error}") from error
+        raise FrozenFileError(f"it calls torchvision.{name}: it needs torchvision, which does not import here: {error}") from error

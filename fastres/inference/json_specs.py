@@ -41,26 +41,29 @@ class UnknownDefault:
         return self.text
 
 
-def signature_to_json(signature: inspect.Signature) -> list[dict[str, Any]]:
-    """Names, kinds and defaults of the parameters; annotations are left out."""
+Parameters = list[tuple[str, Any, Any]]  # name, kind, default
+
+
+def signature_to_json(parameters: Parameters) -> list[dict[str, Any]]:
+    """Names, kinds and defaults of a forward's parameters."""
     rows = []
-    for p in signature.parameters.values():
-        row: dict[str, Any] = {"name": p.name, "kind": p.kind.name}
-        if p.default is not p.empty:
+    for name, kind, default in parameters:
+        row: dict[str, Any] = {"name": name, "kind": kind.name}
+        if default is not inspect.Parameter.empty:
             try:
-                row["default"] = encode(p.default)
-            except FrozenFileError:
-                row["unknown"] = short(p.default)
+                row["default"] = encode(default)
+            except FrozenFileError:  # no plain data: only that there is one, and how it reads
+                row["unknown"] = short(default)
         rows.append(row)
     return rows
 
 
-def signature_from_json(data: Any) -> inspect.Signature:
-    """The signature; a default that is no plain data is an UnknownDefault. Raises FrozenFileError."""
+def signature_from_json(data: Any) -> Parameters:
+    """The parameters; a default that is no plain data is an UnknownDefault. Raises FrozenFileError."""
     if not isinstance(data, list):
         raise FrozenFileError("the signature is no list")
     kinds = {kind.name: kind for kind in inspect._ParameterKind}
-    parameters = []
+    found: Parameters = []
     for row in data:
         if not isinstance(row, dict) or not {"name", "kind"} <= set(row) <= {"name", "kind", "default", "unknown"}:
             raise FrozenFileError(f"{short(row)} is no parameter of a signature")
@@ -69,19 +72,18 @@ def signature_from_json(data: Any) -> inspect.Signature:
             raise FrozenFileError(f"{short(name)} is no name of a parameter")
         if not isinstance(kind, str) or kind not in kinds:
             raise FrozenFileError(f"{short(kind)} is no kind of parameter")
-        default = inspect.Parameter.empty
+        default: Any = inspect.Parameter.empty
         if "default" in row:
             default = Decoder()(row["default"])
+            default = sys.intern(default) if isinstance(default, str) else default  # as the source's literal is
         elif "unknown" in row:
             default = UnknownDefault(str(row["unknown"]))
-        try:
-            parameters.append(inspect.Parameter(name, kinds[kind], default=default))
-        except ValueError as error:
-            raise FrozenFileError(f"the signature cannot be: {error}") from error
+        found.append((name, kinds[kind], default))
     try:
-        return inspect.Signature(parameters)
+        inspect.Signature([inspect.Parameter(name, kind, default=default) for name, kind, default in found])
     except ValueError as error:
         raise FrozenFileError(f"the signature cannot be: {error}") from error
+    return found
 
 
 def spec_to_json(spec: TreeSpec) -> Any:
@@ -92,7 +94,8 @@ def spec_to_json(spec: TreeSpec) -> Any:
     """
     if spec.type is None:
         return None
-    cls, children, context = spec.type, spec._children, spec._context
+    cls: Any = spec.type
+    children, context = spec._children, spec._context
     inner = [spec_to_json(child) for child in children]
     for name, builtin in _BUILTIN.items():
         if cls is builtin:
@@ -147,7 +150,7 @@ def spec_from_json(data: Any, depth: int = 0) -> TreeSpec:
     return TreeSpec(cls, keys, children)
 
 
-def _path(cls: type) -> str:
+def _path(cls: Any) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -179,7 +182,7 @@ def _named_tuple(module: str, name: str, names: list[Any]) -> Any:
     cls = getattr(sys.modules.get(module), "__dict__", {}).get(name)
     if isinstance(cls, type) and issubclass(cls, tuple) and getattr(cls, "_fields", None) == tuple(names):
         return cls
-    return collections.namedtuple(name, names)  # type: ignore[misc]
+    return collections.namedtuple(name, names)
 
 
 def _dataclass(module: str, name: str) -> Any:

@@ -159,9 +159,7 @@ def parse(text: str) -> Any:
             deep for Python's parser.
     """
     try:
-        return json.loads(
-            text, parse_int=_int, parse_float=_float, parse_constant=_constant, object_pairs_hook=_unique
-        )
+        return json.loads(text, parse_int=_int, parse_float=_float, parse_constant=_constant, object_pairs_hook=_unique)
     except FrozenFileError:
         raise
     except RecursionError as error:
