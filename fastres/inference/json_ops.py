@@ -46,7 +46,15 @@ _PRIVATE = frozenset(
     for name in (
         *("adaptive_avg_pool2d", "adaptive_avg_pool3d", "addmm_activation", "assert_async", "assert_scalar"),
         *("assert_tensor_metadata", "cdist_forward", "conj", "conj_physical", "convolution", "convolution_mode"),
-        *("embedding_bag_forward_only", "euclidean_dist", "fft_c2c", "fft_c2r", "fft_r2c", "functional_assert_async"),
+        *(
+            "embedding_bag",
+            "embedding_bag_forward_only",
+            "euclidean_dist",
+            "fft_c2c",
+            "fft_c2r",
+            "fft_r2c",
+            "functional_assert_async",
+        ),
         *("functional_assert_scalar", "functional_sym_constrain_range", "functional_sym_constrain_range_for_size"),
         *("fused_rms_norm", "fused_sdp_choice", "is_all_true", "linalg_det", "linalg_eigh", "linalg_slogdet"),
         *("linalg_solve_ex", "linalg_svd", "local_scalar_dense", "log_softmax", "logcumsumexp", "lu_with_info"),
@@ -168,4 +176,6 @@ def _torchvision(name: str) -> None:
     try:
         importlib.import_module("torchvision")
     except Exception as error:  # where torchvision does not fit torch its import raises nearly anything
-        raise FrozenFileError(f"it calls torchvision.{name}: it needs torchvision, which does not import here: {error}") from error
+        raise FrozenFileError(
+            f"it calls torchvision.{name}: it needs torchvision, which does not import here: {error}"
+        ) from error

@@ -208,7 +208,11 @@ def _write(target: str, tensors: Mapping[str, Tensor], metadata: dict[str, str])
         for name, t in tensors.items()
     }
     try:
+        mode = _create(temporary)
+        if os.path.exists(target):
+            mode = stat.S_IMODE(os.stat(target).st_mode)
         serialize_file(specs, temporary, metadata=metadata)
+        os.chmod(temporary, mode)  # safetensors writes for the owner alone
         _flush(temporary, os.O_RDWR)
         os.replace(temporary, target)
     except BaseException as error:
@@ -219,6 +223,15 @@ def _write(target: str, tensors: Mapping[str, Tensor], metadata: dict[str, str])
         raise
     with suppress(OSError):  # the name too; not every file system flushes folders
         _flush(folder, os.O_RDONLY)
+
+
+def _create(path: str) -> int:
+    """Makes an empty file; the permissions that files get here."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
 
 
 def _flush(path: str, flags: int) -> None:
