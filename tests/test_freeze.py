@@ -16,7 +16,7 @@ from fastres import models
 from fastres.inference import FrozenModel, freeze
 from fastres.inference.plan import measure
 from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU
-from fastres.nn.fold import fold
+from fastres.nn.fold import fold, norm_affine
 from fastres.verify import calibrate
 
 
@@ -40,6 +40,10 @@ def quick(model, inputs, **options):
     return freeze(model, inputs, tune=False, **options)
 
 
+def by_modules(model, inputs, **options):
+    return quick(model, inputs, capture="modules", **options)
+
+
 # ---- whole networks ------------------------------------------------------------------------------------------------
 
 
@@ -55,8 +59,10 @@ def quick(model, inputs, **options):
 )
 def test_networks_of_ours_fold_whole_and_agree(make, folded, blocks):
     net = trained(make(), 8, 3, 16, 16)
+    by_blocks = by_modules(net, torch.randn(2, 3, 16, 16))
+    assert (by_blocks.report.folded, by_blocks.report.counts["blocks"]) == (folded, blocks)
     frozen = quick(net, torch.randn(2, 3, 16, 16))
-    assert (frozen.report.folded, sum(r.kind == "block" for r in frozen.report.rows)) == (folded, blocks)
+    assert (frozen.report.folded, frozen.report.counts["adds"]) == (folded, blocks)
     assert frozen.report.verification and not any(isinstance(m, nn.BatchNorm2d) for m in frozen.modules())
     for batch in (1, 3, 7):  # any batch size
         x = torch.randn(batch, 3, 16, 16)
@@ -71,7 +77,8 @@ def test_torchvision_network_folds_whole_swapped_or_not(swapped):
     if swapped:
         fastres.swap(net)
     frozen = quick(net, torch.randn(2, 3, 32, 32))
-    assert frozen.report.folded == 20 and sum(r.kind == "block" for r in frozen.report.rows) == 8
+    assert frozen.report.folded == 20 and frozen.report.counts["adds"] == 8
+    assert by_modules(net, torch.randn(2, 3, 32, 32)).report.counts["blocks"] == 8
     assert frozen.report.verification, frozen.report
 
 
@@ -331,20 +338,22 @@ def test_bfloat16_without_native_support_is_said():
     assert said == (not torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def test_wrong_fold_is_rejected(monkeypatch, caplog):
+@pytest.mark.parametrize("how", ["graph", "modules"])
+def test_wrong_fold_is_rejected(monkeypatch, caplog, how):
     def wrong(conv, norm, dtype):
         norm = copy.deepcopy(norm)
         norm.eps = 0.1
         return fold(conv, norm, dtype)
 
     monkeypatch.setattr("fastres.inference.modules.fold", wrong)
+    monkeypatch.setattr("fastres.inference.build.norm_affine", lambda *args: norm_affine(*args[:4], 0.1))
     net, x = sample(), torch.randn(2, 3, 8, 8)
     with pytest.raises(RuntimeError, match="the referee rejects the frozen CifarResNet(.|\n)*FAILED"):
-        quick(net, x)
+        quick(net, x, capture=how)
     with caplog.at_level(logging.WARNING, "fastres"):
-        frozen = quick(net, x, verify="warn")
+        frozen = quick(net, x, capture=how, verify="warn")
     assert not frozen.report.verification and "rejects" in caplog.text
-    assert quick(net, x, verify=False).report.verification is None
+    assert quick(net, x, capture=how, verify=False).report.verification is None
 
 
 def test_a_network_without_batch_norm_freezes_as_it_is():
@@ -430,6 +439,9 @@ def test_a_network_with_views_that_channels_last_has_not_stays_in_nchw(tune):
             return self.bn(self.conv(x)).view(x.size(0), -1)
 
     net, x = Old().eval(), torch.randn(2, 3, 8, 8)
-    frozen = freeze(net, x, tune=tune)
+    frozen = freeze(net, x, tune=tune, capture="modules")
     assert not frozen.channels_last and any("view()" in note for note in frozen.report.notes)
+    torch.testing.assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-5)
+    frozen = freeze(net, x, tune=False)  # in a graph it is a reshape
+    assert frozen.channels_last
     torch.testing.assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-5)

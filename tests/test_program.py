@@ -22,7 +22,9 @@ def small():
 
 
 def frozen(net=None, shape=(2, 3, 16, 16)):
-    return fastres.freeze(small() if net is None else net, torch.randn(shape), verify=False, tune=False)
+    return fastres.freeze(
+        small() if net is None else net, torch.randn(shape), verify=False, tune=False, capture="modules"
+    )
 
 
 def ran(model, *args, **kwargs):
@@ -42,7 +44,7 @@ def ran(model, *args, **kwargs):
 
 
 def recorded(model):
-    return next(found[0] for found in model._programs._found.values() if found)
+    return next(found[0] for found in model._engine.programs._found.values() if found)
 
 
 class Net(nn.Module):
@@ -64,7 +66,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_program_gives_the_modules_bits(dtype):
-    model = fastres.freeze(small(), torch.randn(2, 3, 16, 16), dtype=dtype, verify=False, tune=False)
+    model = fastres.freeze(small(), torch.randn(2, 3, 16, 16), dtype=dtype, verify=False, tune=False, capture="modules")
     assert model.report.program.endswith(" calls")
     for shape in ((2, 3, 16, 16), (5, 3, 16, 16), (1, 3, 24, 20), (2, 3, 16, 16)):
         for _ in range(3):
@@ -104,7 +106,7 @@ def test_no_batch_is_kept_and_dead_tensors_are_let_go():
 )
 def test_outputs_of_every_kind(end, args):
     x = torch.randn(2, 3, 8, 8)
-    model = fastres.freeze(Net(end), (x, *args), verify=False, tune=False)
+    model = fastres.freeze(Net(end), (x, *args), verify=False, tune=False, capture="modules")
     for _ in range(3):
         x = torch.randn(2, 3, 8, 8)
         with torch.no_grad():
@@ -117,7 +119,7 @@ def test_outputs_of_every_kind(end, args):
 
 def test_plain_arguments_are_part_of_the_signature():
     x = torch.randn(2, 3, 8, 8)
-    model = fastres.freeze(Net(lambda net, x, y, k=1: y * k), x, verify=False, tune=False)
+    model = fastres.freeze(Net(lambda net, x, y, k=1: y * k), x, verify=False, tune=False, capture="modules")
     base = model(x)
     for k in (1, 2, 2, 2, 3, 3, 3, True):
         assert torch.equal(model(x, k=k), base * k)
@@ -127,7 +129,7 @@ def test_plain_arguments_are_part_of_the_signature():
 def test_both_layouts_have_programs(channels_last):
     model = frozen()
     model.use_channels_last(channels_last)
-    model._programs = Programs()
+    model._engine.programs = Programs()
     for _ in range(3):
         x = torch.randn(2, 3, 16, 16)
         with torch.no_grad():
@@ -174,7 +176,7 @@ class Pyramid(nn.Module):
 def test_a_residual_that_somebody_reads_is_not_written_over(how):
     torch.manual_seed(0)
     net = Pyramid(how)
-    model = fastres.freeze(net, torch.randn(2, 3, 16, 16), verify=False)
+    model = fastres.freeze(net, torch.randn(2, 3, 16, 16), verify=False, capture="modules")
     for _ in range(3):
         x = torch.randn(2, 3, 16, 16)
         before = x.clone()
@@ -188,7 +190,7 @@ def test_a_residual_that_somebody_reads_is_not_written_over(how):
 def test_the_first_block_behind_a_pool_writes_over_its_residual():
     torch.manual_seed(0)
     net = scramble(fastres.models.resnet18(num_classes=4)).eval()
-    model = fastres.freeze(net, torch.randn(2, 3, 64, 64), verify=False)
+    model = fastres.freeze(net, torch.randn(2, 3, 64, 64), verify=False, capture="modules")
     program = recorded(model)
     calls = {name: str(f) for name, f in program.__globals__.items() if f" = {name}(" in program.__doc__}
     names = list(calls.values())
@@ -247,7 +249,7 @@ class Answer:
 )
 def test_networks_that_keep_running_their_modules(end):
     x = torch.randn(2, 3, 8, 8)
-    model = fastres.freeze(Net(end), x, verify=False, tune=False)
+    model = fastres.freeze(Net(end), x, verify=False, tune=False, capture="modules")
     outputs = []
     for scale in (1, -1, 2, 3):
         got, by_program = ran(model, x * scale)
@@ -347,8 +349,8 @@ def test_refresh_takes_new_weights_in():
 def test_copies_and_pickles_are_empty_and_work():
     model, x = frozen(), torch.randn(2, 3, 16, 16)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert len(twin._programs) == 0 and len(model._programs) == 1
-        assert torch.equal(twin(x), model(x)) and torch.equal(twin(x), model(x)) and len(twin._programs) == 1
+        assert len(twin._engine.programs) == 0 and len(model._engine.programs) == 1
+        assert torch.equal(twin(x), model(x)) and torch.equal(twin(x), model(x)) and len(twin._engine.programs) == 1
 
 
 def test_signatures_are_bounded():
@@ -356,7 +358,7 @@ def test_signatures_are_bounded():
     for n in range(1, 15):
         for _ in range(2):
             model(torch.randn(n, 3, 16, 16))
-    assert len(model._programs) <= 8
+    assert len(model._engine.programs) <= 8
 
 
 def test_several_threads_at_once():

@@ -7,6 +7,7 @@ from; steps and constants made of the same things are made once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor, fx, nn
 from fastres.inference.capture import Captured
 from fastres.inference.constants import Constants, as_channels
 from fastres.inference.conv import FrozenConv
+from fastres.inference.cost import operator_name, step_cost
 from fastres.inference.leaves import FrozenAddReLU, FrozenNorm, PoolLinear
 from fastres.inference.normal import aten, normalize
 from fastres.inference.regions import Region, arithmetic, find_regions, norm_name, other
 from fastres.inference.report import FreezeRow
 from fastres.nn.fold import Folded, Refusal, fold_affine, norm_affine
+
 
 def build(
     captured: Captured, tensors: Mapping[str, Tensor], dtype: torch.dtype, shared: nn.Module | None = None
@@ -52,16 +55,18 @@ def build(
 
 def _fold(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | Refusal:
     """The weight and bias of a convolution with the affines behind it, in float64, rounded once."""
-    weight, bias = (*region.head.args[1:], None)[:2]
-    channels: int = weight.meta["shape"][0]  # type: ignore[union-attr]
+    arguments: tuple[Any, ...] = (*region.head.args[1:], None)
+    weight, bias = arguments[:2]
+    channels: int = weight.meta["shape"][0]
     device = constants.tensors[next(iter(constants.tensors))].device
     scale = torch.ones(channels, dtype=torch.float64, device=device)
     shift = torch.zeros_like(scale)
     current = region.head
     for node in region.affines:
         if node.target is aten.batch_norm.default:
-            tensors = [None if t is None else constants.exact(t) for t in node.args[1:5]]  # type: ignore[arg-type]
-            affine = norm_affine(tensors[2], tensors[3], tensors[0], tensors[1], node.args[7])  # type: ignore[arg-type]
+            tensors: list[Any] = [None if t is None else constants.exact(t) for t in node.args[1:5]]
+            eps: Any = node.args[7]
+            affine = norm_affine(tensors[2], tensors[3], tensors[0], tensors[1], eps)
             if isinstance(affine, Refusal):
                 return Refusal(affine.code, f"{norm_name(node)}: {affine.message}")
             scale, shift = scale * affine[0], shift * affine[0] + affine[1]
@@ -76,8 +81,8 @@ def _fold(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | 
             else:
                 shift = shift + value if name == "add" else shift - value
         current = node
-    exact_bias = None if bias is None else constants.exact(bias)  # type: ignore[arg-type]
-    result = fold_affine(constants.exact(weight), exact_bias, scale, shift, dtype)  # type: ignore[arg-type]
+    exact_bias = None if bias is None else constants.exact(bias)
+    result = fold_affine(constants.exact(weight), exact_bias, scale, shift, dtype)
     if isinstance(result, Refusal):
         return Refusal(result.code, f"{norm_name(region.affines[0])}: {result.message}")
     return result
@@ -99,12 +104,13 @@ class _Builder:
         self.graph = fx.Graph()
         self.values: dict[fx.Node, fx.Node] = {}
         self.rows: list[FreezeRow] = []
+        self.others: dict[str, list[tuple[int, int, int]]] = {}  # operators that stay -> the cost of each call
         self.steps: dict[str, str] = {}  # a step's key -> its name
         self.names: set[str] = set()
         self.shared: dict[str, nn.Module] = {}
         for module in shared.modules() if shared is not None else ():
             if "origin" in module.__dict__:
-                self.shared[module.origin] = module
+                self.shared[module.__dict__["origin"]] = module
         self.kept = dict(shared.named_buffers()) if shared is not None else {}
         self.in_norms = {
             n for node in captured.graph.nodes if node.target is aten.batch_norm.default for n in node.args[1:5]
@@ -121,6 +127,13 @@ class _Builder:
             else:
                 self.values[node] = self.graph.node_copy(node, self.value)
                 self.values[node].meta = {}
+                if node.op == "call_function" and "size" in node.meta:
+                    self.others.setdefault(operator_name(node), []).append(step_cost([node], self.dtype))
+        for name, costs in self.others.items():
+            flops, moved, _ = (sum(cost[i] for cost in costs) for i in range(3))
+            self.rows.append(FreezeRow(name, "other", f"{len(costs)} call(s)", "", "", (), flops, moved, 0))
+        for i, row in enumerate(self.rows):
+            self.rows[i] = replace(row, flops=row.flops // self.captured.batch, bytes=row.bytes // self.captured.batch)
         network = fx.GraphModule(self.root, self.graph, "FrozenNetwork")
         network.eval()
         return network, self.rows
@@ -141,7 +154,7 @@ class _Builder:
             dtype = self.dtype
         kept = self.kept.get(name) if node.op == "get_attr" else None
         fits = kept is not None and kept.shape == node.meta["shape"] and kept.dtype in (dtype, node.meta["dtype"])
-        self.put(name, kept if fits else self.constants.rounded(node, dtype))  # type: ignore[arg-type]
+        self.put(name, kept if fits and kept is not None else self.constants.rounded(node, dtype))
         return self.graph.get_attr(name)
 
     def unique(self, name: str) -> str:
@@ -155,12 +168,12 @@ class _Builder:
 
     def put(self, name: str, value: Tensor | nn.Module) -> None:
         """Under a dotted name, with empty modules above it."""
-        parent = self.root
+        parent: Any = self.root
         *path, leaf = name.split(".")
         for part in path:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module().eval())
-            parent = parent._modules[part]  # type: ignore[assignment]
+            parent = parent._modules[part]
         if isinstance(value, Tensor):
             parent.register_buffer(leaf, value)
         else:
@@ -173,7 +186,11 @@ class _Builder:
                 return self.other_conv(region)
             made: Any = self.conv(region)
         elif region.kind == "norm":
-            if region.stop is None or region.stop.code in ("BATCH_STATISTICS", "NOT_CONSTANT") or len(region.head.meta["shape"]) != 4:
+            if (
+                region.stop is None
+                or region.stop.code in ("BATCH_STATISTICS", "NOT_CONSTANT")
+                or len(region.head.meta["shape"]) != 4
+            ):
                 return self.kept_norm(region)
             made = self.norm(region)
         elif region.kind == "pool_linear":
@@ -196,6 +213,9 @@ class _Builder:
             self.steps[key] = name
         return self.steps[key]
 
+    def cost(self, region: Region) -> tuple[int, int, int]:
+        return step_cost(region.nodes, self.dtype)
+
     def key(self, node: Any) -> str:
         return self.constants.key(node) if isinstance(node, fx.Node) else repr(node)
 
@@ -203,17 +223,20 @@ class _Builder:
         return ", ".join(self.key(node) for node in nodes)
 
     def conv(self, region: Region) -> str:
-        _, weight, bias, stride, padding, dilation, groups = region.head.args
+        arguments: tuple[Any, ...] = region.head.args
+        _, weight, bias, *where = arguments
         affines = "; ".join(f"{n.target}({self.affine_key(n)})" for n in region.affines)
-        where = stride, padding, dilation, groups
-        key = f"conv({self.keys((weight, bias))}) {where} [{affines}] {region.act} {self.dtype}"
+        key = f"conv({self.keys((weight, bias))}) {tuple(where)} [{affines}] {region.act} {self.dtype}"
 
         def make() -> FrozenConv:
-            tensors = self.folded.get(region.head) or Folded(
-                self.constants.rounded(weight, self.dtype),  # type: ignore[arg-type]
-                None if bias is None else self.constants.rounded(bias, self.dtype),  # type: ignore[arg-type]
+            tensors: Any = self.folded.get(region.head) or (
+                self.constants.rounded(weight, self.dtype),
+                None if bias is None else self.constants.rounded(bias, self.dtype),
             )
-            return FrozenConv.of(*tensors, *where, region.act)  # type: ignore[no-any-return,arg-type]
+            w, b = tensors
+            stride, padding, dilation, groups = where
+            conv: FrozenConv = FrozenConv.of(w, b, stride, padding, dilation, groups, region.act)
+            return conv
 
         name = self.add(module_name(region.head), key, make)
         self.conv_row(name, region)
@@ -235,32 +258,37 @@ class _Builder:
         folded = ", ".join(dict.fromkeys(norm_name(n) for n in region.affines)) if region.head in self.folded else ""
         stop = region.stop or Refusal("", "")
         message = "; ".join(part for part in (f"{folded} folded" if folded else stop.message, readers(region)) if part)
-        self.rows.append(FreezeRow(name, "conv", " + ".join(parts), stop.code, message, took))
+        self.rows.append(FreezeRow(name, "conv", " + ".join(parts), stop.code, message, took, *self.cost(region)))
 
     def other_conv(self, region: Region) -> fx.Node:
         """A 1-D or 3-D convolution, or one of an unbatched input: folded, and called as it was."""
-        x, weight, bias, *rest = (*region.head.args, None)[: max(len(region.head.args), 3)]
+        arguments: tuple[Any, ...] = (*region.head.args, None)[: max(len(region.head.args), 3)]
+        x, weight, bias, *rest = arguments
         name = module_name(region.head)
         tensors: Any = self.folded.get(region.head)
         if tensors is None:
-            new = self.value(weight), None if bias is None else self.value(bias)  # type: ignore[arg-type]
+            new = self.value(weight), None if bias is None else self.value(bias)
         else:
             names = [self.unique(f"{name}.{part}") for part in ("weight", "bias")]
             for part, t in zip(names, tensors, strict=True):
                 self.put(part, t)
             new = self.graph.get_attr(names[0]), self.graph.get_attr(names[1])
-        node = self.graph.call_function(region.head.target, (self.value(x), *new, *rest))  # type: ignore[arg-type]
+        target: Any = region.head.target
+        node = self.graph.call_function(target, (self.value(x), *new, *rest))
         self.conv_row(name, region)
         return node
 
     def norm(self, region: Region) -> str:
-        _, *tensors, _, _, eps, _ = region.head.args
+        arguments: tuple[Any, ...] = region.head.args
+        _, *tensors, _, _, eps, _ = arguments
         dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
         names = ("weight", "bias", "running_mean", "running_var")
 
         def make() -> FrozenNorm:
-            values = {n: None if t is None else self.constants.rounded(t, dtype) for n, t in zip(names, tensors, strict=True)}  # type: ignore[arg-type]
-            return FrozenNorm(values, eps, region.act)  # type: ignore[arg-type]
+            values = {
+                n: None if t is None else self.constants.rounded(t, dtype) for n, t in zip(names, tensors, strict=True)
+            }
+            return FrozenNorm(values, eps, region.act)
 
         name = self.add(norm_name(region.head), f"norm({self.keys(tensors)}) {eps} {region.act} {dtype}", make)
         self.norm_row(name, region)
@@ -273,7 +301,9 @@ class _Builder:
         if region.act != "none":
             parts.append(region.act)
         stop = region.stop or Refusal("", "")
-        self.rows.append(FreezeRow(name, "norm", " + ".join(parts), stop.code, stop.message, tuple(parts[1:])))
+        self.rows.append(
+            FreezeRow(name, "norm", " + ".join(parts), stop.code, stop.message, tuple(parts[1:]), *self.cost(region))
+        )
 
     def kept_norm(self, region: Region) -> fx.Node:
         node = region.head
@@ -285,19 +315,34 @@ class _Builder:
         return self.values[node]
 
     def add_relu(self, region: Region) -> str:
-        name = self.add(f"{region.last.meta.get('where') or 'act'}.add_relu", "add_relu", lambda: FrozenAddReLU().eval())
-        self.rows.append(FreezeRow(str(region.last.meta.get("where") or name), "add", "add + relu", "", "one pass", ("add", "relu")))
+        name = self.add(
+            f"{region.last.meta.get('where') or 'act'}.add_relu", "add_relu", lambda: FrozenAddReLU().eval()
+        )
+        self.rows.append(
+            FreezeRow(
+                str(region.last.meta.get("where") or name),
+                "add",
+                "add + relu",
+                "",
+                "one pass",
+                ("add", "relu"),
+                *self.cost(region),
+            )
+        )
         return name
 
     def pool_linear(self, region: Region) -> str:
         _, weight, bias = (*region.last.args, None)[:3]
 
         def make() -> PoolLinear:
-            values = [None if t is None else self.constants.rounded(t, self.dtype) for t in (weight, bias)]  # type: ignore[arg-type]
-            return PoolLinear.of(*values)  # type: ignore[no-any-return,arg-type]
+            values: list[Any] = [None if t is None else self.constants.rounded(t, self.dtype) for t in (weight, bias)]
+            head: PoolLinear = PoolLinear.of(*values)
+            return head
 
         name = self.add(module_name(region.last), f"pool_linear({self.keys((weight, bias))}) {self.dtype}", make)
-        self.rows.append(FreezeRow(name, "pool_linear", "global average pool + linear", "", "one step", ()))
+        self.rows.append(
+            FreezeRow(name, "pool_linear", "global average pool + linear", "", "one step", (), *self.cost(region))
+        )
         return name
 
 
@@ -313,5 +358,10 @@ def readers(region: Region) -> str:
     """What reads the step's output, where a convolution did not take an activation in."""
     if region.act != "none":
         return ""
-    names = sorted({str(user.target).removeprefix("aten.") if user.op == "call_function" else user.op for user in region.last.users})
+    names = sorted(
+        {
+            str(user.target).removeprefix("aten.") if user.op == "call_function" else user.op
+            for user in region.last.users
+        }
+    )
     return f"read by {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""A network as a graph of functional ATen operators: `torch.export`, lifted tensors by their names, in-place calls undone.
+"""A network as a graph of functional ATen operators: `torch.export`, tensors by their names, in-place calls undone.
 
 The capture is of one call: its arguments that are no tensors are constants, every size but the batch's is fixed. It is
 made at a batch of at least 2, because a size of 1 is silently frozen in, and holds no tensor of the source but the
@@ -7,25 +7,25 @@ constants that its forward makes, only names.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.dynamic_shapes import ShapesCollection
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
-from torch.utils._pytree import TreeSpec, tree_flatten
+from torch.utils._pytree import TreeSpec
 
 from fastres.inference.functional import Impure, functionalize
 from fastres.inference.signature import Call
 from fastres.nn.steps import has_global_hooks, is_bare
-from fastres.verify.runs import call as run_once
 
 Dims = tuple["int | str", ...]  # a size, or the name of one that may vary
 
@@ -76,7 +76,7 @@ class Captured:
 
     def describe(self) -> str:
         """The sizes that it takes: `[N, 3, 224, 224]`."""
-        letters = {dim: letter for dim, letter in zip(self._varying(), "NMKLJ", strict=False)}
+        letters: dict[Any, str] = dict(zip(self._varying(), "NMKLJ", strict=False))
         return ", ".join("[" + ", ".join(str(letters.get(d, d)) for d in dims) + "]" for dims, _ in self.inputs)
 
     def _varying(self) -> list[str]:
@@ -84,6 +84,10 @@ class Captured:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         return self  # never written to
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the graph, which only a source can be frozen with again, and pickles have none."""
+        return {**self.__dict__, "graph": fx.Graph(), "constants": {}}
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -110,22 +114,41 @@ def capture(model: nn.Module, call: Call) -> Captured:
     """
     _refuse_hooks(model)
     batch = next((len(t) for t in call.tensors if t.is_floating_point() and t.ndim), 0)
-    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
+    shapes = ShapesCollection()
     tensors = [_at_least_two(t, batch) for t in call.tensors]
     for t, given in zip(tensors, call.tensors, strict=True):
         if given.ndim and len(given) == batch:
-            shapes[t] = {0: Dim.AUTO}  # type: ignore[no-untyped-call]
+            shapes[t] = {0: Dim.AUTO}
     args, kwargs = call.arguments(tensors)
+    before = _plain_state(model)
     try:
         with _quiet(), torch.no_grad():
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             try:
                 functionalize(program.graph_module.graph, _lifted(program))
             except Impure:
                 program = program.run_decompositions({})
     except Exception as error:  # export raises whatever the model's code does with symbols
         raise CaptureError(f"torch.export: {type(error).__name__}: {_first_line(error)}") from error
+    for name, value in _plain_state(model).items():
+        if before.get(name, _MISSING) != value:
+            raise CaptureError(f"its forward changes {name}")
     return _read(program, call, max(batch, 2))
+
+
+_MISSING = object()
+
+
+def _plain_state(model: nn.Module) -> dict[str, Any]:
+    """Numbers and strings of the modules and the lengths of their lists: a graph would not go on changing them."""
+    state: dict[str, Any] = {}
+    for prefix, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if isinstance(value, bool | int | float | str):
+                state[f"{prefix}.{name}".lstrip(".")] = value
+            elif isinstance(value, list | dict | set) and name[:1] != "_":
+                state[f"{prefix}.{name}".lstrip(".")] = len(value)
+    return state
 
 
 def _at_least_two(t: Tensor, batch: int) -> Tensor:
@@ -142,12 +165,14 @@ def _refuse_hooks(model: nn.Module) -> None:
             raise CaptureError(f"{name or 'the model'} has hooks or a forward patched on the instance")
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without torch's own warnings: what goes wrong is raised, and put into the report."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch.fx.experimental")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch.fx.experimental")
+    ]
     levels = [log.level for log in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # export prints the graph of a failure
         warnings.simplefilter("ignore")
         for log in loggers:
             log.setLevel(logging.CRITICAL)
@@ -221,9 +246,7 @@ def _read(program: Any, call: Call, batch: int) -> Captured:
     fixed = batch if all(isinstance(dim, int) for dims, _ in inputs for dim in dims) else None
     if fixed is not None and inputs:
         notes.append(f"the network fixes its batch: captured for {fixed}, other sizes are captured on their first call")
-    return Captured(
-        graph, inputs, program.call_spec.out_spec, call.tree, call.plain, constants, batch, notes
-    )
+    return Captured(graph, inputs, program.call_spec.out_spec, call.tree, call.plain, constants, batch, notes)
 
 
 def _dims(value: Any) -> Dims:
@@ -240,8 +263,3 @@ def _meta(node: fx.Node) -> dict[str, Any]:
     if stack:
         meta["where"] = list(stack.values())[-1][0]
     return meta
-
-
-def example_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """(args, kwargs) of an example given as a tensor, a tuple or a mapping."""
-    return run_once(lambda *args, **kwargs: (args, kwargs), inputs)  # type: ignore[no-any-return]

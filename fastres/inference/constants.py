@@ -7,7 +7,7 @@ inference, whatever their form.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -46,16 +46,17 @@ class Constants:
         """What the constant is made of, in one line: equal keys, equal values."""
         if node.op == "get_attr":
             return str(node.target)
-        parts = fx.map_arg((node.args, node.kwargs), lambda n: _Text(self.key(n)))
+        spell: Any = lambda n: _Text(self.key(n))  # noqa: E731
+        parts = fx.map_arg((node.args, node.kwargs), spell)
         return f"{node.target}{parts!r}"
 
-    def exact(self, node: fx.Node) -> Tensor:
+    def exact(self, node: Any) -> Tensor:
         """The value, floating ones in float64."""
         if node.op == "get_attr":
             t = self.tensors[str(node.target)].detach()
             return t.double() if t.is_floating_point() else t
         if node not in self._exact:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), self.exact)
+            args, kwargs = cast(Any, fx.map_arg((node.args, node.kwargs), self.exact))
             if node.target in _CASTS and node.meta["dtype"].is_floating_point:
                 source = args[0]
                 self._exact[node] = source.double()  # rounded once, at the end
@@ -65,7 +66,7 @@ class Constants:
                 self._exact[node] = value.double() if value.is_floating_point() else value
         return self._exact[node]
 
-    def rounded(self, node: fx.Node, dtype: torch.dtype) -> Tensor:
+    def rounded(self, node: Any, dtype: torch.dtype) -> Tensor:
         """The value in memory of its own, floating ones in ``dtype``."""
         if node.op == "get_attr":
             t = self.tensors[str(node.target)].detach()

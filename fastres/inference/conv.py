@@ -35,7 +35,7 @@ _BINARY: dict[str, str | None] = {"none": None, "relu": "relu"}
 
 def is_traced() -> bool:
     """Whether a compiler or an exporter follows: then a frozen network shows it stock operators alone."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[no-untyped-call]
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
 
 
 class Packs:
@@ -63,7 +63,9 @@ class FrozenConv(nn.Conv2d):
     packs: Packs
 
     @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, act: str) -> Any:
+    def of(
+        cls, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any, groups: int, act: str
+    ) -> Any:
         """The convolution with this weight [K, C / groups, R, S] and bias [K], which become its parameters.
 
         Args:

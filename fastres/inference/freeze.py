@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 from fastres.inference.capture import CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
-from fastres.inference.plan import measure
+from fastres.inference.plan import measure, measured_rates
 from fastres.inference.recipe import GraphRecipe, ModuleRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
 from fastres.inference.signature import Signature
@@ -27,7 +27,7 @@ from fastres.verify.runs import call, map_tensors, named_tensors, private
 logger = logging.getLogger("fastres")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_verify = verify  # the argument of freeze has the function's name
+_verify, _capture = verify, capture  # arguments of freeze have the functions' names
 
 
 def freeze(
@@ -36,15 +36,18 @@ def freeze(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    capture: Literal["auto", "graph", "modules"] = "auto",
     tune: bool | Literal["auto"] = "auto",
     cuda_graph: bool | Literal["auto"] = "auto",
     verify: bool | Literal["warn"] = True,
 ) -> FrozenModel:
     """A copy of ``model`` for inference: BN folded into convolutions in float64, layout chosen, answers verified.
 
-    The model runs as in eval mode, whatever mode it is in, and is never changed. Every BN that alone reads one
-    convolution's output is folded into it; torchvision's residual blocks and our own also add and rectify in one pass.
-    What could not be folded stays, with the reason in ``.report``.
+    The model runs as in eval mode, whatever mode it is in, and is never changed. Its forward is captured as a graph of
+    ATen operators (`torch.export`, any batch size); each convolution takes in what alone reads it, in whatever form it
+    is written: batch norms and other arithmetic with one number a channel, a residual sum, an activation. A network
+    that has no graph (control flow that depends on data, hooks) keeps its modules, and BN are folded into the
+    convolutions among them. What could not be folded stays, with the reason in ``.report``.
 
     Args:
         model: the source; on any device, in any mode.
@@ -52,6 +55,7 @@ def freeze(
             any batch size; times and the layout are measured on this one.
         dtype: float32, float16, bfloat16 or float64; None keeps the model's. Inputs are cast to it, outputs come in it.
         device: where the copy goes; None keeps the model's.
+        capture: "auto" rewrites the graph or, where there is none, the modules; "graph" and "modules" insist.
         tune: "auto" or True measures eager and both memory layouts on the example, for a few seconds, and keeps the
             faster; False measures nothing and takes channels_last. A frozen model slower than eager says so in the
             report.
@@ -66,7 +70,8 @@ def freeze(
 
     Raises:
         TypeError: an argument of the wrong kind, a model that cannot be copied or is frozen already.
-        ValueError: no tensor in ``example_inputs``, a model on the meta device, ``cuda_graph=True`` without a GPU.
+        ValueError: no tensor in ``example_inputs``, a model on the meta device, ``cuda_graph=True`` without a GPU,
+            ``capture="graph"`` for a network that has none.
         RuntimeError: the referee rejects the result; the message holds its table.
 
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -80,6 +85,8 @@ def freeze(
         (1, (5, 8, 14, 14))
     """
     _check(model, example_inputs, dtype, tune, cuda_graph, verify)
+    if capture not in ("auto", "graph", "modules"):
+        raise ValueError(f"capture: got {capture!r}, expected 'auto', 'graph' or 'modules'")
     source = sharing_copy(model).eval()
     own = _dtype_of(source)
     target = torch.device(device) if device is not None else _device_of(source, example_inputs)
@@ -90,9 +97,14 @@ def freeze(
         source = private("model", source).to(target)
     inputs = map_tensors(example_inputs, lambda _, t: t.detach().to(target), "example_inputs")
     report = FreezeReport(type(model).__name__, short(dtype), str(target), [])
-    recipe = _recipe(source, inputs, report)
+    recipe = _recipe(source, inputs, report, capture)
     module, report.rows = recipe.make(source, dtype)
     frozen = FrozenModel(module, model, recipe, report, dtype)
+    reason = "" if report.capture == "modules" else _why_not_any_batch(source, frozen, inputs)
+    if reason:
+        recipe = _by_modules(source, inputs, report, capture, CaptureError(reason))
+        module, report.rows = recipe.make(source, dtype)
+        frozen = FrozenModel(module, model, recipe, report, dtype)
     if model.training:
         report.notes.append("the model is in training mode; frozen as in eval mode")
     if not report.folded:
@@ -105,6 +117,7 @@ def freeze(
     _pack(frozen, inputs, target, tune)
     _split(frozen, inputs, target, tune)
     _program(frozen, inputs, target)
+    _roofline(report, inputs, target, dtype, tune)
     _graph(frozen, inputs, target, tune, cuda_graph)
     _say_if_slower(report)
     if verify:
@@ -117,20 +130,56 @@ def freeze(
     return frozen
 
 
-def _recipe(source: nn.Module, inputs: Any, report: FreezeReport) -> Recipe:
+def _recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str) -> Recipe:
     """The network's graph; where it has none, its modules, with the reason in the report."""
+    if how == "modules":
+        report.capture_reason = "capture='modules'"
+        return ModuleRecipe(watch(source, inputs))
     try:
         signature = Signature.of(source.forward)
         args, kwargs = call(lambda *args, **kwargs: (args, kwargs), inputs)
-        captured = capture(source, signature.take(args, kwargs).like(source))
+        captured = _capture(source, signature.take(args, kwargs).like(source))
     except CaptureError as error:
-        report.capture_reason = str(error)
-        report.notes.append(f"no graph, its modules are rewritten instead: {error}")
-        logger.info("freeze: %s has no graph: %s", report.model, error)
-        return ModuleRecipe(watch(source, inputs))
+        return _by_modules(source, inputs, report, how, error)
     report.capture = "graph"
     report.notes += captured.notes
     return GraphRecipe(captured, signature)
+
+
+def _by_modules(source: nn.Module, inputs: Any, report: FreezeReport, how: str, error: CaptureError) -> Recipe:
+    if how == "graph":
+        raise ValueError(f"capture: got 'graph', and {report.model} has none: {error}") from error
+    report.capture, report.capture_reason, report.notes = "modules", str(error), []
+    report.notes.append(f"no graph, its modules are rewritten instead: {error}")
+    logger.info("freeze: %s has no graph: %s", report.model, error)
+    return ModuleRecipe(watch(source, inputs))
+
+
+def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> str:
+    """What shows that the graph is not good for every batch: it was captured at 2 or more, where a size of 1 that the
+    source's code asks for is not seen. Empty where one image, or two for an example of one, is answered as eager does.
+    """
+    sizes = [len(t) for t in named_tensors(inputs, "").values() if t.is_floating_point() and t.ndim]
+    batch = sizes[0] if sizes else 0
+    if batch == 0:
+        return ""
+    other = 2 if batch == 1 else 1
+    resized = map_tensors(
+        inputs, lambda _, t: t if not t.ndim or len(t) != batch else torch.cat([t, t]) if batch == 1 else t[:1], ""
+    )
+    with torch.no_grad():
+        try:
+            want, tree = tree_flatten(call(source, resized))
+        except Exception:  # the source does not take it: nor need the frozen network
+            return ""
+        got, its_tree = tree_flatten(call(frozen, resized))
+    same = str(its_tree) == str(tree)
+    for g, w in zip(got, want, strict=False):
+        if isinstance(w, Tensor) != isinstance(g, Tensor) or (isinstance(w, Tensor) and g.shape != w.shape):
+            same = False
+        elif isinstance(w, Tensor) and bool(torch.isfinite(w).all()):
+            same = same and _close(g.to(w.dtype), w)
+    return "" if same else f"a batch of {other} is answered otherwise than by the source"
 
 
 def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, verify: Any) -> None:
@@ -283,6 +332,16 @@ def _program(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
         for _ in range(2):
             call(frozen, inputs)
         frozen.report.program = frozen.program
+
+
+def _roofline(
+    report: FreezeReport, inputs: Any, device: torch.device, dtype: torch.dtype, tune: bool | Literal["auto"]
+) -> None:
+    """The example's batch, and where times are measured, the rates that the bound is at."""
+    sizes = [len(t) for t in named_tensors(inputs, "").values() if t.is_floating_point() and t.ndim]
+    report.batch = sizes[0] if sizes else 1
+    if tune is not False and any(row.flops for row in report.rows):
+        report.bandwidth, report.rate = measured_rates(device, dtype)
 
 
 def _close(got: Tensor, want: Tensor) -> bool:

@@ -16,7 +16,7 @@ from fastres.inference.blocks import own_residuals
 from fastres.inference.capture import CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs, is_traced
 from fastres.inference.engine import Engine, Variant, Variants
-from fastres.inference.plan import choose_packs
+from fastres.inference.plan import Plan, choose_packs
 from fastres.inference.recipe import GraphRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
 from fastres.inference.signature import Call
@@ -76,7 +76,7 @@ class FrozenModel(nn.Module):
     Attributes:
         report: what was folded and fused, the plan, times and the referee's verdict.
         dtype: what it computes in.
-        images_at_a_time: larger batches run in parts of so many images; None: whole.
+        plan: the layout, and how many images of a batch run at a time.
         module: the rewritten network.
     """
 
@@ -87,8 +87,7 @@ class FrozenModel(nn.Module):
         self.module = module
         self.report = report
         self.dtype = dtype
-        self.channels_last = False
-        self.images_at_a_time: int | None = None
+        self.plan = Plan()
         self._overwrites = False
         self.training = False
         self._recipe = recipe
@@ -152,7 +151,7 @@ class FrozenModel(nn.Module):
                 ) from error
             fresh = GraphRecipe(captured, recipe.signature)
             module, _ = fresh.make(source, self.dtype, self.module, self._device())
-            if self.channels_last:
+            if self.plan.channels_last:
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             logger.info("freeze: %s captured again for %s", self.report.model, what)
             variant = Variant(captured, module)
@@ -171,28 +170,42 @@ class FrozenModel(nn.Module):
         return self._engine.run(self.module, args, kwargs)
 
     def _goes_in_parts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        count = self.images_at_a_time
+        count = self.plan.images_at_a_time
         if not count or kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 4:
             return False
         return len(args[0]) > count and goes_straight(args[0])
 
     def _in_parts(self, run: Callable[[Tensor], Any], images: Tensor) -> Any:
         """A few images at a time: inputs and activations stay in cache, and below the size that malloc maps anew."""
-        assert self.images_at_a_time is not None
-        parts = [tree_flatten(run(part)) for part in images.detach().split(self.images_at_a_time)]
+        size = self.plan.images_at_a_time or len(images)
+        parts = [tree_flatten(run(part)) for part in images.detach().split(size)]
         joined = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in parts), strict=True)]
         return tree_unflatten(joined, parts[0][1])
 
     def _prepare(self, _: str, t: Tensor) -> Tensor:
         if t.is_floating_point() and t.dtype != self.dtype:
             t = t.to(self.dtype)
-        if self.channels_last and t.ndim == 4:
+        if self.plan.channels_last and t.ndim == 4:
             t = t.contiguous(memory_format=torch.channels_last)
         return t
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether it runs in channels_last; see :meth:`use_channels_last`."""
+        return self.plan.channels_last
+
+    @property
+    def images_at_a_time(self) -> int | None:
+        """How many images of a larger batch run at a time; None: all."""
+        return self.plan.images_at_a_time
+
+    @images_at_a_time.setter
+    def images_at_a_time(self, count: int | None) -> None:
+        self.plan.images_at_a_time = count
+
     def use_channels_last(self, channels_last: bool = True) -> None:
         """Run in channels_last from now on, or in NCHW again: weights and 4-dimensional inputs."""
-        self.channels_last = channels_last
+        self.plan.channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.module.to(memory_format=layout)  # type: ignore[call-overload]
 

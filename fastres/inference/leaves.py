@@ -1,8 +1,8 @@
 """What a frozen graph calls beside its convolutions: modules with tensors of their own, each one step.
 
-    FrozenNorm      act(bn(x) [+ residual])        a BN that no convolution takes in
-    FrozenAddReLU   relu(x + residual)
-    PoolLinear      linear(mean of every channel)  a classifier's head
+FrozenNorm      act(bn(x) [+ residual])        a BN that no convolution takes in
+FrozenAddReLU   relu(x + residual)
+PoolLinear      linear(mean of every channel)  a classifier's head
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from fastres.inference.blocks import freeze_block
-from fastres.inference.watch import Capture
 from fastres.inference.conv import freeze_conv
 from fastres.inference.report import FreezeRow
+from fastres.inference.watch import Capture
 from fastres.nn.fold import Refusal, fold, remainder
 
 _PLAIN_BN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

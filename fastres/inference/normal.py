@@ -12,6 +12,7 @@ Views become reshapes: in a functional graph nobody can tell, and they exist in 
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -31,7 +32,8 @@ _SAME = PASS | {
 }
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
 _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
-_EPS, _MOMENTUM = 1e-5, 0.1
+_MOMENTUM = 0.1
+_TAKE_PADDING = {aten.conv2d.default, aten.convolution.default}
 
 
 def normalize(graph: fx.Graph) -> None:
@@ -43,6 +45,10 @@ def normalize(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif node.target in _SAME:
             _hand_on(graph, node)
+        elif node.target is aten.slice.Tensor and _is_whole(node):
+            _hand_on(graph, node)
+        elif node.target is aten.pad.default or node.target is aten.constant_pad_nd.default:
+            _pad(graph, node)
         elif node.target in _VIEWS:
             node.target, node.args = aten.reshape.default, node.args[:2]
         elif node.target in (aten.add_.Tensor, aten.add.Tensor):
@@ -71,6 +77,36 @@ def _hand_on(graph: fx.Graph, node: fx.Node) -> None:
         return
     node.replace_all_uses_with(source)
     graph.erase_node(node)
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a slice takes everything."""
+    a = arguments(node)
+    size = node.args[0].meta.get("shape", ())[a["dim"]]  # type: ignore[union-attr]
+    end = a["end"] is None or a["end"] == sys.maxsize or (isinstance(size, int) and a["end"] == size)
+    return a["start"] in (0, None) and end and a["step"] == 1
+
+
+def _pad(graph: fx.Graph, node: fx.Node) -> None:
+    """A padding by nothing goes; one by as many zeros on both sides becomes that of the convolutions that read it."""
+    a = arguments(node)
+    value = a.get("value")
+    if a.get("mode", "constant") == "constant" and value in (0, None) and all(isinstance(p, int) for p in a["pad"]):
+        left, right, top, bottom = ([*a["pad"], 0, 0, 0, 0])[:4]
+        readers = all(user.target in _TAKE_PADDING and user.args[0] is node for user in node.users)
+        if left == right >= 0 and top == bottom >= 0 and len(a["pad"]) <= 4 and readers and node.users:
+            for user in node.users:
+                if user.target is aten.convolution.default:
+                    _convolution(user)
+                b = arguments(user)
+                if not isinstance(b["padding"], str) and user.target is not aten.convolution.default:
+                    h, w = pair(b["padding"])
+                    _set_conv(user, b["weight"], b | {"input": a["self"]}, [h + top, w + left])
+        if not node.users:
+            graph.erase_node(node)
+            return
+    if a.get("mode", "constant") == "constant" and not any(a["pad"]):
+        _hand_on(graph, node)
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
@@ -135,11 +171,14 @@ def _insert(graph: fx.Graph, before: fx.Node, target: Any, args: tuple[Any, ...]
 
 def _tail(graph: fx.Graph, node: fx.Node, y: fx.Node, residual: Any, act: str, out: fx.Node) -> None:
     """`out` becomes act(y [+ residual]): an operator of ours taken apart again, so that what is around it can join."""
+    tensor = {key: out.meta[key] for key in ("shape", "dtype", "size")}
+    y.meta |= tensor
     if residual is not None:
         y = _insert(graph, node, aten.add.Tensor, (y, residual))
+        y.meta |= tensor
     if act != "none":
         y = _insert(graph, node, _ACTS[act][0], (y, *_ACTS[act][1]))
-    y.meta |= {k: out.meta[k] for k in ("shape", "dtype", "size") if k in out.meta}
+        y.meta |= tensor
     out.replace_all_uses_with(y)
 
 
@@ -150,8 +189,6 @@ def _our_norm(graph: fx.Graph, node: fx.Node) -> None:
         return
     affine = a["weight"], a["bias"], a["running_mean"], a["running_var"]
     norm = _insert(graph, node, aten.batch_norm.default, (a["x"], *affine, False, _MOMENTUM, a["eps"], False))
-    for key in ("shape", "dtype", "size"):
-        norm.meta[key] = outs[0].meta[key]
     _tail(graph, node, norm, a["residual"], a["act"], outs[0])
 
 

@@ -1,9 +1,10 @@
-"""Choosing by measuring, in turn, on the example: the memory layout, and for each convolution whether to pack."""
+"""How a frozen network runs: the plan, and choosing it by measuring, in turn, on the example."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,19 @@ ROUNDS = 7
 SECONDS = 2.0
 HOPELESS = 3.0
 PACK_MARGIN = 1.1  # a layer by itself has its weight in cache: the plain one must win by more than noise
+
+
+@dataclass
+class Plan:
+    """What was chosen for a network, beside what its convolutions keep of themselves (packed weights).
+
+    Attributes:
+        channels_last: the memory layout of 4-dimensional inputs and weights; else NCHW.
+        images_at_a_time: larger batches run in parts of so many images; None: whole.
+    """
+
+    channels_last: bool = False
+    images_at_a_time: int | None = None
 
 
 def measure(calls: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
@@ -84,6 +98,18 @@ def choose_packs(convs: Sequence[FrozenConv], run: Callable[[], Any]) -> int:
             if not faster[key]:
                 conv.plain(x)
     return packed
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes/s of a large copy, read and written; flop/s of a square product in ``dtype``): best of four."""
+    size, elements = (8192, 1 << 28) if device.type == "cuda" else (1024, 1 << 24)
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    x = torch.ones(elements, device=device)
+    y = torch.empty_like(x)
+    with torch.no_grad():
+        product = min(_milliseconds(lambda: a @ a, device) for _ in range(4))
+        copy = min(_milliseconds(lambda: y.copy_(x), device) for _ in range(4))
+    return 2 * x.numel() * x.itemsize / copy * 1e3, 2 * size**3 / product * 1e3
 
 
 def _bound(conv: FrozenConv, x: Tensor, weight: Tensor) -> Callable[[], Any]:

@@ -1,6 +1,6 @@
 """The region graph: which nodes of a normalised graph become one step, and why not more.
 
-    conv          conv2d -> affine ... -> [add] -> [act]      affine: a BN, or a product or sum with one number a channel
+    conv          conv2d -> affine ... -> [add] -> [act]    affine: a BN, or a product or sum with a number a channel
     norm          BN -> [add] -> [relu]                       what no convolution takes in (pre-activation networks)
     add_relu      add -> relu
     pool_linear   global average pool -> flatten -> linear
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx
@@ -87,7 +87,7 @@ def find_regions(graph: fx.Graph, constants: Constants, refused: Mapping[fx.Node
         if node not in taken and is_residual_add(node, constants):
             act = _only_reader(node)
             if act is not None and activation(act) == "relu" and len(node.meta["shape"]) == 4:
-                keep(Region("add_relu", [node, act], residual=node.args[1], act="relu"))  # type: ignore[arg-type]
+                keep(Region("add_relu", [node, act], residual=node.args[1], act="relu"))
     return regions
 
 
@@ -154,7 +154,7 @@ def is_affine(node: fx.Node, x: fx.Node, constants: Constants) -> bool:
         statistics = node.args[1:5]
         known = all(t is None or t in constants.nodes for t in statistics)
         return node.args[0] is x and known and None not in statistics[2:] and not node.args[5]
-    name = _ARITHMETIC.get(node.target)  # type: ignore[arg-type]
+    name = _ARITHMETIC.get(cast(Any, node.target))
     if name is None or node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return False
     if node.meta.get("shape") != x.meta.get("shape") or node.meta["dtype"] != x.meta["dtype"]:
@@ -166,7 +166,7 @@ def is_affine(node: fx.Node, x: fx.Node, constants: Constants) -> bool:
 
 def arithmetic(node: fx.Node) -> str:
     """mul, div, add or sub of an affine that is no BN."""
-    return _ARITHMETIC[node.target]  # type: ignore[index]
+    return _ARITHMETIC[cast(Any, node.target)]
 
 
 def norm_name(node: fx.Node) -> str:
@@ -204,7 +204,9 @@ def _norm(node: fx.Node, constants: Constants, taken: set[fx.Node]) -> Region | 
         region.stop = Refusal("NOT_CONSTANT", "its tensors are computed from the input")
         return region
     is_conv = x.op == "call_function" and x.target in _CONVS
-    reason = ("SHARED", f"{x.name} is read elsewhere too") if is_conv else ("NO_CONV", "it reads no convolution's output")
+    reason = (
+        ("SHARED", f"{x.name} is read elsewhere too") if is_conv else ("NO_CONV", "it reads no convolution's output")
+    )
     region.stop = Refusal(*reason)
     if len(node.meta["shape"]) == 4:
         _epilogue(region, constants, taken, ("relu",))

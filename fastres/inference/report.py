@@ -16,15 +16,19 @@ class FreezeRow:
 
     ``reason`` is a code where it could not become more: NO_NORM, NO_CONV, SHARED, OTHER_USE, NOT_REACHED, NOT_CONSTANT,
     HAS_HOOKS, CONV_TYPE, NORM_TYPE, BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, SHAPE; ``message`` says it in
-    words. ``took`` lists what it took in: "bn", "bias", "add" and the activation.
+    words. ``took`` lists what it took in: "bn", "bias", "add" and the activation. ``flops``, ``bytes`` and ``weights``
+    are the least that the step takes.
     """
 
     name: str
-    kind: str  # "conv", "norm", "add", "pool_linear" or "block"
+    kind: str  # "conv", "norm", "add", "pool_linear", "other" (operators that stay, together) or "block"
     became: str
     reason: str
     message: str
     took: tuple[str, ...] = ()
+    flops: int = 0  # for one image; a multiply-add is two
+    bytes: int = 0  # of activations, for one image
+    weights: int = 0  # bytes
 
 
 @dataclass
@@ -44,6 +48,9 @@ class FreezeReport:
     images_at_a_time: int | None = None  # a larger batch runs in parts of so many images; None: whole
     program: str = "none"  # the operator calls written down for the example's shapes, or why there is none
     milliseconds: dict[str, float] = field(default_factory=dict)
+    batch: int = 1  # of the example
+    bandwidth: float = 0.0  # bytes/s, measured with the plan; 0: not
+    rate: float = 0.0  # flop/s likewise
     notes: list[str] = field(default_factory=list)
     verification: Verification | None = None
 
@@ -75,6 +82,27 @@ class FreezeReport:
         eager, frozen = self.milliseconds.get("eager"), self.milliseconds.get("frozen")
         return eager / frozen if eager and frozen else None
 
+    @property
+    def flops(self) -> int:
+        """Of a call on the example; a multiply-add is two. 0 where the modules were rewritten."""
+        return self.batch * sum(row.flops for row in self.rows)
+
+    @property
+    def bytes(self) -> int:
+        """That a call on the example must move at the least, each step reading and writing once."""
+        return self.batch * sum(row.bytes for row in self.rows) + sum(row.weights for row in self.rows)
+
+    @property
+    def bound(self) -> float | None:
+        """Milliseconds that the steps take at the least, one after another, at the measured rates; None without."""
+        if not self.bandwidth or not self.rate:
+            return None
+        seconds = sum(
+            max((self.batch * row.bytes + row.weights) / self.bandwidth, self.batch * row.flops / self.rate)
+            for row in self.rows
+        )
+        return seconds * 1e3
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
         return {
@@ -93,13 +121,27 @@ class FreezeReport:
             "folded": self.folded,
             "speedup": self.speedup,
             "milliseconds": dict(self.milliseconds),
+            "batch": self.batch,
+            "flops": self.flops,
+            "bytes": self.bytes,
+            "bandwidth": self.bandwidth,
+            "rate": self.rate,
+            "bound": self.bound,
             "notes": list(self.notes),
             "rows": [asdict(row) for row in self.rows],
             "verification": None if self.verification is None else self.verification.to_dict(),
         }
 
+    def _share(self) -> str:
+        bound, ms = self.bound, self.milliseconds.get("frozen")
+        if bound is None or not ms:
+            return ""
+        rates = f"{self.bandwidth / 1e9:.3g} GB/s and {self.rate / 1e12:.3g} TFLOP/s"
+        return f"; at {rates} {bound:.3g} ms at the least: {bound / ms:.0%} of the bound"
+
     def __str__(self) -> str:
         n = self.counts
+        others = ", ".join(f"{row.name} {row.became.split()[0]}" for row in self.rows if row.kind == "other")
         lines = [
             f"{self.model}: {n['folded']} of {n['convs']} convolutions took their BN in, {n['adds']} a residual, "
             f"{n['acts']} an activation; {n['norms_left']} BN stay; {self.dtype} on {self.device}",
@@ -107,10 +149,15 @@ class FreezeReport:
             f"images at a time: {self.images_at_a_time or 'all'}; program: "
             f"{self.program}; CUDA graph: {self.cuda_graph}",
         ]
+        if self.capture == "graph":
+            lines.append(f"  graph: {n['add_relu']} add + relu, {n['bn_act']} BN + relu, {n['pool_linear']} pool + fc")
+            lines[-1] += f" as one step; operators that stay: {others or 'none'}"
         if self.milliseconds:
             times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in self.milliseconds.items())
             ratio = f"; {self.speedup:.2f}x eager" if self.speedup is not None else ""
             lines.append(f"  on the example: {times}{ratio}")
+        if self.flops:
+            lines.append(f"  predicted: {self.flops / 1e9:.4g} GFLOP, {self.bytes / 1e6:.4g} MB{self._share()}")
         kept = [row for row in self.rows if row.reason]
         width = max((len(row.name) for row in kept), default=0)
         lines += [f"  {row.name:<{width}}  stays {row.became:<10}  {row.reason}: {row.message}" for row in kept]

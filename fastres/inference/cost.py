@@ -1,0 +1,61 @@
+"""What a step costs at least: the multiplications it makes, and the bytes that it must read and write once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import fx
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default}
+_FREE = {aten.reshape.default, aten.flatten.using_ints, aten.split.Tensor, aten.chunk.default, aten.slice.Tensor}
+
+
+def step_cost(nodes: Sequence[fx.Node], dtype: torch.dtype) -> tuple[int, int, int]:
+    """Of a chain of nodes run as one step, at the capture's batch.
+
+    Returns:
+        Flops (a multiply-add is two), bytes of activations, bytes of weights; floating tensors in ``dtype``.
+    """
+    inside = set(nodes)
+    flops = sum(_flops(node) for node in nodes)
+    read = {source for node in nodes for source in node.all_input_nodes if source not in inside}
+    moved = weights = 0
+    for node in read:
+        if _is_constant(node):
+            weights += _bytes(node, dtype)
+        elif nodes[-1].target not in _FREE:
+            moved += _bytes(node, dtype)
+    if nodes[-1].target not in _FREE:
+        moved += _bytes(nodes[-1], dtype)
+    return flops, moved, weights
+
+
+def _flops(node: fx.Node) -> int:
+    out = prod(node.meta.get("size", (0,)))
+    if node.target in _PRODUCTS:
+        weight: Any = node.args[1]
+        return 2 * out * prod(weight.meta["size"][1:])
+    if node.target is aten.linear.default:
+        weight = node.args[1]
+        return 2 * out * weight.meta["size"][-1]  # type: ignore[no-any-return]
+    return 0
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return node.op == "get_attr" or bool(node.all_input_nodes and all(_is_constant(n) for n in node.all_input_nodes))
+
+
+def _bytes(node: fx.Node, dtype: torch.dtype) -> int:
+    own: torch.dtype | None = node.meta.get("dtype")
+    if own is None:
+        return 0
+    return prod(node.meta["size"]) * (dtype if own.is_floating_point else own).itemsize
+
+
+def operator_name(node: fx.Node) -> str:
+    """aten.max_pool2d for aten.max_pool2d.default."""
+    return str(node.target).removesuffix(".default")
