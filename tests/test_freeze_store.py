@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_structure
 
 import fastres
 from fastres.inference import json_model, json_specs, store
+from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
@@ -106,11 +107,7 @@ def assert_same_network(got, want):
         assert torch.equal(mine[name], t) and mine[name].dtype == t.dtype and mine[name].stride() == t.stride(), name
     assert got.module.code == want.module.code
     assert str(got.report) == str(want.report) and got.report.to_dict() == want.report.to_dict()
-    assert (got.dtype, got.channels_last, got.images_at_a_time) == (
-        want.dtype,
-        want.channels_last,
-        want.images_at_a_time,
-    )
+    assert got.dtype is want.dtype and got.plan == want.plan
     assert not any(p.requires_grad for p in got.parameters()) and not any(m.training for m in got.modules())
 
 
@@ -321,8 +318,7 @@ def stored(module, inputs=1, outputs=1, **changes):
         outputs=tree_structure(tuple(range(outputs))),
         batch=2,
         dtype=torch.float32,
-        channels_last=False,
-        images_at_a_time=None,
+        plan=Plan(),
         device=torch.device("cpu"),
         report=FreezeReport("Net", "float32", "cpu", []),
     )

@@ -20,6 +20,7 @@ from fastres.inference.json_specs import (
     spec_to_json,
 )
 from fastres.inference.json_values import Decoder, FrozenFileError, encode, short
+from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport, FreezeRow
 from fastres.verify.verdict import Row, Verification
 
@@ -35,7 +36,8 @@ class Stored:
         inputs: of each tensor its sizes, a name for one that may vary, and its dtype.
         outputs: the tree that the flat outputs are leaves of.
         batch: what the varying size was in the capture.
-        dtype, channels_last, images_at_a_time: as FrozenModel has them.
+        dtype: what it computes in.
+        plan: how it runs.
         device: what it was planned on, and runs on.
         report: of the freeze.
     """
@@ -48,8 +50,7 @@ class Stored:
     outputs: TreeSpec
     batch: int
     dtype: torch.dtype
-    channels_last: bool
-    images_at_a_time: int | None
+    plan: Plan
     device: torch.device
     report: FreezeReport
 
@@ -67,8 +68,7 @@ def to_json(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "outputs": spec_to_json(stored.outputs),
         "batch": stored.batch,
         "dtype": encode(stored.dtype),
-        "channels_last": stored.channels_last,
-        "images_at_a_time": stored.images_at_a_time,
+        "plan": encode(_data(stored.plan)),
         "device": encode(stored.device),
         "report": encode(
             {
@@ -107,7 +107,7 @@ def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
     module = graph_from_json(document["graph"], tensors, saved, device)
     inputs, plain, tree = value(document["inputs"]), value(document["plain"]), spec_from_json(document["tree"])
     outputs, batch = spec_from_json(document["outputs"]), document["batch"]
-    dtype, parts, channels_last = value(document["dtype"]), document["images_at_a_time"], document["channels_last"]
+    dtype, plan = value(document["dtype"]), _made(Plan, value(document["plan"]))
     returned: Any = module.graph.output_node().args[0]
     count = len(module.graph.find_nodes(op="placeholder"))
     if not isinstance(inputs, list) or len(inputs) != count or not all(map(_is_input, inputs)):
@@ -116,12 +116,13 @@ def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
         raise FrozenFileError("its arguments that are no tensors are no list")
     if tree.num_leaves != count + len(plain) or outputs.num_leaves != len(returned):
         raise FrozenFileError("the trees of its inputs and outputs do not have as many leaves as its graph")
-    if type(batch) is not int or not (parts is None or (type(parts) is int and parts > 0)):
-        raise FrozenFileError(f"{short(batch)}, {short(parts)} are no numbers of images")
-    if type(dtype) is not torch.dtype or not dtype.is_floating_point or type(channels_last) is not bool:
-        raise FrozenFileError(f"{short(dtype)}, {short(channels_last)} are no dtype and layout")
+    parts = plan.images_at_a_time
+    if type(batch) is not int or type(plan.channels_last) is not bool or type(parts) not in (int, type(None)):
+        raise FrozenFileError(f"{short(batch)}, {short(plan)} are no batch and plan")
+    if type(dtype) is not torch.dtype or not dtype.is_floating_point or (parts is not None and parts < 1):
+        raise FrozenFileError(f"{short(dtype)}, {short(parts)} are no dtype and number of images")
     signature, report = signature_from_json(document["signature"]), _report(value(document["report"]))
-    return Stored(module, signature, tree, plain, inputs, outputs, batch, dtype, channels_last, parts, device, report)
+    return Stored(module, signature, tree, plain, inputs, outputs, batch, dtype, plan, device, report)
 
 
 def _available(device: torch.device, asked: bool) -> torch.device:

@@ -36,8 +36,7 @@ def save(frozen: FrozenModel, path: str | os.PathLike[str]) -> None:
         outputs=captured.outputs,
         batch=captured.batch,
         dtype=frozen.dtype,
-        channels_last=frozen.channels_last,
-        images_at_a_time=frozen.images_at_a_time,
+        plan=frozen.plan,
         device=device,
         report=frozen.report,
     )
@@ -85,6 +84,5 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
         report.cuda_graph = "off: loaded from a file, record_graph() records it again"
     recipe = GraphRecipe(captured, Signature(stored.signature))
     frozen = FrozenModel(stored.module, None, recipe, report, stored.dtype)
-    frozen.channels_last = stored.channels_last
-    frozen.images_at_a_time = stored.images_at_a_time
+    frozen.plan = stored.plan
     return frozen
