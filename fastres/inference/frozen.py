@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -81,7 +82,9 @@ class FrozenModel(nn.Module):
         module: the rewritten network.
     """
 
-    def __init__(self, module: nn.Module, source: nn.Module, recipe: Recipe, report: FreezeReport, dtype: torch.dtype):
+    def __init__(
+        self, module: nn.Module, source: nn.Module | None, recipe: Recipe, report: FreezeReport, dtype: torch.dtype
+    ):
         super().__init__()
         self.module = module
         self.report = report
@@ -318,6 +321,21 @@ class FrozenModel(nn.Module):
         self._pass_nan()
         self._variants = Variants()
         self._source = Source(source)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to one file, which ``fastres.load`` reads: safetensors and JSON, no pickle, no code.
+
+        Args:
+            path: where to; a file there is replaced once the new one is whole, and stays if saving fails.
+
+        Raises:
+            FrozenFileError: (a ValueError) it holds something that no file can, such as a module of the fallback
+                without a graph; the message says what.
+            OSError: there is no such folder, it is full, ...
+        """
+        from fastres.inference.saved import save
+
+        save(self, path)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
