@@ -14,12 +14,15 @@ if TYPE_CHECKING:
     from fastres._info import info
     from fastres.inference.freeze import freeze
     from fastres.inference.frozen import FrozenModel
+    from fastres.inference.json_values import FrozenFileError
+    from fastres.inference.saved import load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendError",
     "BlockAdapter",
+    "FrozenFileError",
     "FrozenModel",
     "SwapReport",
     "SwapRow",
@@ -28,6 +31,7 @@ __all__ = [
     "freeze",
     "functional",
     "info",
+    "load",
     "models",
     "nn",
     "register_block",
@@ -39,7 +43,8 @@ __all__ = [
 
 # Loaded on first use: `import fastres` adds little to `import torch`. (Not swap and verify: their modules have their
 # names, and importing one of them later would hide the function.)
-_ON_USE = {"FrozenModel": "fastres.inference", "freeze": "fastres.inference", "info": "fastres._info"}
+_ON_USE = dict.fromkeys(("FrozenFileError", "FrozenModel", "freeze", "load"), "fastres.inference")
+_ON_USE["info"] = "fastres._info"
 
 
 def __getattr__(name: str) -> Any:

@@ -7,11 +7,14 @@ plan.py      the memory layout, measured
 graphs.py    CUDA graphs of the shapes asked for
 frozen.py    FrozenModel: running, refreshing, staleness
 report.py    FreezeReport
+store.py     the file of a frozen network, by json_*.py; saved.py: FrozenModel.save and fastres.load
 freeze.py    the public function: these steps in order
 """
 
 from fastres.inference.freeze import freeze
 from fastres.inference.frozen import FrozenModel
+from fastres.inference.json_values import FrozenFileError
 from fastres.inference.report import FreezeReport, FreezeRow
+from fastres.inference.saved import load
 
-__all__ = ["FreezeReport", "FreezeRow", "FrozenModel", "freeze"]
+__all__ = ["FreezeReport", "FreezeRow", "FrozenFileError", "FrozenModel", "freeze", "load"]

@@ -28,6 +28,7 @@ from fastres.inference.gate import capturing
 from fastres.inference.signature import Call
 from fastres.nn.steps import has_global_hooks, is_bare
 
+WRITES_TO_INPUT = "the source writes to its input in place; the frozen network leaves it alone"
 Dims = tuple["int | str", ...]  # a size, or the name of one that may vary
 
 
@@ -132,11 +133,12 @@ def capture(model: nn.Module, call: Call) -> Captured:
             shapes[t] = {0: Dim.AUTO}
     args, kwargs = call.arguments(tensors)
     before = _plain_state(model)
+    written = False
     try:
         with capturing(), _quiet(), torch.no_grad():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             try:
-                functionalize(program.graph_module.graph, _lifted(program))
+                written = functionalize(program.graph_module.graph, _lifted(program))
             except Impure:
                 program = program.run_decompositions({})
     except Exception as error:  # export raises whatever the model's code does with symbols
@@ -144,7 +146,10 @@ def capture(model: nn.Module, call: Call) -> Captured:
     for name, value in _plain_state(model).items():
         if before.get(name, _MISSING) != value:
             raise CaptureError(f"its forward changes {name}")
-    return _read(program, call, max(batch, 2))
+    captured = _read(program, call, max(batch, 2))
+    if written and WRITES_TO_INPUT not in captured.notes:
+        captured.notes.append(WRITES_TO_INPUT)
+    return captured
 
 
 _MISSING = object()
@@ -247,7 +252,7 @@ def _read(program: Any, call: Call, batch: int) -> Captured:
                 if spec.kind is OutputKind.USER_OUTPUT
             ]
             if len(kept) < len(node.args[0]):
-                notes.append("the source writes to its input in place; the frozen network leaves it alone")
+                notes.append(WRITES_TO_INPUT)
             graph.output(tuple(values[value] if isinstance(value, fx.Node) else value for value in kept))
             continue
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from fastres.inference.capture import CaptureError, capture, sharing_copy
+from fastres.inference.capture import WRITES_TO_INPUT, CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.likeness import take_likeness
@@ -403,4 +403,17 @@ def _judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeRe
             twin.overwrite_residuals(frozen._overwrites)
             twin.images_at_a_time = frozen.images_at_a_time
             source, frozen = calibrated, twin
-    return _verify(source, frozen, inputs, backward=False, training=False, calibrate_bn=False)
+    judged = _OnCopies(source) if WRITES_TO_INPUT in report.notes else source
+    return _verify(judged, frozen, inputs, backward=False, training=False, calibrate_bn=False)
+
+
+class _OnCopies(nn.Module):
+    """A network that writes to its input, on copies of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = map_tensors((args, kwargs), lambda _, t: t.clone(), "")
+        return self.module(*args, **kwargs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -80,7 +82,9 @@ class FrozenModel(nn.Module):
         module: the rewritten network.
     """
 
-    def __init__(self, module: nn.Module, source: nn.Module, recipe: Recipe, report: FreezeReport, dtype: torch.dtype):
+    def __init__(
+        self, module: nn.Module, source: nn.Module | None, recipe: Recipe, report: FreezeReport, dtype: torch.dtype
+    ):
         super().__init__()
         self.module = module
         self.report = report
@@ -92,6 +96,18 @@ class FrozenModel(nn.Module):
         self._source = Source(source)
         self._engine = Engine()
         self._variants = Variants()
+        self._pass_nan()
+
+    def _pass_nan(self) -> None:
+        """A network that makes NaN of finite inputs runs on steps that pass them on, as eager's do; oneDNN's do not."""
+        refused = any(row.reason in ("BAD_VARIANCE", "OVERFLOW") for row in self.report.rows)
+        tensors = [t for t in source_tensors(self.module).values() if t.is_floating_point() and not t.is_meta]
+        if refused or not all(math.isfinite(float(t.detach().sum())) for t in tensors):
+            for conv in frozen_convs(self.module):
+                conv.exact = True
+            note = "some of its numbers are not finite, or too large to fold: no step that could hide a NaN is taken"
+            if note not in self.report.notes:
+                self.report.notes.append(note)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_traced():
@@ -302,8 +318,24 @@ class FrozenModel(nn.Module):
         with torch.no_grad():
             for name, t in mine.items():
                 t.copy_(fresh[name])
+        self._pass_nan()
         self._variants = Variants()
         self._source = Source(source)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model to one file, which ``fastres.load`` reads: safetensors and JSON, no pickle, no code.
+
+        Args:
+            path: where to; a file there is replaced once the new one is whole, and stays if saving fails.
+
+        Raises:
+            FrozenFileError: (a ValueError) it holds something that no file can, such as a module of the fallback
+                without a graph; the message says what.
+            OSError: there is no such folder, it is full, ...
+        """
+        from fastres.inference.saved import save
+
+        save(self, path)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
