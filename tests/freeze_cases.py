@@ -55,6 +55,13 @@ def tensors(tree: Any) -> list[dict[str, Any]]:
     return [_tensor(t) for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, Tensor)]
 
 
+def _difference(before: Any, after: Any) -> str:
+    """The innermost entries that differ, short."""
+    if isinstance(before, dict) and isinstance(after, dict) and before.keys() == after.keys():
+        return "; ".join(f"{k}: {_difference(v, after[k])}" for k, v in before.items() if after[k] != v)
+    return f"{str(before)[:80]} -> {str(after)[:80]}"
+
+
 @contextmanager
 def unchanged(model: Any, *others: Any) -> Iterator[None]:
     """Fails where the model, or a tensor of `others`, is not what it was to the bit; also when the body raises."""
@@ -69,6 +76,7 @@ def unchanged(model: Any, *others: Any) -> Iterator[None]:
             assert before.keys() == after.keys()
             for name, entry in before.items():
                 for what, value in entry.items():
-                    assert after[name][what] == value, f"{name or 'the model'}: {what} changed"
+                    now = after[name][what]
+                    assert now == value, f"{name or 'the model'}: {what} changed: {_difference(value, now)}"
         assert tensors(others) == given, "an example changed"
         assert torch.equal(torch.random.get_rng_state(), generator), "the random state moved"

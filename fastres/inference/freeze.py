@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from fastres.inference.capture import WRITES_TO_INPUT, CaptureError, capture, sharing_copy
+from fastres.inference.capture import WRITES_TO_INPUT, CaptureError, batch_of, capture, own_memory, sharing_copy
+from fastres.inference.checks import (
+    check_example,
+    check_model,
+    copies,
+    names_the_example,
+    own_example,
+    put_back,
+    without_writing,
+)
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.likeness import take_likeness
@@ -31,6 +40,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _verify, _capture = verify, capture  # arguments of freeze have the functions' names
 
 
+@torch.random.fork_rng(devices=[])
 @torch.inference_mode(False)  # the snapshot's tensors are refreshed later, in whatever mode
 def freeze(
     model: nn.Module,
@@ -97,23 +107,24 @@ def freeze(
         raise ValueError(f"cuda_graph: got True for a model on {target}, expected a CUDA device")
     if any(t.device != target for t in source_tensors(source).values()):
         source = private("model", source).to(target)
-    inputs = map_tensors(example_inputs, lambda _, t: t.detach().to(target), "example_inputs")
+    inputs = own_example(example_inputs, target, own)
     report = FreezeReport(type(model).__name__, short(dtype), str(target), [])
     recipe = _recipe(source, inputs, report, capture)
-    module, report.rows = recipe.make(source, dtype)
+    module, report.rows = recipe.make(source if report.capture == "graph" else model, dtype, device=target)
     frozen = FrozenModel(module, model, recipe, report, dtype)
     reason = "" if report.capture == "modules" else _why_not_any_batch(source, frozen, inputs)
     if reason:
         recipe = _by_modules(source, inputs, report, capture, CaptureError(reason))
-        module, report.rows = recipe.make(source, dtype)
+        module, report.rows = recipe.make(model, dtype, device=target)
         frozen = FrozenModel(module, model, recipe, report, dtype)
-    if model.training:
+    if any(m.training for m in model.modules()):
         report.notes.append("the model is in training mode; frozen as in eval mode")
     if not report.folded:
         report.notes.append("no BN was folded")
         logger.warning("freeze: no BN of %s was folded: see the report", report.model)
     if dtype is torch.bfloat16 and target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         report.notes.append("this CPU has no native bfloat16: oneDNN emulates it, slower than float32")
+    example = copies(inputs)
     frozen = _plan(frozen, source, inputs, target, tune)
     _overwrite_residuals(frozen, inputs, target)
     _pack(frozen, inputs, target, tune)
@@ -122,9 +133,12 @@ def freeze(
     _roofline(report, inputs, target, dtype, tune)
     _graph(frozen, inputs, target, tune, cuda_graph)
     _say_if_slower(report)
+    put_back(named_tensors(inputs, ""), named_tensors(example, ""))
+    if report.capture == "modules" and put_back(source_tensors(source), source_tensors(model)):
+        frozen.refresh()  # its forward keeps state, which the runs above have moved
     if verify:
         report.verification = _judge(source, frozen, inputs, report)
-        if not report.verification:
+        if report.verification is not None and not report.verification:
             text = f"freeze: the referee rejects the frozen {report.model}:\n{report.verification}"
             if verify != "warn":
                 raise RuntimeError(text)
@@ -136,11 +150,15 @@ def _recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str) -> R
     """The network's graph; where it has none, its modules, with the reason in the report."""
     if how == "modules":
         report.capture_reason = "capture='modules'"
-        return ModuleRecipe(watch(source, inputs))
+        return _watched(source, inputs)
     try:
-        signature = Signature.of(source.forward)
+        signature = _signature(source)
         args, kwargs = call(lambda *args, **kwargs: (args, kwargs), inputs)
-        captured = _capture(source, signature.take(args, kwargs).like(source))
+        try:
+            given = signature.take(args, kwargs)
+        except TypeError as error:
+            raise TypeError(f"example_inputs: {error}, {report.model}.forward takes {signature}") from error
+        captured = _capture(source, given.like(source))
     except CaptureError as error:
         return _by_modules(source, inputs, report, how, error)
     report.capture = "graph"
@@ -154,27 +172,42 @@ def _by_modules(source: nn.Module, inputs: Any, report: FreezeReport, how: str, 
     report.capture, report.capture_reason, report.notes = "modules", str(error), []
     report.notes.append(f"no graph, its modules are rewritten instead: {error}")
     logger.info("freeze: %s has no graph: %s", report.model, error)
-    return ModuleRecipe(watch(source, inputs))
+    return _watched(source, inputs)
+
+
+def _watched(source: nn.Module, inputs: Any) -> Recipe:
+    own_memory(source)  # a forward without a graph may write to its parameters
+    with names_the_example(inputs):
+        return ModuleRecipe(watch(source, copies(inputs)))
+
+
+def _signature(source: nn.Module) -> Signature:
+    try:
+        return Signature.of(source.forward)
+    except ValueError as error:  # a forward in C++
+        raise CaptureError(str(error)) from error
 
 
 def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> str:
     """What shows that the graph is not good for every batch: it was captured at 2 or more, where a size of 1 that the
     source's code asks for is not seen. Empty where one image, or two for an example of one, is answered as eager does.
     """
-    sizes = [len(t) for t in named_tensors(inputs, "").values() if t.is_floating_point() and t.ndim]
-    batch = sizes[0] if sizes else 0
+    batch = batch_of(named_tensors(inputs, "").values())
     if batch == 0:
         return ""
     other = 2 if batch == 1 else 1
-    resized = map_tensors(
-        inputs, lambda _, t: t if not t.ndim or len(t) != batch else torch.cat([t, t]) if batch == 1 else t[:1], ""
-    )
+
+    def resized(_: str, t: Tensor) -> Tensor:
+        return t.clone() if not t.ndim or len(t) != batch else torch.cat([t, t]) if batch == 1 else t[:1].clone()
+
     with torch.no_grad():
         try:
-            want, tree = tree_flatten(call(source, resized))
-        except Exception:  # the source does not take it: nor need the frozen network
+            want, tree = tree_flatten(call(source, map_tensors(inputs, resized, "")))
+        except Exception:  # the source does not take it: nor need the frozen network; the example it must
+            with names_the_example(inputs):
+                call(source, copies(inputs))
             return ""
-        got, its_tree = tree_flatten(call(frozen, resized))
+        got, its_tree = tree_flatten(call(frozen, map_tensors(inputs, resized, "")))
     same = str(its_tree) == str(tree)
     for g, w in zip(got, want, strict=False):
         if isinstance(w, Tensor) != isinstance(g, Tensor) or (isinstance(w, Tensor) and g.shape != w.shape):
@@ -191,15 +224,13 @@ def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, veri
         raise TypeError("model: got a FrozenModel, expected the model it came from; refresh() takes new weights in")
     if not isinstance(inputs, Tensor | tuple | list | Mapping):
         raise TypeError(f"example_inputs: got {type(inputs).__name__}, expected a tensor, a tuple or a mapping")
-    if not named_tensors(inputs, ""):
-        raise ValueError("example_inputs: no tensor in it, expected an example of one call")
+    check_example(inputs)
     if dtype is not None and dtype not in _DTYPES:
         raise TypeError(f"dtype: got {dtype!r}, expected one of {', '.join(short(d) for d in _DTYPES)}")
     for name, value, word in (("tune", tune, "auto"), ("cuda_graph", cuda_graph, "auto"), ("verify", verify, "warn")):
         if not isinstance(value, bool) and value != word:
             raise TypeError(f"{name}: got {value!r}, expected True, False or {word!r}")
-    if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
-        raise ValueError("model: it is on the meta device and has no weights to fold")
+    check_model(model)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
@@ -238,7 +269,7 @@ def _plan(
         if not _views_fit(layouts["channels_last"], inputs):
             del layouts["channels_last"]
             report.notes.append(_NO_VIEWS)
-    calls: dict[str, Callable[[], Any]] = {"eager": lambda: call(source, inputs)}
+    calls: dict[str, Callable[[], Any]] = {"eager": without_writing(lambda given: call(source, given), inputs)}
     calls |= {name: _bound(candidate, inputs) for name, candidate in layouts.items()}
     times = measure(calls, device)
     best = min(layouts, key=lambda name: times[name])
@@ -385,7 +416,7 @@ def _say_if_slower(report: FreezeReport) -> None:
         logger.warning("freeze: %s is %s", report.model, text)
 
 
-def _judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> Verification:
+def _judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> Verification | None:
     """The referee's verdict; a network that never saw data is judged on a calibrated copy, frozen the same way."""
     layers = uncalibrated(source)
     if layers:
@@ -403,8 +434,40 @@ def _judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeRe
             twin.overwrite_residuals(frozen._overwrites)
             twin.images_at_a_time = frozen.images_at_a_time
             source, frozen = calibrated, twin
-    judged = _OnCopies(source) if WRITES_TO_INPUT in report.notes else source
-    return _verify(judged, frozen, inputs, backward=False, training=False, calibrate_bn=False)
+    # buffers that a forward writes to have the names that they have in the frozen model
+    judged = _OnCopies(source) if WRITES_TO_INPUT in report.notes or report.capture == "modules" else source
+    try:
+        return _verify(judged, frozen, inputs, backward=False, training=False, calibrate_bn=False)
+    except RuntimeError as error:
+        if "the reference in float64 raised" not in str(error):
+            raise
+        report.notes.append(f"not verified, the model does not run in float64: {str(error).splitlines()[0]}")
+    except ValueError as error:
+        if "output holds no tensor" not in str(error):
+            raise
+        report.notes.append("not verified, its output holds no tensor")
+        return None
+    _beside_eager(judged, frozen, inputs, report)
+    return None
+
+
+def _beside_eager(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> None:
+    """Where there is no float64 to compare with: the answers beside eager's, into the report.
+
+    Raises:
+        RuntimeError: they are others.
+    """
+    want, got = (named_tensors(call(m, copies(inputs)), "output") for m in (source, frozen))
+    worst = 0.0
+    for name, w in want.items():
+        g = got[name].to(w.dtype) if name in got else None
+        if g is None or g.shape != w.shape or not _close(g, w):
+            raise RuntimeError(
+                f"freeze: {name} of the frozen {report.model} is not the source's, and no float64 to judge"
+            )
+        if w.is_floating_point() and w.numel():
+            worst = max(worst, float((g - w).abs().max() / w.abs().max().clamp_min(torch.finfo(w.dtype).tiny)))
+    report.notes.append(f"its answers are eager's to {worst:.1e} of the largest")
 
 
 class _OnCopies(nn.Module):

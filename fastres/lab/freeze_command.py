@@ -132,7 +132,7 @@ def _freeze(model: nn.Module, images: Tensor, dtype: torch.dtype, request: Reque
 
 def _save(frozen: FrozenModel, path: Path) -> None:
     try:
-        frozen.save(path)  # type: ignore[operator]
+        frozen.save(path)
     except OSError as error:
         raise LabError(f"--save {path}: cannot be written: {error.strerror or error}") from error
 
