@@ -30,7 +30,7 @@ def _tensor(t: Tensor) -> dict[str, Any]:
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """Everything that a careless copy of `model` could move: its modules', tensors' and hooks' identities and values."""
+    """Everything that a careless copy of `model` could move: identities and values of modules, tensors and hooks."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         found[name] = {

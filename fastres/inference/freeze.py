@@ -457,14 +457,13 @@ def _beside_eager(source: nn.Module, frozen: FrozenModel, inputs: Any, report: F
     Raises:
         RuntimeError: they are others.
     """
-    want, got = (named_tensors(call(m, copies(inputs)), "output") for m in (source, frozen))
+    with torch.no_grad():
+        want, got = (named_tensors(call(m, copies(inputs)), "output") for m in (source, frozen))
     worst = 0.0
     for name, w in want.items():
         g = got[name].to(w.dtype) if name in got else None
         if g is None or g.shape != w.shape or not _close(g, w):
-            raise RuntimeError(
-                f"freeze: {name} of the frozen {report.model} is not the source's, and no float64 to judge"
-            )
+            raise RuntimeError(f"freeze: {name} of the frozen {report.model} is not the source's")
         if w.is_floating_point() and w.numel():
             worst = max(worst, float((g - w).abs().max() / w.abs().max().clamp_min(torch.finfo(w.dtype).tiny)))
     report.notes.append(f"its answers are eager's to {worst:.1e} of the largest")
