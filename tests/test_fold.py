@@ -37,7 +37,7 @@ def replace(sequence, norm):
 
 
 def quick(model, inputs, **options):
-    return freeze(model, inputs, tune=False, **options)
+    return freeze(model, inputs, tune=False, capture="modules", **options)
 
 
 # ---- folding ---------------------------------------------------------------------------------------------------------

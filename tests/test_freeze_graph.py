@@ -522,3 +522,14 @@ def test_networks_that_read_values_fold_neighbours_alone():
 def test_capture_is_checked():
     with pytest.raises(ValueError, match="capture: got 'trace', expected 'auto', 'graph' or 'modules'"):
         freeze(nn.Conv2d(3, 3, 1), torch.randn(1, 3, 4, 4), capture="trace")
+
+
+def test_a_fault_in_the_rewriting_loses_no_network(monkeypatch, caplog):
+    def fails(*args):
+        raise KeyError("a planted fault")
+
+    monkeypatch.setattr("fastres.inference.build.find_regions", fails)
+    net = settle(Net(lambda net, x: F.relu(net.bn(net.conv(x)))))
+    frozen = freeze(net, torch.randn(2, 3, 8, 8), tune=False)
+    assert frozen.report.capture == "modules" and "a fault of fastres" in frozen.report.capture_reason
+    assert "planted" in caplog.text and frozen.report.folded == 1 and frozen.report.verification

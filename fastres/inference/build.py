@@ -130,8 +130,8 @@ class _Builder:
                 if node.op == "call_function" and "size" in node.meta:
                     self.others.setdefault(operator_name(node), []).append(step_cost([node], self.dtype))
         for name, costs in self.others.items():
-            flops, moved, _ = (sum(cost[i] for cost in costs) for i in range(3))
-            self.rows.append(FreezeRow(name, "other", f"{len(costs)} call(s)", "", "", (), flops, moved, 0))
+            flops, moved, weights = (sum(cost[i] for cost in costs) for i in range(3))
+            self.rows.append(FreezeRow(name, "other", f"{len(costs)} call(s)", "", "", (), flops, moved, weights))
         for i, row in enumerate(self.rows):
             self.rows[i] = replace(row, flops=row.flops // self.captured.batch, bytes=row.bytes // self.captured.batch)
         network = fx.GraphModule(self.root, self.graph, "FrozenNetwork")

@@ -110,11 +110,12 @@ def freeze(
     inputs = own_example(example_inputs, target, own)
     report = FreezeReport(type(model).__name__, short(dtype), str(target), [])
     recipe = _recipe(source, inputs, report, capture)
-    module, report.rows = recipe.make(source if report.capture == "graph" else model, dtype, device=target)
-    frozen = FrozenModel(module, model, recipe, report, dtype)
-    reason = "" if report.capture == "modules" else _why_not_any_batch(source, frozen, inputs)
-    if reason:
-        recipe = _by_modules(source, inputs, report, capture, CaptureError(reason))
+    frozen: FrozenModel | None = None
+    if isinstance(recipe, GraphRecipe):
+        frozen, reason = _by_graph(source, model, inputs, recipe, report, dtype)
+        if frozen is None:
+            recipe = _by_modules(source, inputs, report, capture, CaptureError(reason))
+    if frozen is None:
         module, report.rows = recipe.make(model, dtype, device=target)
         frozen = FrozenModel(module, model, recipe, report, dtype)
     if any(m.training for m in model.modules()):
@@ -164,6 +165,20 @@ def _recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str) -> R
     report.capture = "graph"
     report.notes += captured.notes
     return GraphRecipe(captured, signature)
+
+
+def _by_graph(
+    source: nn.Module, model: nn.Module, inputs: Any, recipe: GraphRecipe, report: FreezeReport, dtype: torch.dtype
+) -> tuple[FrozenModel | None, str]:
+    """The network of a graph; or why it is not to be had."""
+    try:
+        module, report.rows = recipe.make(source, dtype)
+    except Exception as error:  # whatever the graph is, the network must not be lost
+        logger.warning("freeze: a fault of fastres: the graph of %s cannot be rewritten", report.model, exc_info=True)
+        return None, f"a fault of fastres: its graph cannot be rewritten: {type(error).__name__}: {error}"
+    frozen = FrozenModel(module, model, recipe, report, dtype)
+    reason = _why_not_any_batch(source, frozen, inputs)
+    return (None, reason) if reason else (frozen, "")
 
 
 def _by_modules(source: nn.Module, inputs: Any, report: FreezeReport, how: str, error: CaptureError) -> Recipe:
