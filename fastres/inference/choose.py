@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from fastres.inference.checks import without_writing
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.plan import measure, measured_rates
@@ -49,7 +50,7 @@ def choose_layout(
         if not _views_fit(layouts["channels_last"], inputs):
             del layouts["channels_last"]
             report.notes.append(_NO_VIEWS)
-    calls: dict[str, Callable[[], Any]] = {"eager": lambda: call(source, inputs)}
+    calls: dict[str, Callable[[], Any]] = {"eager": without_writing(lambda given: call(source, given), inputs)}
     calls |= {name: _bound(candidate, inputs) for name, candidate in layouts.items()}
     times = measure(calls, device)
     best = min(layouts, key=lambda name: times[name])

@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastres.inference.capture import WRITES_TO_INPUT, sharing_copy
+from fastres.inference.capture import sharing_copy
+from fastres.inference.checks import check_example, check_model, copies, own_example, put_back
 from fastres.inference.choose import (
     choose_layout,
     find_bound,
@@ -21,20 +22,20 @@ from fastres.inference.choose import (
     write_program,
 )
 from fastres.inference.frozen import FrozenModel
+from fastres.inference.judge import judge
 from fastres.inference.likeness import take_likeness
 from fastres.inference.making import make
 from fastres.inference.recipe import source_tensors
 from fastres.inference.report import FreezeReport
 from fastres.nn.fold import short
-from fastres.verify import Verification, calibrate, uncalibrated, verify
-from fastres.verify.runs import map_tensors, named_tensors, private
+from fastres.verify.runs import named_tensors, private
 
 logger = logging.getLogger("fastres")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_verify = verify  # the argument of freeze has the function's name
 
 
+@torch.random.fork_rng(devices=[])
 @torch.inference_mode(False)  # the snapshot's tensors are refreshed later, in whatever mode
 def freeze(
     model: nn.Module,
@@ -101,16 +102,17 @@ def freeze(
         raise ValueError(f"cuda_graph: got True for a model on {target}, expected a CUDA device")
     if any(t.device != target for t in source_tensors(source).values()):
         source = private("model", source).to(target)
-    inputs = map_tensors(example_inputs, lambda _, t: t.detach().to(target), "example_inputs")
+    inputs = own_example(example_inputs, target, own)
     report = FreezeReport(type(model).__name__, short(dtype), str(target), [])
-    frozen = make(source, model, inputs, report, capture, dtype)
-    if model.training:
+    frozen = make(source, model, inputs, report, capture, dtype, target)
+    if any(m.training for m in model.modules()):
         report.notes.append("the model is in training mode; frozen as in eval mode")
-    if not report.folded:
+    if not report.folded and report.counts["norms_left"]:
         report.notes.append("no BN was folded")
         logger.warning("freeze: no BN of %s was folded: see the report", report.model)
     if dtype is torch.bfloat16 and target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         report.notes.append("this CPU has no native bfloat16: oneDNN emulates it, slower than float32")
+    example = copies(inputs)
     frozen = choose_layout(frozen, source, inputs, target, tune)
     overwrite_residuals(frozen, inputs, target)
     pack(frozen, inputs, target, tune)
@@ -119,9 +121,12 @@ def freeze(
     find_bound(report, inputs, target, dtype, tune)
     record_graph(frozen, inputs, target, tune, cuda_graph)
     say_if_slower(report)
+    put_back(named_tensors(inputs, ""), named_tensors(example, ""))
+    if report.capture == "modules" and put_back(source_tensors(source), source_tensors(model)):
+        frozen.refresh()  # its forward keeps state, which the runs above have moved
     if verify:
-        report.verification = _judge(source, frozen, inputs, report)
-        if not report.verification:
+        report.verification = judge(source, frozen, inputs, report)
+        if report.verification is not None and not report.verification:
             text = f"freeze: the referee rejects the frozen {report.model}:\n{report.verification}"
             if verify != "warn":
                 raise RuntimeError(text)
@@ -136,15 +141,13 @@ def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, veri
         raise TypeError("model: got a FrozenModel, expected the model it came from; refresh() takes new weights in")
     if not isinstance(inputs, Tensor | tuple | list | Mapping):
         raise TypeError(f"example_inputs: got {type(inputs).__name__}, expected a tensor, a tuple or a mapping")
-    if not named_tensors(inputs, ""):
-        raise ValueError("example_inputs: no tensor in it, expected an example of one call")
+    check_example(inputs)
     if dtype is not None and dtype not in _DTYPES:
         raise TypeError(f"dtype: got {dtype!r}, expected one of {', '.join(short(d) for d in _DTYPES)}")
     for name, value, word in (("tune", tune, "auto"), ("cuda_graph", cuda_graph, "auto"), ("verify", verify, "warn")):
         if not isinstance(value, bool) and value != word:
             raise TypeError(f"{name}: got {value!r}, expected True, False or {word!r}")
-    if any(t.is_meta for t in [*model.parameters(), *model.buffers()]):
-        raise ValueError("model: it is on the meta device and has no weights to fold")
+    check_model(model)
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype:
@@ -158,37 +161,3 @@ def _device_of(model: nn.Module, inputs: Any) -> torch.device:
     for t in [*model.parameters(), *model.buffers(), *named_tensors(inputs, "").values()]:
         return t.device
     return torch.device("cpu")
-
-
-def _judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> Verification:
-    """The referee's verdict; a network that never saw data is judged on a calibrated copy, frozen the same way."""
-    layers = uncalibrated(source)
-    if layers:
-        calibrated = private("model", source)
-        try:
-            calibrate(calibrated, inputs)
-        except Exception as error:
-            report.notes.append(f"{len(layers)} BN have initial statistics and could not be calibrated: {error}")
-        else:
-            report.notes.append(f"{len(layers)} BN have initial statistics; verified on a copy with the example's")
-            module, _ = frozen._recipe.make(calibrated, frozen.dtype)
-            twin = FrozenModel(module, calibrated, frozen._recipe, report, frozen.dtype)
-            if frozen.channels_last:
-                twin.use_channels_last()
-            twin.overwrite_residuals(frozen._overwrites)
-            twin.images_at_a_time = frozen.images_at_a_time
-            source, frozen = calibrated, twin
-    judged = _OnCopies(source) if WRITES_TO_INPUT in report.notes else source
-    return _verify(judged, frozen, inputs, backward=False, training=False, calibrate_bn=False)
-
-
-class _OnCopies(nn.Module):
-    """A network that writes to its input, on copies of it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = map_tensors((args, kwargs), lambda _, t: t.clone(), "")
-        return self.module(*args, **kwargs)

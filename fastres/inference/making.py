@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from fastres.inference.capture import CaptureError, capture
+from fastres.inference.capture import CaptureError, batch_of, capture, own_memory
+from fastres.inference.checks import copies, names_the_example
 from fastres.inference.choose import close
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.recipe import GraphRecipe, ModuleRecipe, Recipe
@@ -22,7 +23,13 @@ logger = logging.getLogger("fastres")
 
 
 def make(
-    source: nn.Module, model: nn.Module, inputs: Any, report: FreezeReport, how: str, dtype: torch.dtype
+    source: nn.Module,
+    model: nn.Module,
+    inputs: Any,
+    report: FreezeReport,
+    how: str,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> FrozenModel:
     """The frozen network, unplanned; ``report`` is filled.
 
@@ -39,7 +46,7 @@ def make(
         if frozen is not None:
             return frozen
         recipe = _by_modules(source, inputs, report, how, CaptureError(reason))
-    module, report.rows = recipe.make(source, dtype)
+    module, report.rows = recipe.make(model, dtype, device=device)
     return FrozenModel(module, model, recipe, report, dtype)
 
 
@@ -47,11 +54,15 @@ def find_recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str) 
     """The network's graph; where it has none, its modules, with the reason in the report."""
     if how == "modules":
         report.capture_reason = "capture='modules'"
-        return ModuleRecipe(watch(source, inputs))
+        return _watched(source, inputs)
     try:
-        signature = Signature.of(source.forward)
+        signature = _signature(source)
         args, kwargs = call(lambda *args, **kwargs: (args, kwargs), inputs)
-        captured = capture(source, signature.take(args, kwargs).like(source))
+        try:
+            given = signature.take(args, kwargs)
+        except TypeError as error:
+            raise TypeError(f"example_inputs: {error}, {report.model}.forward takes {signature}") from error
+        captured = capture(source, given.like(source))
     except CaptureError as error:
         return _by_modules(source, inputs, report, how, error)
     report.capture = "graph"
@@ -79,27 +90,42 @@ def _by_modules(source: nn.Module, inputs: Any, report: FreezeReport, how: str, 
     report.capture, report.capture_reason, report.notes = "modules", str(error), []
     report.notes.append(f"no graph, its modules are rewritten instead: {error}")
     logger.info("freeze: %s has no graph: %s", report.model, error)
-    return ModuleRecipe(watch(source, inputs))
+    return _watched(source, inputs)
+
+
+def _watched(source: nn.Module, inputs: Any) -> Recipe:
+    own_memory(source)  # a forward without a graph may write to its parameters
+    with names_the_example(inputs):
+        return ModuleRecipe(watch(source, copies(inputs)))
+
+
+def _signature(source: nn.Module) -> Signature:
+    try:
+        return Signature.of(source.forward)
+    except ValueError as error:  # a forward in C++
+        raise CaptureError(str(error)) from error
 
 
 def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> str:
     """What shows that the graph is not good for every batch: it was captured at 2 or more, where a size of 1 that the
     source's code asks for is not seen. Empty where one image, or two for an example of one, is answered as eager does.
     """
-    sizes = [len(t) for t in named_tensors(inputs, "").values() if t.is_floating_point() and t.ndim]
-    batch = sizes[0] if sizes else 0
+    batch = batch_of(named_tensors(inputs, "").values())
     if batch == 0:
         return ""
     other = 2 if batch == 1 else 1
-    resized = map_tensors(
-        inputs, lambda _, t: t if not t.ndim or len(t) != batch else torch.cat([t, t]) if batch == 1 else t[:1], ""
-    )
+
+    def resized(_: str, t: Tensor) -> Tensor:
+        return t.clone() if not t.ndim or len(t) != batch else torch.cat([t, t]) if batch == 1 else t[:1].clone()
+
     with torch.no_grad():
         try:
-            want, tree = tree_flatten(call(source, resized))
-        except Exception:  # the source does not take it: nor need the frozen network
+            want, tree = tree_flatten(call(source, map_tensors(inputs, resized, "")))
+        except Exception:  # the source does not take it: nor need the frozen network; the example it must
+            with names_the_example(inputs):
+                call(source, copies(inputs))
             return ""
-        got, its_tree = tree_flatten(call(frozen, resized))
+        got, its_tree = tree_flatten(call(frozen, map_tensors(inputs, resized, "")))
     same = str(its_tree) == str(tree)
     for g, w in zip(got, want, strict=False):
         if isinstance(w, Tensor) != isinstance(g, Tensor) or (isinstance(w, Tensor) and g.shape != w.shape):
