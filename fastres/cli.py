@@ -1,4 +1,4 @@
-"""The command line: fastres demo | info | bench. Needs typer and rich; `main` says so where they are missing.
+"""The command line: fastres demo | freeze | info | bench. Needs typer and rich; `main` says so where they are missing.
 
 Exit codes: 0 done, 1 a result short of what it must be, 2 bad input, 130 interrupted.
 """
@@ -118,6 +118,40 @@ def _app(arguments: list[str]) -> "Typer":
         from fastres.lab.demo import run
 
         run(Console(highlight=False), out, weights, device, threads, quick, shlex.join(["fastres", *arguments]))
+
+    @app.command()
+    def freeze(
+        model: Annotated[
+            str,
+            typer.Argument(
+                metavar="MODEL",
+                help="torchvision:resnet50, timm:resnet50d, fastres:resnet18, hf:FOLDER or net.py:function.",
+                show_default=False,
+            ),
+        ],
+        report: Annotated[bool, typer.Option("--report", help="The whole report, not its first line.")] = False,
+        image_size: Annotated[str, typer.Option(help="Pixels a side, or HEIGHTxWIDTH.")] = "224",
+        batch: Annotated[int, typer.Option(help="Images in the example; any number runs.")] = 1,
+        dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+        channels: Annotated[int | None, typer.Option(help="Of the images; 3 without it.")] = None,
+        weights: Annotated[
+            Path | None, typer.Option(help="A state_dict (.safetensors, .pt, .pth); random weights without it.")
+        ] = None,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+        tune: Annotated[bool, typer.Option("--tune/--no-tune", help="Measure layouts, packs and eager.")] = True,
+        save: Annotated[Path | None, typer.Option(help="Where the frozen model goes.")] = None,
+        json_file: Annotated[Path | None, typer.Option("--json", help="Where the report goes as JSON.")] = None,
+    ) -> None:
+        """Freeze a network for inference: what was folded and fused, how fast it is, the referee's verdict.
+
+        Nothing is downloaded: weights are random unless --weights or the folder of hf: holds some.
+        """
+        from rich.console import Console
+
+        from fastres.lab.freeze_command import Request, run
+
+        asked = Request(model, report, image_size, batch, dtype, channels, weights, device, tune, save, json_file)
+        run(Console(highlight=False, emoji=False), asked, shlex.join(["fastres", *arguments]))
 
     @app.command()
     def info(

@@ -204,7 +204,7 @@ BAD_CHECKPOINTS = {
     "number under a name": (_changed(**{"0.weight": 3}), "got a int under '0.weight'"),
     "other net": (
         lambda path: torch.save(nn.Linear(2, 2).state_dict(), path),
-        "6 missing such as '0.weight', 2 unknown such as 'weight'",
+        "6 missing such as '0.weight', '0.bias', '1.weight', 2 unknown such as 'weight', 'bias'",
     ),
     "one name too many": (_changed(extra=torch.zeros(1)), "1 unknown such as 'extra'"),
     "shape": (_changed(**{"0.bias": torch.zeros(5)}), r"got shape \[5\] for '0.bias', expected \[4\]"),

@@ -76,7 +76,7 @@ def _fold(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | 
                 scale, shift = scale * value, shift * value
             elif name == "div":
                 scale, shift = scale / value, shift / value
-            elif name == "sub" and node.args[0] is not current:
+            elif name == "rsub" or (name == "sub" and node.args[0] is not current):
                 scale, shift = -scale, value - shift
             else:
                 shift = shift + value if name == "add" else shift - value

@@ -21,12 +21,14 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.dynamic_shapes import ShapesCollection
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
-from torch.utils._pytree import TreeSpec
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fastres.inference.functional import Impure, functionalize
+from fastres.inference.gate import capturing
 from fastres.inference.signature import Call
 from fastres.nn.steps import has_global_hooks, is_bare
 
+WRITES_TO_INPUT = "the source writes to its input in place; the frozen network leaves it alone"
 Dims = tuple["int | str", ...]  # a size, or the name of one that may vary
 
 
@@ -86,8 +88,18 @@ class Captured:
         return self  # never written to
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the graph, which only a source can be frozen with again, and pickles have none."""
-        return {**self.__dict__, "graph": fx.Graph(), "constants": {}}
+        """Without the graph, which does not pickle and serves the source alone, and pickles have none."""
+        trees = {name: _structure(spec) for name, spec in (("tree", self.tree), ("outputs", self.outputs))}
+        return {**self.__dict__, **trees, "graph": None, "constants": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        trees = {name: tree_flatten(state[name])[1] for name in ("tree", "outputs")}
+        self.__dict__.update({**state, **trees, "graph": fx.Graph()})
+
+
+def _structure(spec: TreeSpec) -> Any:
+    """What `tree_flatten` makes that tree of: a TreeSpec itself does not pickle without a warning."""
+    return tree_unflatten(list(range(spec.num_leaves)), spec)
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -121,11 +133,12 @@ def capture(model: nn.Module, call: Call) -> Captured:
             shapes[t] = {0: Dim.AUTO}
     args, kwargs = call.arguments(tensors)
     before = _plain_state(model)
+    written = False
     try:
-        with _quiet(), torch.no_grad():
+        with capturing(), _quiet(), torch.no_grad():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
             try:
-                functionalize(program.graph_module.graph, _lifted(program))
+                written = functionalize(program.graph_module.graph, _lifted(program))
             except Impure:
                 program = program.run_decompositions({})
     except Exception as error:  # export raises whatever the model's code does with symbols
@@ -133,7 +146,10 @@ def capture(model: nn.Module, call: Call) -> Captured:
     for name, value in _plain_state(model).items():
         if before.get(name, _MISSING) != value:
             raise CaptureError(f"its forward changes {name}")
-    return _read(program, call, max(batch, 2))
+    captured = _read(program, call, max(batch, 2))
+    if written and WRITES_TO_INPUT not in captured.notes:
+        captured.notes.append(WRITES_TO_INPUT)
+    return captured
 
 
 _MISSING = object()
@@ -236,7 +252,7 @@ def _read(program: Any, call: Call, batch: int) -> Captured:
                 if spec.kind is OutputKind.USER_OUTPUT
             ]
             if len(kept) < len(node.args[0]):
-                notes.append("the source writes to its input in place; the frozen network leaves it alone")
+                notes.append(WRITES_TO_INPUT)
             graph.output(tuple(values[value] if isinstance(value, fx.Node) else value for value in kept))
             continue
         else:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.inference.gate import is_captured_elsewhere
 from fastres.nn.steps import fused_conv_act, is_bare
 from fastres.ops._autograd import goes_straight
 from fastres.ops._conv_backends import ACTIVATIONS, Conv, output_size, why_not_onednn
@@ -35,7 +36,8 @@ _BINARY: dict[str, str | None] = {"none": None, "relu": "relu"}
 
 def is_traced() -> bool:
     """Whether a compiler or an exporter follows: then a frozen network shows it stock operators alone."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    followed = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return followed and not is_captured_elsewhere()
 
 
 class Packs:
@@ -109,8 +111,8 @@ class FrozenConv(nn.Conv2d):
         try:
             return packs.found[key]
         except KeyError:
-            if len(packs.found) >= _SHAPES:
-                packs.found.pop(next(iter(packs.found)), None)
+            for oldest in list(packs.found)[: 1 - _SHAPES]:  # a list: other threads write to the table
+                packs.found.pop(oldest, None)
             found = packs.found[key] = self._pack(x)
             return found
 

@@ -34,14 +34,12 @@ def step_cost(nodes: Sequence[fx.Node], dtype: torch.dtype) -> tuple[int, int, i
     return flops, moved, weights
 
 
-def _flops(node: fx.Node) -> int:
-    out = prod(node.meta.get("size", (0,)))
+def _flops(node: Any) -> int:
+    out = int(prod(node.meta.get("size", (0,))))
     if node.target in _PRODUCTS:
-        weight: Any = node.args[1]
-        return 2 * out * prod(weight.meta["size"][1:])
+        return 2 * out * int(prod(node.args[1].meta["size"][1:]))
     if node.target is aten.linear.default:
-        weight = node.args[1]
-        return 2 * out * weight.meta["size"][-1]  # type: ignore[no-any-return]
+        return 2 * out * int(node.args[1].meta["size"][-1])
     return 0
 
 
@@ -49,11 +47,11 @@ def _is_constant(node: fx.Node) -> bool:
     return node.op == "get_attr" or bool(node.all_input_nodes and all(_is_constant(n) for n in node.all_input_nodes))
 
 
-def _bytes(node: fx.Node, dtype: torch.dtype) -> int:
+def _bytes(node: Any, dtype: torch.dtype) -> int:
     own: torch.dtype | None = node.meta.get("dtype")
     if own is None:
         return 0
-    return prod(node.meta["size"]) * (dtype if own.is_floating_point else own).itemsize
+    return int(prod(node.meta["size"])) * (dtype if own.is_floating_point else own).itemsize
 
 
 def operator_name(node: fx.Node) -> str:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from fastres.inference.capture import CaptureError, capture, sharing_copy
+from fastres.inference.capture import WRITES_TO_INPUT, CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs
 from fastres.inference.frozen import FrozenModel
+from fastres.inference.likeness import take_likeness
 from fastres.inference.plan import measure, measured_rates
 from fastres.inference.recipe import GraphRecipe, ModuleRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
@@ -30,6 +31,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _verify, _capture = verify, capture  # arguments of freeze have the functions' names
 
 
+@torch.inference_mode(False)  # the snapshot's tensors are refreshed later, in whatever mode
 def freeze(
     model: nn.Module,
     example_inputs: Any,
@@ -127,7 +129,7 @@ def freeze(
             if verify != "warn":
                 raise RuntimeError(text)
             logger.warning(text)
-    return frozen
+    return take_likeness(frozen, model)
 
 
 def _recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str) -> Recipe:
@@ -401,4 +403,17 @@ def _judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeRe
             twin.overwrite_residuals(frozen._overwrites)
             twin.images_at_a_time = frozen.images_at_a_time
             source, frozen = calibrated, twin
-    return _verify(source, frozen, inputs, backward=False, training=False, calibrate_bn=False)
+    judged = _OnCopies(source) if WRITES_TO_INPUT in report.notes else source
+    return _verify(judged, frozen, inputs, backward=False, training=False, calibrate_bn=False)
+
+
+class _OnCopies(nn.Module):
+    """A network that writes to its input, on copies of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = map_tensors((args, kwargs), lambda _, t: t.clone(), "")
+        return self.module(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import weakref
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from fastres.inference.blocks import own_residuals
 from fastres.inference.capture import CaptureError, capture, sharing_copy
 from fastres.inference.conv import frozen_convs, is_traced
 from fastres.inference.engine import Engine, Variant, Variants
+from fastres.inference.gate import Running, capturing
 from fastres.inference.plan import Plan, choose_packs
 from fastres.inference.recipe import GraphRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
@@ -94,6 +96,24 @@ class FrozenModel(nn.Module):
         self._source = Source(source)
         self._engine = Engine()
         self._variants = Variants()
+        self._pass_nan()
+
+    def _pass_nan(self) -> None:
+        """A network that makes NaN of finite inputs runs on steps that pass them on, as eager's do; oneDNN's do not."""
+        refused = any(row.reason in ("BAD_VARIANCE", "OVERFLOW") for row in self.report.rows)
+        tensors = [t for t in source_tensors(self.module).values() if t.is_floating_point() and not t.is_meta]
+        if refused or not all(math.isfinite(float(t.detach().sum())) for t in tensors):
+            for conv in frozen_convs(self.module):
+                conv.exact = True
+            note = "some of its numbers are not finite, or too large to fold: no step that could hide a NaN is taken"
+            if note not in self.report.notes:
+                self.report.notes.append(note)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_traced():
+            return super().__call__(*args, **kwargs)
+        with Running():
+            return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self._recipe, GraphRecipe):
@@ -127,7 +147,7 @@ class FrozenModel(nn.Module):
         for variant in reversed(self._variants.found):
             if variant.captured.takes(given):
                 return variant
-        with self._variants.lock:
+        with capturing(), torch.inference_mode(False):
             for variant in self._variants.found:
                 if variant.captured.takes(given):
                     return variant
@@ -228,6 +248,11 @@ class FrozenModel(nn.Module):
         self._engine.graphs = graphs
 
     @property
+    def device(self) -> torch.device:
+        """Where its tensors are; the CPU if it has none."""
+        return next((t.device for t in source_tensors(self.module).values()), torch.device("cpu"))
+
+    @property
     def program(self) -> str:
         """How many operator calls the last signature's program holds, or why there is none."""
         return self._engine.programs.describe()
@@ -293,6 +318,7 @@ class FrozenModel(nn.Module):
         with torch.no_grad():
             for name, t in mine.items():
                 t.copy_(fresh[name])
+        self._pass_nan()
         self._variants = Variants()
         self._source = Source(source)
 

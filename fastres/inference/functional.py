@@ -32,12 +32,15 @@ class Impure(Exception):
     """An in-place call that others can see."""
 
 
-def functionalize(graph: fx.Graph, lifted: set[str]) -> None:
+def functionalize(graph: fx.Graph, lifted: set[str]) -> bool:
     """Undo every in-place call of ``graph``, or raise before anything is changed.
 
     Args:
         graph: a `torch.export` graph, straight from tracing.
         lifted: the placeholders that are the source's tensors.
+
+    Returns:
+        Whether one of the calls writes to an input.
 
     Raises:
         Impure: PyTorch's own functionalization is needed.
@@ -72,8 +75,10 @@ def functionalize(graph: fx.Graph, lifted: set[str]) -> None:
                 raise Impure(f"{node} writes to memory that {other} shares")
         if target.name in lifted or _base(target, written).name in lifted or _pure(node) is None:
             raise Impure(f"{node} writes to {target}")
+    to_input = any(_base(target, written).op == "placeholder" for _, target in written)
     for node, _ in written:
         _replace(node, order)
+    return to_input
 
 
 def _join(shares: dict[fx.Node, set[fx.Node]], node: fx.Node, source: fx.Node) -> None:

@@ -33,7 +33,6 @@ _SAME = PASS | {
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
 _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 _MOMENTUM = 0.1
-_TAKE_PADDING = {aten.conv2d.default, aten.convolution.default}
 
 
 def normalize(graph: fx.Graph) -> None:
@@ -90,23 +89,28 @@ def _is_whole(node: fx.Node) -> bool:
 def _pad(graph: fx.Graph, node: fx.Node) -> None:
     """A padding by nothing goes; one by as many zeros on both sides becomes that of the convolutions that read it."""
     a = arguments(node)
-    value = a.get("value")
-    if a.get("mode", "constant") == "constant" and value in (0, None) and all(isinstance(p, int) for p in a["pad"]):
+    zeros = a.get("mode", "constant") == "constant" and a.get("value") in (0, None)
+    if zeros and len(a["pad"]) <= 4 and all(isinstance(p, int) for p in a["pad"]):
         left, right, top, bottom = ([*a["pad"], 0, 0, 0, 0])[:4]
-        readers = all(user.target in _TAKE_PADDING and user.args[0] is node for user in node.users)
-        if left == right >= 0 and top == bottom >= 0 and len(a["pad"]) <= 4 and readers and node.users:
-            for user in node.users:
-                if user.target is aten.convolution.default:
-                    _convolution(user)
-                b = arguments(user)
-                if not isinstance(b["padding"], str) and user.target is not aten.convolution.default:
-                    h, w = pair(b["padding"])
-                    _set_conv(user, b["weight"], b | {"input": a["self"]}, [h + top, w + left])
-        if not node.users:
+        readers = list(node.users)
+        for reader in readers:
+            if reader.target is aten.convolution.default:
+                _convolution(reader)
+            elif reader.target is aten.conv2d.padding:
+                _padding(reader)
+        if left == right >= 0 and top == bottom >= 0 and all(_convolves(reader, node) for reader in readers):
+            for reader in readers:
+                b = arguments(reader)
+                h, w = pair(b["padding"])
+                _set_conv(reader, b["weight"], b | {"input": a["self"]}, [h + top, w + left])
             graph.erase_node(node)
             return
     if a.get("mode", "constant") == "constant" and not any(a["pad"]):
         _hand_on(graph, node)
+
+
+def _convolves(node: fx.Node, x: fx.Node) -> bool:
+    return node.target is aten.conv2d.default and node.args[0] is x and x not in node.args[1:]
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:

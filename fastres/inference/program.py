@@ -232,8 +232,8 @@ class Programs:
     def _seen_once(self, key: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = module(*args, **kwargs)
         try:
-            if len(self._found) >= _SIGNATURES:
-                self._found.pop(next(iter(self._found)), None)
+            for oldest in list(self._found)[: 1 - _SIGNATURES]:  # a list: other threads write to the table
+                self._found.pop(oldest, None)
             self._found[key] = None
         except TypeError:
             self.refusal = "an argument is neither a tensor nor hashable"

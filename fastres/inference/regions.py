@@ -34,6 +34,8 @@ _ARITHMETIC = {
     aten.add.Scalar: "add",
     aten.sub.Tensor: "sub",
     aten.sub.Scalar: "sub",
+    aten.rsub.Tensor: "rsub",
+    aten.rsub.Scalar: "rsub",
 }
 
 Kind = Literal["conv", "norm", "add_relu", "pool_linear"]
@@ -159,13 +161,13 @@ def is_affine(node: fx.Node, x: fx.Node, constants: Constants) -> bool:
         return False
     if node.meta.get("shape") != x.meta.get("shape") or node.meta["dtype"] != x.meta["dtype"]:
         return False
-    if name == "div" and node.args[0] is not x:
+    if name in ("div", "rsub") and node.args[0] is not x:
         return False
     return node.args[0] is not node.args[1] and per_channel(other(node, x), constants, x.meta["shape"]) is not None
 
 
 def arithmetic(node: fx.Node) -> str:
-    """mul, div, add or sub of an affine that is no BN."""
+    """mul, div, add, sub or rsub (value - x) of an affine that is no BN."""
     return _ARITHMETIC[cast(Any, node.target)]
 
 

@@ -15,9 +15,9 @@ class FreezeRow:
     """One convolution, one BN that stayed, another fused step, or (without a graph) one fused block.
 
     ``reason`` is a code where it could not become more: NO_NORM, NO_CONV, SHARED, OTHER_USE, NOT_REACHED, NOT_CONSTANT,
-    HAS_HOOKS, CONV_TYPE, NORM_TYPE, BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, SHAPE; ``message`` says it in
-    words. ``took`` lists what it took in: "bn", "bias", "add" and the activation. ``flops``, ``bytes`` and ``weights``
-    are the least that the step takes.
+    DATA_DEPENDENT, HAS_HOOKS, CONV_TYPE, NORM_TYPE, BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, SHAPE;
+    ``message`` says it in words. ``took`` lists what it took in: "bn", "bias", "add" and the activation. ``flops``,
+    ``bytes`` and ``weights`` are the least that the step takes.
     """
 
     name: str

@@ -57,6 +57,12 @@ class Signature:
         """The signature of a bound forward."""
         return cls([(p.name, p.kind, p.default) for p in inspect.signature(forward).parameters.values()])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
+        return self  # never written to
+
+    def __reduce__(self) -> tuple[type[Signature], tuple[Any]]:
+        return Signature, (self.parameters,)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Signature) and self.parameters == other.parameters
 

@@ -47,6 +47,7 @@ class _Watch(TorchDispatchMode):
         self.finals: dict[int, tuple[str, Tensor]] = {}  # id of an output, of a convolution or a norm
         self.final_leaks: set[str] = set()  # whose output something else than an activation module reads
         self.act_sources: dict[str, list[str | None]] = {name: [] for name in acts}
+        self.reads_values = False  # the network asks for a value: other inputs may take other ways through it
         self.owners: dict[int, set[str]] = {}  # id of a parameter or buffer -> the modules that hold it
         for name, module in {**convs, **norms}.items():
             for t in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
@@ -54,6 +55,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags:
+            self.reads_values = True
         current = self.running[-1] if self.running else None
         for t in named_tensors((args, kwargs), "").values():
             if id(t) in self.outputs and current not in self.sources:
@@ -129,6 +132,18 @@ class _Watch(TorchDispatchMode):
         return Refusal("SHARED", f"it reads {', '.join(sorted({str(s) for s in sources}))}, and not alone")
 
 
+def _neighbours(model: nn.Module) -> dict[str, str]:
+    """Convolutions whose output can only go to the BN behind them: neighbours in a plain nn.Sequential."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward:
+            continue
+        if is_bare(module):
+            names = [f"{name}.{child}".lstrip(".") for child in module._modules]
+            found |= dict(zip(names, names[1:], strict=False))
+    return found
+
+
 def act_name(module: nn.Module) -> str | None:
     """What conv_act calls this activation; None for any other module."""
     return {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish", nn.SiLU: "silu"}.get(type(module))
@@ -154,6 +169,8 @@ def capture(model: nn.Module, inputs: Any) -> Capture:
                 convs[name] = module
         elif is_norm(module):
             refusal = refuse_norm(module)
+            if refusal is None and module.training:
+                refusal = Refusal("BATCH_STATISTICS", "it stays in training mode when its network is put in eval mode")
             if refusal is None and not is_bare(module):
                 refusal = Refusal("HAS_HOOKS", "it has hooks or a forward patched on the instance")
             if refusal is None:
@@ -182,14 +199,18 @@ def capture(model: nn.Module, inputs: Any) -> Capture:
     for name in {**convs, **norms}:
         calls = watch.calls[name] if name in convs else len(watch.sources[name])
         act = watch.act_of(name, calls)
-        if act is not None:
+        if act is not None and not watch.reads_values:
             found.acts[name] = act, str(act_name(acts[act]))
+    neighbours = _neighbours(model) if watch.reads_values else None
     for name in convs:
         refusal = watch.refuse_conv(name)
+        if refusal is None and neighbours is not None and neighbours.get(name) != watch.readers[name][0]:
+            refusal = Refusal("DATA_DEPENDENT", "the network reads values: other inputs may take another way")
+            found.norms[watch.readers[name][0]] = refusal
         if refusal is None:
             found.pairs[name] = watch.readers[name][0]
         else:
             found.convs[name] = refusal
-    for name in norms.keys() - set(found.pairs.values()):
+    for name in norms.keys() - set(found.pairs.values()) - found.norms.keys():
         found.norms[name] = watch.refuse_norm(name)
     return found

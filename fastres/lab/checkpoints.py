@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,8 @@ def load_checkpoint(path: Path, model: nn.Module, name: str) -> None:
     """Loads a state_dict into `model`; one wrapped as {"model": ...} or {"state_dict": ...} too.
 
     Args:
-        path: a file that `torch.save` wrote. It is read with weights_only=True: no code in it runs.
+        path: a file of safetensors (`.safetensors`), or one that `torch.save` wrote; that is read with
+            weights_only=True: no code in it runs.
         model: whose parameters and buffers the file must match, name for name and shape for shape. Checkpoints
             from before PyTorch 0.4.1 hold no num_batches_tracked and are taken too.
         name: what the model is called in messages, such as "torchvision resnet50".
@@ -30,7 +32,7 @@ def load_checkpoint(path: Path, model: nn.Module, name: str) -> None:
     unexpected = [key for key in state if key not in model_state]
     if missing or unexpected:
         lists = (("missing", missing), ("unknown", unexpected))
-        parts = [f"{len(keys)} {kind} such as {keys[0]!r}" for kind, keys in lists if keys]
+        parts = [f"{len(keys)} {kind} such as {', '.join(map(repr, keys[:3]))}" for kind, keys in lists if keys]
         raise CheckpointError(f"weights {path}: got other names ({', '.join(parts)}), {wanted}")
     for key, tensor in state.items():
         if tensor.shape != model_state[key].shape:
@@ -43,6 +45,14 @@ def load_checkpoint(path: Path, model: nn.Module, name: str) -> None:
     model.load_state_dict(dict(state))
 
 
+def _content(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _tensors(path: Path, wanted: str) -> Mapping[str, Tensor]:
     if not path.is_file():
         got = "a folder" if path.is_dir() else "no such file"
@@ -50,7 +60,7 @@ def _tensors(path: Path, wanted: str) -> Mapping[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the pickle protocol of damaged bytes
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = _content(path)
     except Exception as error:  # damaged bytes make the unpickler raise nearly anything
         reason = str(error).strip().splitlines()[0].removesuffix(".") if str(error).strip() else type(error).__name__
         if "Weights only load failed" in reason:

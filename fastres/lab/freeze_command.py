@@ -1,0 +1,148 @@
+"""`fastres freeze`: a network by its name, frozen; its report on the screen and as JSON, itself as a file."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor, nn
+
+from fastres.inference import FrozenModel
+from fastres.inference import freeze as freeze_model
+from fastres.lab.devices import pick_device
+from fastres.lab.errors import LabError, RefereeError
+from fastres.lab.named_models import ModelError, build
+from fastres.lab.results import environment, prepare_folder, write_json
+
+SCHEMA = "fastres.freeze/1"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_LARGEST = 1 << 14  # pixels a side
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for on the command line, unchecked."""
+
+    model: str
+    report: bool = False
+    image_size: str = "224"
+    batch: int = 1
+    dtype: str = "fp32"
+    channels: int | None = None
+    weights: Path | None = None
+    device: str = "auto"
+    tune: bool = True
+    save: Path | None = None
+    json: Path | None = None
+
+
+def run(console: Console, request: Request, command: str) -> FrozenModel:
+    """Builds the network, freezes it for images of the size asked for, and shows or writes what was asked for.
+
+    Args:
+        console: what was found goes there; what is being done is shown on standard error meanwhile, on a terminal.
+        request: the options.
+        command: the command line, for the JSON file.
+
+    Raises:
+        LabError: a bad option, model, weights file or output path, before the work that it would spoil.
+        RefereeError: the referee rejects the frozen network; the report has been shown and written, nothing saved.
+    """
+    shape, dtype, device = _checked(request)
+    logging.getLogger("fastres").addHandler(logging.NullHandler())  # what it would warn of is in the report
+    start = time.perf_counter()
+    with _doing() as say:
+        say(f"making {request.model}")
+        named = build(request.model, request.weights, request.channels)
+        images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).sub_(0.45).div_(0.225).to(device)
+        model = named.model.to(device)
+        say(f"running {request.model} once")
+        _run_once(request.model, model, images)
+        say(f"freezing {request.model}" + (" and measuring it" if request.tune else ""))
+        frozen = _freeze(model, images, dtype, request)
+    seconds = time.perf_counter() - start
+
+    report = frozen.report
+    size = "x".join(map(str, shape))
+    console.print(f"{named.name}: {named.weights}; example {size}; {seconds:.1f} s", soft_wrap=True, markup=False)
+    text = str(report)
+    console.print(text if request.report else text.splitlines()[0], soft_wrap=True, markup=False)
+    if request.json is not None:
+        about = {"model": named.name, "weights": named.weights, "example": list(shape), "seconds": seconds}
+        write_json(
+            request.json, {"schema": SCHEMA, **environment(device, command), **about, "report": report.to_dict()}
+        )
+        console.print(f"report: {request.json}", soft_wrap=True, markup=False)
+    if report.verification is not None and not report.verification:
+        ratio = report.verification.error_ratio
+        raise RefereeError(f"the referee rejects the frozen {named.name}: error {ratio:.3g} times eager's")
+    if request.save is not None:
+        _save(frozen, request.save)
+        console.print(f"frozen model: {request.save}", soft_wrap=True, markup=False)
+    return frozen
+
+
+def _checked(request: Request) -> tuple[tuple[int, int, int, int], torch.dtype, torch.device]:
+    """The example's shape, the dtype and the device; paths can be written to."""
+    if request.dtype not in _DTYPES:
+        raise LabError(f"--dtype: got {request.dtype!r}, expected {', '.join(_DTYPES)}")
+    sides = request.image_size.lower().split("x")
+    numbers = [int(side) if side.isascii() and side.isdigit() and len(side) < 6 else 0 for side in sides]
+    if not 1 <= len(sides) <= 2 or not all(1 <= number <= _LARGEST for number in numbers):
+        wanted = f"a number of pixels from 1 to {_LARGEST}, or HEIGHTxWIDTH"
+        raise LabError(f"--image-size: got {request.image_size!r}, expected {wanted}")
+    for option, value in (("--batch", request.batch), ("--channels", request.channels)):
+        if value is not None and value < 1:
+            raise LabError(f"{option}: got {value}, expected at least 1")
+    device = pick_device(request.device)
+    if request.save is not None and not hasattr(FrozenModel, "save"):
+        raise LabError("--save: this release cannot save frozen models")
+    for path in (request.json, request.save):
+        if path is not None:
+            prepare_folder(path.parent, [path.name])
+    return (request.batch, request.channels or 3, numbers[0], numbers[-1]), _DTYPES[request.dtype], device
+
+
+def _run_once(name: str, model: nn.Module, images: Tensor) -> None:
+    """An image size or number of channels that the network cannot take is found before it is frozen."""
+    try:
+        with torch.no_grad():
+            model(images)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
+        text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"model: {name} does not run on images of {list(images.shape)}: {text}") from error
+
+
+def _freeze(model: nn.Module, images: Tensor, dtype: torch.dtype, request: Request) -> FrozenModel:
+    try:
+        return freeze_model(model, images, dtype=dtype, tune="auto" if request.tune else False, verify="warn")
+    except (TypeError, ValueError) as error:
+        if str(error).startswith("model:"):  # such as one that is quantised already
+            raise ModelError(f"{request.model}: {error}") from error
+        raise
+
+
+def _save(frozen: FrozenModel, path: Path) -> None:
+    try:
+        frozen.save(path)  # type: ignore[operator]
+    except OSError as error:
+        raise LabError(f"--save {path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _doing() -> Iterator[Any]:
+    """Shows on a terminal what is being done; nothing elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("", spinner="dots") as status:
+        yield lambda text: status.update(Text(f"{text} ..."))
