@@ -128,7 +128,7 @@ class _Builder:
             else:
                 self.values[node] = self.graph.node_copy(node, self.value)
                 self.values[node].meta = {}
-                if node.op == "call_function" and "size" in node.meta:
+                if isinstance(node.target, torch._ops.OpOverload) and "size" in node.meta:
                     self.others.setdefault(operator_name(node), []).append(step_cost([node], self.dtype))
         for name, costs in self.others.items():
             flops, moved, weights = (sum(cost[i] for cost in costs) for i in range(3))
