@@ -6,6 +6,7 @@ from; steps and constants made of the same things are made once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -158,11 +159,14 @@ class _Builder:
         return self.graph.get_attr(name)
 
     def unique(self, name: str) -> str:
-        name = name or "step"
-        candidate, count = name, 1
-        while candidate in self.names:
-            count += 1
-            candidate = f"{name}_{count}"
+        """A path for a tensor or a step that is no other's, and lies neither above nor within another's."""
+        candidate = name = name or "step"
+        for count in itertools.count(2):
+            within = any(candidate.startswith(f"{taken}.") for taken in self.names)
+            if not within and not any(taken == candidate or taken.startswith(f"{candidate}.") for taken in self.names):
+                break
+            path, dot, leaf = name.rpartition(".")
+            candidate = f"{path}_{count}.{leaf}" if within and dot else f"{name}_{count}"
         self.names.add(candidate)
         return candidate
 
