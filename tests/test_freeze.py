@@ -307,7 +307,7 @@ def test_report_says_what_when_and_how_fast():
 
 def test_slower_than_eager_is_said(monkeypatch, caplog):
     times = {"eager": 1.0, "contiguous": 2.0, "channels_last": 3.0}
-    module = sys.modules["fastres.inference.freeze"]  # the package's attribute of that name is the function
+    module = sys.modules["fastres.inference.choose"]
     monkeypatch.setattr(module, "measure", lambda calls, device: {name: times[name] for name in calls})
     with caplog.at_level(logging.WARNING, "fastres"):
         report = freeze(sample(), torch.randn(2, 3, 8, 8), verify=False).report

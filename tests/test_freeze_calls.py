@@ -1,4 +1,4 @@
-"""A frozen graph is called as its source: arguments, outputs, batches, other image sizes, and what cannot be had."""
+"""A frozen graph is called as its source: arguments, outputs, batches, other image sizes, and where they cannot be."""
 
 import copy
 import gc
@@ -30,10 +30,11 @@ def frozen_of(net, inputs, **how):
 
 
 def same(got, want):
-    assert type(got) is type(want)
     if isinstance(want, torch.Tensor):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    elif isinstance(want, dict):
+        return
+    assert type(got) is type(want)
+    if isinstance(want, dict):
         assert list(got) == list(want)
         for key in want:
             same(got[key], want[key])

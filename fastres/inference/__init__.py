@@ -6,7 +6,7 @@ steps         conv.py, leaves.py; cost.py (what each costs at the least)
 without a graph   watch.py (which BN reads which convolution), modules.py, blocks.py
 both          recipe.py, making.py
 plan          plan.py, choose.py: what is chosen by measuring
-run           frozen.py (FrozenModel), engine.py, program.py, graphs.py (CUDA), gate.py (threads), likeness.py
+run           frozen.py (FrozenModel), likeness.py, engine.py, program.py, graphs.py (CUDA), gate.py (threads)
 file          saved.py (FrozenModel.save, fastres.load), store.py, json_*.py
 freeze.py     the public function: these in order; report.py
 """

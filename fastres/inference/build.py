@@ -258,11 +258,16 @@ class _Builder:
             parts.append("add")
         if region.act != "none":
             parts.append(region.act)
-        took = tuple(["bn"] if region.head in self.folded else []) + tuple(parts[1:])
+        folded_in = ("bn" if self.is_norm(region) else "scale",) if region.head in self.folded else ()
+        took = (*folded_in, *parts[1:])
         folded = ", ".join(dict.fromkeys(norm_name(n) for n in region.affines)) if region.head in self.folded else ""
         stop = region.stop or Refusal("", "")
         message = "; ".join(part for part in (f"{folded} folded" if folded else stop.message, readers(region)) if part)
         self.rows.append(FreezeRow(name, "conv", " + ".join(parts), stop.code, message, took, *self.cost(region)))
+
+    def is_norm(self, region: Region) -> bool:
+        """Whether one of the affines is a BN, or written with tensors as one, and no mere product with a number."""
+        return any(n.target is aten.batch_norm.default or len(n.all_input_nodes) > 1 for n in region.affines)
 
     def other_conv(self, region: Region) -> fx.Node:
         """A 1-D or 3-D convolution, or one of an unbatched input: folded, and called as it was."""

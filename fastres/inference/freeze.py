@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastres.inference.capture import WRITES_TO_INPUT, sharing_copy
+from fastres.inference.capture import sharing_copy
 from fastres.inference.checks import check_example, check_model, copies, own_example, put_back
 from fastres.inference.choose import (
     choose_layout,
-    close,
     find_bound,
     overwrite_residuals,
     pack,
@@ -23,18 +22,17 @@ from fastres.inference.choose import (
     write_program,
 )
 from fastres.inference.frozen import FrozenModel
+from fastres.inference.judge import judge
 from fastres.inference.likeness import take_likeness
 from fastres.inference.making import make
 from fastres.inference.recipe import source_tensors
 from fastres.inference.report import FreezeReport
 from fastres.nn.fold import short
-from fastres.verify import Verification, calibrate, uncalibrated, verify
-from fastres.verify.runs import call, map_tensors, named_tensors, private
+from fastres.verify.runs import named_tensors, private
 
 logger = logging.getLogger("fastres")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_verify = verify  # the argument of freeze has the function's name
 
 
 @torch.random.fork_rng(devices=[])
@@ -106,10 +104,10 @@ def freeze(
         source = private("model", source).to(target)
     inputs = own_example(example_inputs, target, own)
     report = FreezeReport(type(model).__name__, short(dtype), str(target), [])
-    frozen = make(source, model, inputs, report, capture, dtype)
+    frozen = make(source, model, inputs, report, capture, dtype, target)
     if any(m.training for m in model.modules()):
         report.notes.append("the model is in training mode; frozen as in eval mode")
-    if not report.folded:
+    if not report.folded and report.counts["norms_left"]:
         report.notes.append("no BN was folded")
         logger.warning("freeze: no BN of %s was folded: see the report", report.model)
     if dtype is torch.bfloat16 and target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -127,7 +125,7 @@ def freeze(
     if report.capture == "modules" and put_back(source_tensors(source), source_tensors(model)):
         frozen.refresh()  # its forward keeps state, which the runs above have moved
     if verify:
-        report.verification = _judge(source, frozen, inputs, report)
+        report.verification = judge(source, frozen, inputs, report)
         if report.verification is not None and not report.verification:
             text = f"freeze: the referee rejects the frozen {report.model}:\n{report.verification}"
             if verify != "warn":
@@ -163,68 +161,3 @@ def _device_of(model: nn.Module, inputs: Any) -> torch.device:
     for t in [*model.parameters(), *model.buffers(), *named_tensors(inputs, "").values()]:
         return t.device
     return torch.device("cpu")
-
-
-def _judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> Verification | None:
-    """The referee's verdict; a network that never saw data is judged on a calibrated copy, frozen the same way."""
-    layers = uncalibrated(source)
-    if layers:
-        calibrated = private("model", source)
-        try:
-            calibrate(calibrated, inputs)
-        except Exception as error:
-            report.notes.append(f"{len(layers)} BN have initial statistics and could not be calibrated: {error}")
-        else:
-            report.notes.append(f"{len(layers)} BN have initial statistics; verified on a copy with the example's")
-            module, _ = frozen._recipe.make(calibrated, frozen.dtype)
-            twin = FrozenModel(module, calibrated, frozen._recipe, report, frozen.dtype)
-            if frozen.channels_last:
-                twin.use_channels_last()
-            twin.overwrite_residuals(frozen._overwrites)
-            twin.images_at_a_time = frozen.images_at_a_time
-            source, frozen = calibrated, twin
-    # buffers that a forward writes to have the names that they have in the frozen model
-    judged = _OnCopies(source) if WRITES_TO_INPUT in report.notes or report.capture == "modules" else source
-    try:
-        return _verify(judged, frozen, inputs, backward=False, training=False, calibrate_bn=False)
-    except RuntimeError as error:
-        if "the reference in float64 raised" not in str(error):
-            raise
-        report.notes.append(f"not verified, the model does not run in float64: {str(error).splitlines()[0]}")
-    except ValueError as error:
-        if "output holds no tensor" not in str(error):
-            raise
-        report.notes.append("not verified, its output holds no tensor")
-        return None
-    _beside_eager(judged, frozen, inputs, report)
-    return None
-
-
-def _beside_eager(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> None:
-    """Where there is no float64 to compare with: the answers beside eager's, into the report.
-
-    Raises:
-        RuntimeError: they are others.
-    """
-    with torch.no_grad():
-        want, got = (named_tensors(call(m, copies(inputs)), "output") for m in (source, frozen))
-    worst = 0.0
-    for name, w in want.items():
-        g = got[name].to(w.dtype) if name in got else None
-        if g is None or g.shape != w.shape or not close(g, w):
-            raise RuntimeError(f"freeze: {name} of the frozen {report.model} is not the source's")
-        if w.is_floating_point() and w.numel():
-            worst = max(worst, float((g - w).abs().max() / w.abs().max().clamp_min(torch.finfo(w.dtype).tiny)))
-    report.notes.append(f"its answers are eager's to {worst:.1e} of the largest")
-
-
-class _OnCopies(nn.Module):
-    """A network that writes to its input, on copies of it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = map_tensors((args, kwargs), lambda _, t: t.clone(), "")
-        return self.module(*args, **kwargs)

@@ -169,6 +169,8 @@ def graph_from_json(
         FrozenFileError: anything that ``graph_to_json`` does not write.
     """
     nodes, modules, rows = (_rows(data, name) for name in ("nodes", "modules", "tensors"))
+    if not set(data["strides"]) <= set(stored):
+        raise FrozenFileError("it has strides of tensors that it does not have")
     network = fx.GraphModule(nn.Module(), fx.Graph(), "FrozenNetwork")
     tensors = _tensors_from_json(rows, stored, device)
     _install(network, modules, tensors)

@@ -117,6 +117,8 @@ def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
     if tree.num_leaves != count + len(plain) or outputs.num_leaves != len(returned):
         raise FrozenFileError("the trees of its inputs and outputs do not have as many leaves as its graph")
     parts = plan.images_at_a_time
+    if tree.type is not tuple or [child.type for child in tree._children] != [tuple, dict]:
+        raise FrozenFileError("its arguments are not positional and named ones")
     if type(batch) is not int or type(plan.channels_last) is not bool or type(parts) not in (int, type(None)):
         raise FrozenFileError(f"{short(batch)}, {short(plan)} are no batch and plan")
     if type(dtype) is not torch.dtype or not dtype.is_floating_point or (parts is not None and parts < 1):
@@ -143,7 +145,7 @@ def _is_input(row: Any) -> bool:
 
 
 def _report(data: Any) -> FreezeReport:
-    """The report of plain data: fields that this version lacks are left out."""
+    """The report of plain data."""
     rows, verification = data["rows"], data["verification"]
     if verification is not None:
         judged = tuple(_made(Row, row) for row in verification["rows"])
@@ -153,5 +155,8 @@ def _report(data: Any) -> FreezeReport:
     return made  # type: ignore[no-any-return]
 
 
-def _made(cls: Any, data: Mapping[str, Any]) -> Any:
+def _made(cls: Any, data: Any) -> Any:
+    """A dataclass of its fields; those that this version lacks are left out, those that the file lacks are defaults."""
+    if not isinstance(data, dict):
+        raise FrozenFileError(f"{short(data)} is no {cls.__name__}")
     return cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})

@@ -13,7 +13,7 @@ from fastres.inference.capture import CaptureError, batch_of, capture, own_memor
 from fastres.inference.checks import copies, names_the_example
 from fastres.inference.choose import close
 from fastres.inference.frozen import FrozenModel
-from fastres.inference.recipe import GraphRecipe, ModuleRecipe, Recipe, source_tensors
+from fastres.inference.recipe import GraphRecipe, ModuleRecipe, Recipe
 from fastres.inference.report import FreezeReport
 from fastres.inference.signature import Signature
 from fastres.inference.watch import capture as watch
@@ -23,7 +23,13 @@ logger = logging.getLogger("fastres")
 
 
 def make(
-    source: nn.Module, model: nn.Module, inputs: Any, report: FreezeReport, how: str, dtype: torch.dtype
+    source: nn.Module,
+    model: nn.Module,
+    inputs: Any,
+    report: FreezeReport,
+    how: str,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> FrozenModel:
     """The frozen network, unplanned; ``report`` is filled.
 
@@ -40,7 +46,6 @@ def make(
         if frozen is not None:
             return frozen
         recipe = _by_modules(source, inputs, report, how, CaptureError(reason))
-    device = next((t.device for t in source_tensors(source).values()), None)
     module, report.rows = recipe.make(model, dtype, device=device)
     return FrozenModel(module, model, recipe, report, dtype)
 
