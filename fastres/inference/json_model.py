@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from fastres.inference.json_specs import (
     spec_to_json,
 )
 from fastres.inference.json_values import Decoder, FrozenFileError, encode, short
+from fastres.inference.likeness import likeness_from_json
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport, FreezeRow
 from fastres.verify.verdict import Row, Verification
@@ -40,6 +41,7 @@ class Stored:
         plan: how it runs.
         device: what it was planned on, and runs on.
         report: of the freeze.
+        likeness: of its source, see `likeness_to_json`; nothing in files without one.
     """
 
     module: fx.GraphModule
@@ -53,6 +55,7 @@ class Stored:
     plan: Plan
     device: torch.device
     report: FreezeReport
+    likeness: dict[str, Any] = field(default_factory=dict)
 
 
 def to_json(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -78,6 +81,7 @@ def to_json(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 and {**_data(report.verification), "rows": [_data(row) for row in report.verification.rows]},
             }
         ),
+        **stored.likeness,
     }
     return document, tensors
 
@@ -124,7 +128,8 @@ def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
     if type(dtype) is not torch.dtype or not dtype.is_floating_point or (parts is not None and parts < 1):
         raise FrozenFileError(f"{short(dtype)}, {short(parts)} are no dtype and number of images")
     signature, report = signature_from_json(document["signature"]), _report(value(document["report"]))
-    return Stored(module, signature, tree, plain, inputs, outputs, batch, dtype, plan, device, report)
+    likeness = likeness_from_json(value(document["likeness"])) if "likeness" in document else {}
+    return Stored(module, signature, tree, plain, inputs, outputs, batch, dtype, plan, device, report, likeness)
 
 
 def _available(device: torch.device, asked: bool) -> torch.device:
