@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import namedtuple
 
@@ -275,7 +274,7 @@ def test_a_wrong_answer_is_found_without_float64_too(monkeypatch):
     rounded = Constants.rounded
     monkeypatch.setattr(Constants, "rounded", lambda self, *args: rounded(self, *args) * 1.5)
     # which finds it first, and takes the modules instead
-    monkeypatch.setattr(sys.modules["fastres.inference.making"], "_why_not_any_batch", lambda *args: "")
+    monkeypatch.setattr("fastres.inference.making._why_not_any_batch", lambda *args: "")
     model = nn.Sequential(Camera(), nn.Conv2d(4, 2, 1)).eval()
     refused(
         RuntimeError,

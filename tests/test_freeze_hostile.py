@@ -365,14 +365,19 @@ def test_paths_of_modules(forge, path):
     refused(forge(edit), "path|twice|within|tensors")
 
 
+def one_more(op, target, args):
+    row = {"op": op, "name": "more", "target": target, "args": args, "kwargs": {}}
+    return lambda document, tensors: document["graph"]["nodes"].insert(-1, row)
+
+
 @pytest.mark.parametrize("target", ["nothing", "conv.weight", "part", "__class__", "forward", "", None, 3, ["conv"]])
 def test_targets_of_calls_of_modules(forge, target):
-    refused(forge(lambda d, t: node(d, "conv").update(target=target)), "node conv: a 'call_module' of")
+    refused(forge(one_more("call_module", target, [{"node": "x"}])), "node more: a 'call_module' of")
 
 
 @pytest.mark.parametrize("target", ["nothing", "conv", "part", "__class__", "part.scale.data", "", None, 3, ["x"]])
 def test_targets_of_attributes(forge, target):
-    refused(forge(lambda d, t: node(d, "scale").update(target=target)), "node scale: a 'get_attr' of")
+    refused(forge(one_more("get_attr", target, [])), "node more: a 'get_attr' of")
 
 
 # ---- functions
@@ -534,7 +539,7 @@ def test_texts_stay_texts(forge):
         (lambda t: t.replace('"batch":2', '"batch":2,"batch":2'), "twice"),
         (lambda t: t.replace('"batch":2', '"batch":' + "[" * 100_000 + "]" * 100_000), "deep"),
         (lambda t: t.replace('"batch":2', '"batch":' + '{"a":' * 100_000 + "1" + "}" * 100_000), "deep"),
-        (lambda t: t.replace('"batch":2', '"batch":' + "[" * 900 + "]" * 900), "no batch"),
+        (lambda t: t.replace('"batch":2', '"batch":' + "[" * 900 + "]" * 900), "no numbers of images"),
         (lambda t: t.replace('"plain":{"tuple":[]}', '"plain":' + "[" * 900 + "]" * 900), "deep"),
         (
             lambda t: t.replace(
@@ -875,7 +880,7 @@ def test_any_change_of_the_document_is_harmless(forge, content):
     while turns < 600 and time.perf_counter() - begin < 20:
         turns += 1
         document = copy.deepcopy(base)
-        spots = [at for at in places(document) if at and at[0] != "report"]
+        spots = [at for at in places(document) if at]
         for _ in range(draw.choice([1, 1, 1, 2, 3])):
             at, other = draw.choice(spots), draw.choice(spots)
             try:

@@ -128,8 +128,9 @@ class _Builder:
             else:
                 self.values[node] = self.graph.node_copy(node, self.value)
                 self.values[node].meta = {}
-                if node.op == "call_function" and "size" in node.meta:
-                    self.others.setdefault(operator_name(node), []).append(step_cost([node], self.dtype))
+                if isinstance(node.target, torch._ops.OpOverload) and "size" in node.meta:
+                    cost = step_cost([node], self.dtype, self.constants.nodes)
+                    self.others.setdefault(operator_name(node), []).append(cost)
         for name, costs in self.others.items():
             flops, moved, weights = (sum(cost[i] for cost in costs) for i in range(3))
             self.rows.append(FreezeRow(name, "other", f"{len(costs)} call(s)", "", "", (), flops, moved, weights))
@@ -218,7 +219,7 @@ class _Builder:
         return self.steps[key]
 
     def cost(self, region: Region) -> tuple[int, int, int]:
-        return step_cost(region.nodes, self.dtype)
+        return step_cost(region.nodes, self.dtype, self.constants.nodes)
 
     def key(self, node: Any) -> str:
         return self.constants.key(node) if isinstance(node, fx.Node) else repr(node)

@@ -107,8 +107,9 @@ def freeze(
     frozen = make(source, model, inputs, report, capture, dtype, target)
     if any(m.training for m in model.modules()):
         report.notes.append("the model is in training mode; frozen as in eval mode")
-    if not report.folded and report.counts["norms_left"]:
+    if not report.folded:
         report.notes.append("no BN was folded")
+    if not report.folded and report.counts["norms_left"]:
         logger.warning("freeze: no BN of %s was folded: see the report", report.model)
     if dtype is torch.bfloat16 and target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         report.notes.append("this CPU has no native bfloat16: oneDNN emulates it, slower than float32")

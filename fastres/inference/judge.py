@@ -34,10 +34,14 @@ def judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeRep
             twin.overwrite_residuals(frozen._overwrites)
             twin.images_at_a_time = frozen.images_at_a_time
             source, frozen = calibrated, twin
-    # buffers that a forward writes to have the names that they have in the frozen model
-    judged = _OnCopies(source) if WRITES_TO_INPUT in report.notes or report.capture == "modules" else source
+    judged: nn.Module = source
+    candidate: nn.Module = frozen
+    if report.capture == "modules":  # either may write to its input; buffers written to have the same names in both
+        judged, candidate = _OnCopies(_OnCopies(source)), _OnCopies(frozen)
+    elif WRITES_TO_INPUT in report.notes:
+        judged = _OnCopies(source)
     try:
-        return verify(judged, frozen, inputs, backward=False, training=False, calibrate_bn=False)
+        return verify(judged, candidate, inputs, backward=False, training=False, calibrate_bn=False)
     except RuntimeError as error:
         if "the reference in float64 raised" not in str(error):
             raise
