@@ -96,6 +96,7 @@ class FrozenModel(nn.Module):
         self._source = Source(source)
         self._engine = Engine()
         self._variants = Variants()
+        self._likeness: tuple[str, ...] = ()  # the attributes that it has of its source
         self._pass_nan()
 
     def _pass_nan(self) -> None:
