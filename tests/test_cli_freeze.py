@@ -33,6 +33,10 @@ class Net(nn.Sequential):
     def __init__(self):
         super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
 
+class Branch(Net):
+    def forward(self, x):
+        return super().forward(x) if x.mean() > 0 else x
+
 ready = Net()
 number = 3
 
@@ -105,6 +109,24 @@ def test_json_holds_the_report_and_how_it_was_made(tmp_path, capsys):
     assert data["report"]["folded"] == 7 and data["report"]["dtype"] == "bfloat16"
     assert data["report"]["verification"]["passed"] is True and data["versions"]["torch"]
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+
+
+def test_a_saved_network_answers_as_its_source(tmp_path, file, capsys):
+    path = tmp_path / "new" / "net.fastres"
+    assert freeze(f"{file}:ready", "--image-size", "8", "--no-tune", "--save", str(path)) == 0
+    assert f"frozen model: {path}\n" in capsys.readouterr().out
+    loaded, x = fastres.load(path), torch.randn(3, 3, 8, 8)
+    assert loaded.report.folded == 1 and loaded.report.verification
+    assert loaded(x).shape == (3, 4, 6, 6)
+    assert [file.name for file in path.parent.iterdir()] == ["net.fastres"]
+
+
+def test_what_no_file_can_hold_is_not_saved(tmp_path, file, capsys):
+    path = tmp_path / "net.fastres"
+    assert freeze(f"{file}:Branch", "--image-size", "8", "--no-tune", "--save", str(path)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("fastres: --save: path: ") and "was frozen without a graph" in err and err.count("\n") == 1
+    assert not path.exists()
 
 
 def test_tuning_is_on_unless_told_otherwise(capsys):
@@ -317,8 +339,8 @@ def test_a_pickle_runs_no_code(no_work, tmp_path, capsys):
         (["{tmp}/net.py:tow"], "{tmp}/net.py has no function 'tow'; did you mean two?"),
         (["{tmp}/net.py:number"], "has no function 'number'"),
         (["{tmp}/net.py:nothing"], "{tmp}/net.py:nothing gave a str, expected an nn.Module"),
-        (["{tmp}/net.py:broken"], "cannot be made: KeyError: 'no such layer' (line 20)"),
-        (["{tmp}/net.py:leaves"], "cannot be made: SystemExit: 3 (line 23)"),
+        (["{tmp}/net.py:broken"], "cannot be made: KeyError: 'no such layer' (line 24)"),
+        (["{tmp}/net.py:leaves"], "cannot be made: SystemExit: 3 (line 27)"),
         (["{tmp}/neighbour.py:f"], "{tmp}/neighbour.py has no function 'f'"),
         ([*SMALL, "--image-size", "0"], "--image-size: got '0', expected a number of pixels"),
         ([*SMALL, "--image-size", "-3"], "--image-size: got '-3'"),
@@ -332,6 +354,8 @@ def test_a_pickle_runs_no_code(no_work, tmp_path, capsys):
         ([*SMALL, "--device", "meta"], "device: got 'meta', expected auto"),
         ([*SMALL, "--json", "{tmp}/net.py/x.json"], "output folder {tmp}/net.py: cannot be written"),
         ([*SMALL, "--json", "{tmp}"], "got a folder, expected a file or nothing"),
+        ([*SMALL, "--save", "{tmp}/net.py/x"], "output folder {tmp}/net.py: cannot be written"),
+        ([*SMALL, "--save", "{tmp}"], "got a folder, expected a file or nothing"),
         ([*SMALL, "--fast"], "--fast"),
         (["torchvision:resnet18", "--channels", "1"], "does not run on images of [1, 1, 224, 224]: "),
         (["torchvision:vgg11", "--image-size", "8"], "does not run on images of [1, 3, 8, 8]: "),

@@ -243,7 +243,7 @@ def test_networks_without_convolutions_run_as_they_are(name):
     make, example = OTHERS[name]
     model = make().eval()
     fast = frozen_of(model, example(2))
-    assert fast.report.verification and fast.report.folded == 0 and "no BN was folded" in notes(fast)
+    assert fast.report.verification and str(fast.report).startswith(f"{type(model).__name__}: 0 of 0 conv")
     for n in (2, 1, 3):
         agrees(fast, model, example(n))
 

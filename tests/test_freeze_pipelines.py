@@ -14,8 +14,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+import fastres
 from fastres import models
 from fastres.inference import FrozenModel, freeze, gate
+from fastres.inference.json_values import FrozenFileError
+from fastres.inference.likeness import give_likeness, likeness_from_json
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +138,61 @@ def test_a_frozen_transformers_model_looks_like_one_and_is_a_frozen_model(hub):
         assert torch.equal(twin(x).logits, fast(x).logits)
 
 
-def test_transforms_of_timm_are_those_of_the_source():
+def test_a_saved_one_does_too(hub, said, tmp_path):
+    from transformers import pipeline
+
+    source, processor, photos = hub
+    fast = freeze(source, torch.randn(2, 3, 64, 64), tune=False)
+    fast.save(tmp_path / "net.fastres")
+    loaded = fastres.load(tmp_path / "net.fastres")
+    assert type(loaded) is type(fast) and loaded.main_input_name == "pixel_values" and loaded.num_labels == 5
+    assert type(loaded.config) is type(fast.config) and loaded.config.to_dict() == fast.config.to_dict()
+    answers = [
+        pipeline("image-classification", model=model, image_processor=processor)(photos, batch_size=2)
+        for model in (fast, loaded)
+    ]
+    assert answers[0] == answers[1] and said == []
+    loaded.save(tmp_path / "again.fastres")
+    assert fastres.load(tmp_path / "again.fastres").config.id2label == source.config.id2label
+
+
+@pytest.mark.parametrize(
+    ("likeness", "message"),
+    [
+        (3, "does not say what its source was like"),
+        ({"attributes": {}, "class": "no name"}, "are no names of attributes and a class"),
+        ({"attributes": {3: 4}}, "are no names of attributes and a class"),
+        ({"attributes": {}, "config": ["resnet"]}, "is no configuration"),
+        (
+            {"attributes": {}, "config": ["no such network", {}]},
+            "'no such network' of transformers, cannot be made here",
+        ),
+        ({"attributes": {}, "config": ["resnet", {"layer_type": "os.system"}]}, "cannot be made here"),
+    ],
+)
+def test_a_made_up_likeness_is_refused(likeness, message):
+    pytest.importorskip("transformers")
+    with pytest.raises(FrozenFileError, match=message):
+        likeness_from_json(likeness)
+
+
+def test_a_made_up_likeness_takes_the_place_of_nothing(frozen):
+    twin = copy.deepcopy(frozen)
+    names = ("forward", "save", "module", "_recipe", "__class__", "report", "new")
+    give_likeness(twin, likeness_from_json({"attributes": dict.fromkeys(names, 1), "class": "FrozenModel"}))
+    assert twin.new == 1 and twin._likeness == ("new",) and isinstance(twin, FrozenModel)
+    assert torch.equal(twin(torch.ones(1, 3, 16, 16)), frozen(torch.ones(1, 3, 16, 16)))
+
+
+def test_transforms_of_timm_are_those_of_the_source(tmp_path):
     timm = pytest.importorskip("timm")
     source = timm.create_model("resnet10t", num_classes=5).eval()
     fast = freeze(source, torch.randn(2, 3, 32, 32), tune=False)
     assert timm.data.resolve_model_data_config(fast) == timm.data.resolve_model_data_config(source)
     assert fast.num_classes == 5 and fast.pretrained_cfg is not source.pretrained_cfg
+    fast.save(tmp_path / "net.fastres")
+    loaded = fastres.load(tmp_path / "net.fastres")
+    assert loaded.pretrained_cfg == source.pretrained_cfg and type(loaded) is FrozenModel
 
 
 def test_plain_data_of_the_source_never_takes_the_place_of_ours():

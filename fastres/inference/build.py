@@ -83,7 +83,7 @@ def _fold(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | 
                 shift = shift + value if name == "add" else shift - value
         current = node
     exact_bias = None if bias is None else constants.exact(bias)
-    result = fold_affine(constants.exact(weight), exact_bias, scale, shift, dtype)
+    result = fold_affine(constants.unrounded(weight), exact_bias, scale, shift, dtype)
     if isinstance(result, Refusal):
         return Refusal(result.code, f"{norm_name(region.affines[0])}: {result.message}")
     return result

@@ -66,6 +66,10 @@ class Constants:
                 self._exact[node] = value.double() if value.is_floating_point() else value
         return self._exact[node]
 
+    def unrounded(self, node: Any) -> Tensor:
+        """The value as the source has it, or, computed, in float64. Not to be written to."""
+        return self.tensors[str(node.target)].detach() if node.op == "get_attr" else self.exact(node)
+
     def rounded(self, node: Any, dtype: torch.dtype) -> Tensor:
         """The value in memory of its own, floating ones in ``dtype``."""
         if node.op == "get_attr":

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastres.inference.blocks import own_residuals
 from fastres.inference.capture import CaptureError, capture, sharing_copy
-from fastres.inference.conv import frozen_convs, is_traced
+from fastres.inference.conv import Packs, frozen_convs, is_traced
 from fastres.inference.engine import Engine, Variant, Variants
 from fastres.inference.gate import Running, capturing
 from fastres.inference.plan import Plan, choose_packs
@@ -96,6 +96,7 @@ class FrozenModel(nn.Module):
         self._source = Source(source)
         self._engine = Engine()
         self._variants = Variants()
+        self._likeness: tuple[str, ...] = ()  # the attributes that it has of its source
         self._pass_nan()
 
     def _pass_nan(self) -> None:
@@ -241,6 +242,12 @@ class FrozenModel(nn.Module):
         packed = choose_packs(frozen_convs(self.module), lambda: call(self, inputs))
         self._forget_programs()
         return packed
+
+    def forget(self) -> None:
+        """Let go of what calls have left behind: packed weights, programs, CUDA graphs. The next ones make it again."""
+        self._engine = Engine()
+        for conv in frozen_convs(self.module):
+            conv.packs = Packs()
 
     def _forget_programs(self) -> None:
         graphs = self._engine.graphs

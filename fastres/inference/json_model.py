@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -21,6 +21,7 @@ from fastres.inference.json_specs import (
     spec_to_json,
 )
 from fastres.inference.json_values import Decoder, FrozenFileError, encode, short
+from fastres.inference.likeness import likeness_from_json
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport, FreezeRow
 from fastres.verify.verdict import Row, Verification
@@ -41,6 +42,7 @@ class Stored:
         plan: how it runs.
         device: what it was planned on, and runs on.
         report: of the freeze.
+        likeness: of its source, see `likeness_to_json`; nothing in files without one.
     """
 
     module: fx.GraphModule
@@ -54,6 +56,7 @@ class Stored:
     plan: Plan
     device: torch.device
     report: FreezeReport
+    likeness: dict[str, Any] = field(default_factory=dict)
 
 
 def to_json(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -79,6 +82,7 @@ def to_json(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 and {**_data(report.verification), "rows": [_data(row) for row in report.verification.rows]},
             }
         ),
+        **stored.likeness,
     }
     return document, tensors
 
@@ -126,7 +130,8 @@ def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
     if type(dtype) is not torch.dtype or not dtype.is_floating_point:
         raise FrozenFileError(f"{short(dtype)} is no dtype to compute in")
     signature, report = signature_from_json(document["signature"]), _report(value(document["report"]))
-    return Stored(module, signature, tree, plain, inputs, outputs, batch, dtype, plan, device, report)
+    likeness = likeness_from_json(value(document["likeness"])) if "likeness" in document else {}
+    return Stored(module, signature, tree, plain, inputs, outputs, batch, dtype, plan, device, report, likeness)
 
 
 def _available(device: torch.device, asked: bool) -> torch.device:

@@ -81,6 +81,7 @@ def _by_graph(
         return None, f"a fault of fastres: its graph cannot be rewritten: {type(error).__name__}: {error}"
     frozen = FrozenModel(module, model, recipe, report, dtype)
     reason = _why_not_any_batch(source, frozen, inputs)
+    frozen.forget()  # packs for that batch
     return (None, reason) if reason else (frozen, "")
 
 

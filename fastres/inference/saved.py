@@ -11,6 +11,7 @@ from fastres.inference.capture import Captured
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.json_model import Stored
 from fastres.inference.json_values import FrozenFileError
+from fastres.inference.likeness import give_likeness, likeness_to_json
 from fastres.inference.recipe import GraphRecipe, source_tensors
 from fastres.inference.signature import Signature
 from fastres.inference.store import read, write
@@ -39,6 +40,7 @@ def save(frozen: FrozenModel, path: str | os.PathLike[str]) -> None:
         plan=frozen.plan,
         device=device,
         report=frozen.report,
+        likeness=likeness_to_json(frozen),
     )
     write(path, stored)
 
@@ -85,4 +87,4 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
     recipe = GraphRecipe(captured, Signature(stored.signature))
     frozen = FrozenModel(stored.module, None, recipe, report, stored.dtype)
     frozen.plan = stored.plan
-    return frozen
+    return give_likeness(frozen, stored.likeness) if stored.likeness else frozen

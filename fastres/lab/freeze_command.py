@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
 
-from fastres.inference import FrozenModel
+from fastres.inference import FrozenFileError, FrozenModel
 from fastres.inference import freeze as freeze_model
 from fastres.lab.devices import pick_device
 from fastres.lab.errors import LabError, RefereeError
@@ -103,8 +103,6 @@ def _checked(request: Request) -> tuple[tuple[int, int, int, int], torch.dtype, 
         if value is not None and value < 1:
             raise LabError(f"{option}: got {value}, expected at least 1")
     device = pick_device(request.device)
-    if request.save is not None and not hasattr(FrozenModel, "save"):
-        raise LabError("--save: this release cannot save frozen models")
     for path in (request.json, request.save):
         if path is not None:
             prepare_folder(path.parent, [path.name])
@@ -133,6 +131,8 @@ def _freeze(model: nn.Module, images: Tensor, dtype: torch.dtype, request: Reque
 def _save(frozen: FrozenModel, path: Path) -> None:
     try:
         frozen.save(path)
+    except FrozenFileError as error:  # a network without a graph
+        raise LabError(f"--save: {error}") from error
     except OSError as error:
         raise LabError(f"--save {path}: cannot be written: {error.strerror or error}") from error
 

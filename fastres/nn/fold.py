@@ -10,6 +10,7 @@ Everything is computed in float64 and rounded once, to the frozen dtype. A missi
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, NamedTuple
 
@@ -112,18 +113,21 @@ def fold_affine(
 
     Refused (codes): ``OVERFLOW`` and ``UNDERFLOW``, see :func:`fold`.
     """
-    exact = weight.detach().double() * scale.view(-1, *[1] * (weight.ndim - 1))  # [C_out, C_in / groups, *kernel]
+    exact = weight.detach().to(torch.float64, copy=True)  # one copy of it, and nothing else that large
+    exact.mul_(scale.view(-1, *[1] * (weight.ndim - 1)))  # [C_out, C_in / groups, *kernel]
     moved = shift if bias is None else shift + scale * bias.detach().double()  # [C_out]
-    folded = Folded(exact.to(dtype), moved.to(dtype))
-    for name, rounded, of in (("weight", folded.weight, exact), ("bias", folded.bias, moved)):
-        if bool((~torch.isfinite(rounded)).any()):
-            largest = float(of.abs().max())
-            return Refusal("OVERFLOW", f"the folded {name} reaches {largest:.3g}, too large for {short(dtype)}")
+    folded = Folded(exact.to(dtype, copy=True), moved.to(dtype))
     if not exact.numel():
         return folded
-    size, lost = exact.square().mean().sqrt(), (folded.weight.double() - exact).square().mean().sqrt()
-    if bool(lost > 2 * torch.finfo(dtype).eps * size):
-        return Refusal("UNDERFLOW", f"the folded weight's RMS is {float(size):.3g}, too small for {short(dtype)}")
+    for name, rounded, of in (("weight", folded.weight, exact), ("bias", folded.bias, moved)):
+        if not all(math.isfinite(float(end)) for end in rounded.aminmax()):
+            largest = float(of.abs().max())
+            return Refusal("OVERFLOW", f"the folded {name} reaches {largest:.3g}, too large for {short(dtype)}")
+    size = float(torch.linalg.vector_norm(exact))
+    lost = float(torch.linalg.vector_norm(exact.sub_(folded.weight)))
+    if lost > 2 * torch.finfo(dtype).eps * size:
+        rms = size / math.sqrt(exact.numel())
+        return Refusal("UNDERFLOW", f"the folded weight's RMS is {rms:.3g}, too small for {short(dtype)}")
     return folded
 
 
