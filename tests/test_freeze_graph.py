@@ -558,3 +558,17 @@ def test_a_fault_in_the_rewriting_loses_no_network(monkeypatch, caplog):
     frozen = freeze(net, torch.randn(2, 3, 8, 8), tune=False)
     assert frozen.report.capture == "modules" and "a fault of fastres" in frozen.report.capture_reason
     assert "planted" in caplog.text and frozen.report.folded == 1 and frozen.report.verification
+
+
+def test_the_report_has_a_line_for_every_step():
+    net = settle(
+        nn.Sequential(ConvBNReLU(3, 4, 3), BasicBlock(4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    )
+    report = freeze(net, torch.randn(2, 3, 8, 8), tune=False).report
+    lines = report.table().splitlines()
+    assert len(lines) == 1 + len(report.rows) and lines[0].split() == ["name", "became", "MFLOP", "kB"]
+    line = next(line for line in lines if line.startswith("1.conv2 "))
+    assert "conv + bias + add + relu" in line and "1.bn2 folded" in line
+    row = next(row for row in report.rows if row.name == "1.conv2")
+    assert row.flops == 2 * 4 * 64 * 4 * 9 and row.bytes == 3 * 4 * 4 * 64 and row.weights == 4 * (4 * 4 * 9 + 4)
+    assert report.flops == 2 * sum(row.flops for row in report.rows) > 0

@@ -7,6 +7,7 @@ from; steps and constants made of the same things are made once.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -219,7 +220,11 @@ class _Builder:
         return self.steps[key]
 
     def cost(self, region: Region) -> tuple[int, int, int]:
-        return step_cost(region.nodes, self.dtype, self.constants.nodes)
+        flops, moved, weights = step_cost(region.nodes, self.dtype, self.constants.nodes)
+        if region.kind == "conv":  # what was folded is no longer read
+            shape = region.head.args[1].meta["size"]  # type: ignore[union-attr]
+            weights = (math.prod(shape) + shape[0]) * self.dtype.itemsize
+        return flops, moved, weights
 
     def key(self, node: Any) -> str:
         return self.constants.key(node) if isinstance(node, fx.Node) else repr(node)

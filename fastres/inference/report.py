@@ -132,6 +132,34 @@ class FreezeReport:
             "verification": None if self.verification is None else self.verification.to_dict(),
         }
 
+    def table(self) -> str:
+        """A line for every step: its name, what it became, flops and bytes on the example, why it did not take more.
+
+        Example:
+            >>> import torch, fastres
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+            >>> print(fastres.freeze(net, torch.randn(1, 3, 9, 9), tune=False).report.table())
+            name  became              MFLOP   kB
+            0     conv + bias + relu   0.02  3.4  1 folded
+        """
+        head = ("name", "became", "MFLOP", "kB", "")
+        cells = [
+            (
+                row.name,
+                row.became,
+                f"{self.batch * row.flops / 1e6:.2f}" if row.flops else "",
+                f"{(self.batch * row.bytes + row.weights) / 1e3:.1f}" if row.bytes or row.weights else "",
+                f"{row.reason}: {row.message}" if row.reason else row.message,
+            )
+            for row in self.rows
+        ]
+        wide = [max(len(row[i]) for row in [head, *cells]) for i in range(4)]
+        lines = [
+            f"{name:<{wide[0]}}  {became:<{wide[1]}}  {flops:>{wide[2]}}  {size:>{wide[3]}}  {why}".rstrip()
+            for name, became, flops, size, why in [head, *cells]
+        ]
+        return "\n".join(lines)
+
     def _share(self) -> str:
         bound, ms = self.bound, self.milliseconds.get("frozen")
         if bound is None or not ms:
