@@ -124,6 +124,18 @@ def test_residual_that_is_computed_behind_the_convolution():
     agree(Net(forward), convs=2, adds=1, acts=2)
 
 
+def test_sums_with_nothing_and_products_with_one_go():
+    def forward(net, x):
+        y = F.relu(net.bn(net.conv(x)))
+        return F.relu(sum([net.bn2(net.conv2(y)), y, 0]) / 1 * 1.0 - 0)  # 0 + a + b + 0
+
+    frozen = agree(Net(forward), convs=2, adds=1, acts=2)
+    assert not any(row.kind == "other" for row in frozen.report.rows)
+    frozen = freeze(Net(lambda net, x: (x * 1, x + 0)), torch.randn(2, 3, 8, 8), tune=False)
+    x = torch.randn(1, 3, 8, 8)
+    assert all(torch.equal(y, x) and y.data_ptr() != x.data_ptr() for y in frozen(x))
+
+
 def test_two_convolutions_meet_in_one_sum():
     def forward(net, x):
         y = F.relu(net.bn(net.conv(x)))

@@ -272,8 +272,11 @@ class _Builder:
         self.rows.append(FreezeRow(name, "conv", " + ".join(parts), stop.code, message, took, *self.cost(region)))
 
     def is_norm(self, region: Region) -> bool:
-        """Whether one of the affines is a BN, or written with tensors as one, and no mere product with a number."""
-        return any(n.target is aten.batch_norm.default or len(n.all_input_nodes) > 1 for n in region.affines)
+        """Whether one of the affines is a BN, or they are written as one: a product and a sum with tensors."""
+        if any(n.target is aten.batch_norm.default for n in region.affines):
+            return True
+        names = {arithmetic(n) for n in region.affines if len(n.all_input_nodes) > 1}
+        return bool(names & {"mul", "div"}) and bool(names & {"add", "sub"})
 
     def other_conv(self, region: Region) -> fx.Node:
         """A 1-D or 3-D convolution, or one of an unbatched input: folded, and called as it was."""

@@ -33,6 +33,10 @@ _SAME = {
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
 _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 _MOMENTUM = 0.1
+_NEUTRAL: dict[Any, int] = {
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), 0),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), 1),
+}
 
 
 def normalize(graph: fx.Graph) -> None:
@@ -44,7 +48,7 @@ def normalize(graph: fx.Graph) -> None:
             graph.erase_node(node)
         elif node.target in _SAME or passes(node):
             _hand_on(graph, node)
-        elif node.target is aten.slice.Tensor and _is_whole(node):
+        elif (node.target is aten.slice.Tensor and _is_whole(node)) or _is_nothing(node):
             _hand_on(graph, node)
         elif node.target is aten.pad.default or node.target is aten.constant_pad_nd.default:
             _pad(graph, node)
@@ -98,6 +102,15 @@ def _is_whole(node: fx.Node) -> bool:
     size = node.args[0].meta.get("shape", ())[a["dim"]]  # type: ignore[union-attr]
     end = a["end"] is None or a["end"] == sys.maxsize or (isinstance(size, int) and a["end"] == size)
     return a["start"] in (0, None) and end and a["step"] == 1
+
+
+def _is_nothing(node: fx.Node) -> bool:
+    """Whether this adds 0 or multiplies by 1: so sums over branches begin, so scales that are not there are written."""
+    value, x = node.args[1] if len(node.args) > 1 else None, node.args[0] if node.args else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(x, fx.Node):
+        return False
+    same = all(x.meta.get(key) == node.meta.get(key) for key in ("shape", "dtype"))
+    return same and "shape" in node.meta and value == _NEUTRAL.get(node.target)
 
 
 def _pad(graph: fx.Graph, node: fx.Node) -> None:
