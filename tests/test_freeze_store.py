@@ -204,7 +204,8 @@ def test_arguments_equal_to_their_defaults(tmp_path):
     loaded = fastres.load(tmp_path / "net")
     want = frozen(X)
     assert_same(loaded(X, None), want)
-    assert_same(loaded(X, mask=None, mode="plain"), want)
+    assert_same(loaded(X, mask=None, mode="".join(["pl", "ain"])), want)
+    assert_same(loaded(X, scale=float("1.0")), want)
 
 
 def test_a_default_that_is_no_plain_data(tmp_path):

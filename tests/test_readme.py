@@ -45,7 +45,8 @@ def test_the_pipeline(capsys):
 
 
 @pytest.mark.full
-def test_all_of_it(capsys):
+def test_all_of_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # it saves a file
     scope = run(BLOCKS)
     assert scope["logits"].shape == (8, 1000) and scope["fast"].report.verification
     assert "verify: passed" in capsys.readouterr().out

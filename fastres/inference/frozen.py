@@ -103,7 +103,7 @@ class FrozenModel(nn.Module):
         """A network that makes NaN of finite inputs runs on steps that pass them on, as eager's do; oneDNN's do not."""
         refused = any(row.reason in ("BAD_VARIANCE", "OVERFLOW") for row in self.report.rows)
         tensors = [t for t in source_tensors(self.module).values() if t.is_floating_point() and not t.is_meta]
-        if refused or not all(math.isfinite(float(t.detach().sum())) for t in tensors):
+        if refused or not all(math.isfinite(float(t.detach().sum(dtype=torch.float64))) for t in tensors):
             for conv in frozen_convs(self.module):
                 conv.exact = True
             note = "some of its numbers are not finite, or too large to fold: no step that could hide a NaN is taken"
@@ -132,7 +132,7 @@ class FrozenModel(nn.Module):
             captured, module, engine = variant.captured, variant.module, variant.engine
         if is_traced():
             outputs = module(*(self._prepare("", t) for t in given.tensors))
-        elif self._goes_in_parts(given.tensors, {}):
+        elif given.plain == recipe.captured.plain and self._goes_in_parts(given.tensors, {}):
             outputs = self._in_parts(lambda part: engine.run(module, (self._prepare("", part),), {}), given.tensors[0])
         else:
             outputs = engine.run(module, tuple(self._prepare("", t) for t in given.tensors), {})

@@ -75,7 +75,6 @@ def signature_from_json(data: Any) -> Parameters:
         default: Any = inspect.Parameter.empty
         if "default" in row:
             default = Decoder()(row["default"])
-            default = sys.intern(default) if isinstance(default, str) else default  # as the source's literal is
         elif "unknown" in row:
             default = UnknownDefault(str(row["unknown"]))
         found.append((name, kinds[kind], default))

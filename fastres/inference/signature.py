@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 _KINDS = inspect.Parameter
+_TEXT = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ class Signature:
         if self._one and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
             return Call(self._tree, (), args)
         bound = self._signature.bind(*args, **kwargs)
-        for name in [n for n, value in bound.arguments.items() if n in self._defaults and value is self._defaults[n]]:
+        defaults = self._defaults
+        for name in [n for n, value in bound.arguments.items() if n in defaults and _is_same(value, defaults[n])]:
             if not any(self._after(name, other) for other in bound.arguments):
                 del bound.arguments[name]
         leaves, tree = tree_flatten((bound.args, bound.kwargs))
@@ -91,3 +93,8 @@ class Signature:
         kinds = {n: kind for n, kind, _ in self.parameters}
         by_place = kinds[other] is _KINDS.VAR_POSITIONAL or kinds[other] is _KINDS.POSITIONAL_ONLY
         return by_place and order.index(other) > order.index(name)
+
+
+def _is_same(value: Any, default: Any) -> bool:
+    """Whether an argument is its default: the same object, or a number or text equal to it."""
+    return value is default or (type(value) is type(default) and type(value) in _TEXT and bool(value == default))

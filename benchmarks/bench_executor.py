@@ -1,0 +1,129 @@
+"""What a frozen network's executor costs beside its operators: ResNet at batch 1, many calls with little work each.
+
+`frozen` is a whole call. `operators` is the time spent inside the operators of one call, `beside_operators` the rest of
+the same call: the signature, the checks, the Python between two operators, with the caches as cold as a network leaves
+them, and the two clock readings around each operator. So it is an upper bound.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torchvision
+
+import fastres
+from fastres.verify import calibrate
+from measure import Case, Prepared, Verdict
+
+
+class Clocked:
+    """A frozen network whose program adds up the time inside its operators."""
+
+    def __init__(self, frozen: fastres.FrozenModel, x: torch.Tensor) -> None:
+        self.frozen, self.x, self.inside = frozen, x, 0.0
+        self.programs = frozen._engine.programs
+        for _ in range(2):
+            frozen(x)
+        (self.key, (self.program, self.tree)), *_ = [(k, v) for k, v in self.programs._found.items() if v is not None]
+        scope = {
+            name: self.clocked(value) if name[0] == "f" and callable(value) else value
+            for name, value in self.program.__globals__.items()
+        }
+        exec(self.program.__doc__ or "", scope)
+        self.timed = scope["program"]
+
+    def clocked(self, operator: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            output = operator(*args, **kwargs)
+            self.inside += time.perf_counter() - begin
+            return output
+
+        return run
+
+    def call(self) -> tuple[float, float, torch.Tensor]:
+        """(seconds of a call, of them inside the operators, the output)."""
+        self.inside = 0.0
+        self.programs._found[self.key] = self.timed, self.tree
+        try:
+            begin = time.perf_counter()
+            output = self.frozen(self.x)
+            return time.perf_counter() - begin, self.inside, output
+        finally:
+            self.programs._found[self.key] = self.program, self.tree
+
+    def plain(self) -> float:
+        begin = time.perf_counter()
+        self.frozen(self.x)
+        return time.perf_counter() - begin
+
+
+@dataclass(frozen=True)
+class ExecutorCase(Case):
+    network: str
+
+    what: ClassVar[str] = "executor"
+    baselines: ClassVar[tuple[str, ...]] = ("operators",)
+    ours: ClassVar[tuple[str, ...]] = ("frozen",)
+    compiled: ClassVar[tuple[str, ...]] = ()
+    alone: ClassVar[tuple[str, ...]] = ("beside_operators",)
+
+    @property
+    def id(self) -> str:
+        return f"{self.network}-batch1"
+
+    @property
+    def mode(self) -> str:
+        return "inference"
+
+    def facts(self) -> dict[str, Any]:
+        return {"network": self.network, "layout": "as measured", "dtype": "fp32", "batch": 1}
+
+    def images(self) -> int | None:
+        return 1
+
+    def prepare(self, device: torch.device, peers: tuple[str, ...]) -> Prepared:
+        if device.type != "cpu":
+            raise RuntimeError("programs are run on a CPU; a GPU replays CUDA graphs")
+        torch.manual_seed(0)
+        x = torch.randn(1, 3, 224, 224)
+        net = getattr(torchvision.models, self.network)().eval()
+        calibrate(net, torch.randn(4, 3, 64, 64))
+        clocked = Clocked(fastres.freeze(net, x, verify=False), x)
+
+        spent = [0.0]
+
+        def counts(seconds: Callable[[], float]) -> Callable[[], None]:
+            def call() -> None:
+                spent[0] += seconds()
+
+            return call
+
+        def beside() -> float:
+            total, inside, _ = clocked.call()
+            return total - inside
+
+        def timer(call: Callable[[], Any]) -> float:
+            spent[0] = 0.0
+            call()
+            return spent[0]
+
+        operators = {"operators": lambda: clocked.call()[1], "frozen": clocked.plain, "beside_operators": beside}
+        calls = {name: counts(seconds) for name, seconds in operators.items()}
+
+        def judge(results: Any) -> dict[str, Verdict]:
+            same = torch.equal(clocked.call()[2], clocked.frozen(x))
+            return {"frozen": Verdict(same, None, "" if same else "the clocked program answers otherwise")}
+
+        return Prepared(calls, judge, timer=timer)
+
+
+CASES = [ExecutorCase("resnet18"), ExecutorCase("resnet50")]
+
+
+def test_executor(case, peer, beside):
+    beside(case, peer)
