@@ -82,6 +82,9 @@ ACTS = {
     "clamp 6": lambda net, y: y.clamp_(0, 6),
     "silu": lambda net, y: F.silu(y, inplace=True),
     "hardswish": lambda net, y: F.hardswish(y),
+    "x * sigmoid": lambda net, y: y * y.sigmoid(),
+    "sigmoid * x": lambda net, y: torch.sigmoid(y).mul_(y),
+    "x * hardsigmoid": lambda net, y: y * F.hardsigmoid(y),
     "threshold": lambda net, y: F.threshold(y, 0, 0),
 }
 

@@ -52,6 +52,8 @@ def normalize(graph: fx.Graph) -> None:
             node.target, node.args = aten.reshape.default, node.args[:2]
         elif node.target in (aten.add_.Tensor, aten.add.Tensor):
             node.target = aten.add.Tensor
+        elif node.target is aten.mul.Tensor:
+            _gate(graph, node)
         elif node.target is aten.convolution.default:
             _convolution(node)
         elif node.target is aten.conv2d.padding:
@@ -76,6 +78,18 @@ def _hand_on(graph: fx.Graph, node: fx.Node) -> None:
         return
     node.replace_all_uses_with(source)
     graph.erase_node(node)
+
+
+_GATES = {aten.sigmoid.default: aten.silu.default, aten.hardsigmoid.default: aten.hardswish.default}
+
+
+def _gate(graph: fx.Graph, node: fx.Node) -> None:
+    """x * sigmoid(x) is SiLU, x * hardsigmoid(x) is Hardswish, if nothing else reads the gate."""
+    for x, gate in (node.args[:2], node.args[1::-1]):
+        if isinstance(gate, fx.Node) and gate.target in _GATES and gate.args[0] is x and list(gate.users) == [node]:
+            node.target, node.args = _GATES[gate.target], (x,)
+            graph.erase_node(gate)
+            return
 
 
 def _is_whole(node: fx.Node) -> bool:
