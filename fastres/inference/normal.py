@@ -35,15 +35,20 @@ _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, at
 _MOMENTUM = 0.1
 
 
-def normalize(graph: fx.Graph) -> None:
-    """Rewrite a functional ATen graph, in place, into the forms above; dead nodes go."""
+def normalize(graph: fx.Graph, keep: frozenset[Any] = frozenset()) -> None:
+    """Rewrite a functional ATen graph, in place, into the forms above; dead nodes go.
+
+    Args:
+        keep: operators that stay although they compute nothing: copies, where somebody may write to an output.
+    """
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target in _CHECKS:
             graph.erase_node(node)
         elif node.target in _SAME:
-            _hand_on(graph, node)
+            if node.target not in keep:
+                _hand_on(graph, node)
         elif node.target is aten.slice.Tensor and _is_whole(node):
             _hand_on(graph, node)
         elif node.target is aten.pad.default or node.target is aten.constant_pad_nd.default:
