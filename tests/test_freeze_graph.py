@@ -203,7 +203,8 @@ def test_timms_norms_with_an_activation_of_their_own():
     ],
 )
 def test_affine_arithmetic_folds(affine):
-    agree(Net(lambda net, x: F.relu(affine(net, net.conv(x))), bias=True), convs=1, folded=1, acts=1, norms_left=0)
+    frozen = agree(Net(lambda net, x: F.relu(affine(net, net.conv(x))), bias=True), convs=1, acts=1, norms_left=0)
+    assert {"bn", "scale"} & set(frozen.report.rows[0].took) and not any(r.kind == "other" for r in frozen.report.rows)
 
 
 @pytest.mark.parametrize(
@@ -383,6 +384,27 @@ ALIASES = {
 @pytest.mark.parametrize("case", ALIASES)
 def test_24_aliases_and_in_place_calls(case):
     agree(Net(ALIASES[case]), convs=1)
+
+
+ONE_TRACE = {
+    "view taken behind": lambda net, x: torch.cat(F.relu_(net.bn(net.conv(x))).chunk(2, 1)[::-1], 1),
+    "view of a view": lambda net, x: F.relu_(net.bn(net.conv(x)))[:, 1:][:, :2] + 1,
+    "dropout in place": lambda net, x: F.dropout(F.relu_(net.bn(net.conv(x))), 0.5, net.training, inplace=True).tanh(),
+}
+
+
+@pytest.mark.parametrize("case", ONE_TRACE)
+def test_harmless_in_place_calls_cost_no_second_trace(case, monkeypatch):
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", None)
+    agree(Net(ONE_TRACE[case]), convs=1, folded=1, acts=1)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_dropout_that_is_on_stays_random(inplace):
+    net = settle(Net(lambda net, x: F.dropout(net.bn(net.conv(x)), 0.5, True, inplace)))
+    frozen, x = freeze(net, torch.randn(2, 3, 8, 8), tune=False, verify=False), torch.randn(2, 3, 32, 32)
+    first, second = frozen(x), frozen(x)
+    assert 0.4 < (first == 0).float().mean() < 0.6 and not torch.equal(first, second)
 
 
 def test_the_input_is_never_written_to_and_the_report_says_so():

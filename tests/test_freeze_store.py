@@ -413,6 +413,19 @@ def test_arguments_of_every_kind(tmp_path):
     assert_same(got(x)[:-1], module(x)[:-1])
 
 
+def test_names_that_no_file_may_use_are_others_in_it(tmp_path):
+    names = ["a-b", "a b", "a_b", "größe", "__x", "a/b"]
+    root, graph = nn.Module(), fx.Graph()
+    graph.placeholder("x")
+    for i, name in enumerate(names):
+        root.add_module(name, nn.Module())
+        root.get_submodule(name).register_buffer("w", torch.tensor(float(i)))
+    graph.output(tuple(graph.get_attr(f"{name}.w") for name in names))
+    got = through(tmp_path / "net", fx.GraphModule(root, graph), outputs=len(names)).module
+    assert got(None) == tuple(range(len(names)))
+    assert list(got.state_dict()) == ["a-b.w", "a_b.w", "a_b.w_", "a_b.w__", "gr__e.w", "m___x.w"]
+
+
 def test_a_file_is_forgotten_once_it_is_loaded(residual, residual_file, tmp_path):
     path = tmp_path / "net"
     for spoil in (lambda: path.write_bytes(b"\xff" * path.stat().st_size), lambda: path.write_bytes(b""), path.unlink):

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,11 +12,11 @@ from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 import fastres
+from fastres.inference import choose
 from fastres.inference.conv import FrozenConv, frozen_convs
 from fastres.inference.frozen import FrozenModel
 
 vision = torchvision.models
-freezing = sys.modules["fastres.inference.freeze"]  # the package has the function under that name
 
 
 def calibrated(net, size=64):
@@ -286,12 +285,12 @@ def test_parts_of_a_batch_give_the_whole(monkeypatch):
 
 
 def test_a_network_that_mixes_images_runs_whole(monkeypatch):
-    monkeypatch.setattr(freezing, "PARTS", (2,))
-    monkeypatch.setattr(freezing, "measure", lambda calls, device: {name: float(name == "0") for name in calls})
+    monkeypatch.setattr(choose, "PARTS", (2,))
+    monkeypatch.setattr(choose, "measure", lambda calls, device: {name: float(name == "0") for name in calls})
     for make, parts in ((AcrossImages, None), (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), 2)):
         net = make().eval()
-        found = freezing.freeze(net, torch.randn(6, 3, 16, 16), tune=False, capture="modules")
-        freezing._split(found, torch.randn(6, 3, 16, 16), torch.device("cpu"), True)
+        found = fastres.freeze(net, torch.randn(6, 3, 16, 16), tune=False, capture="modules")
+        choose.split(found, torch.randn(6, 3, 16, 16), torch.device("cpu"), True)
         assert found.images_at_a_time == parts
         x = torch.randn(7, 3, 16, 16)
         close(found(x), net(x).detach())

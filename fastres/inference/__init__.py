@@ -1,14 +1,14 @@
-"""freeze: a network as a snapshot for inference, BN folded into its convolutions.
+"""freeze: a network as a snapshot for inference, every convolution with what follows it in one step.
 
-capture.py   which BN reads which convolution's output, and nothing else does
-fold.py      the arithmetic of folding, in float64, and when it is refused
-rewrite.py   folds the pairs in a copy and gives known blocks their fused forward
-plan.py      the memory layout, measured
-graphs.py    CUDA graphs of the shapes asked for
-frozen.py    FrozenModel: running, refreshing, staleness
-report.py    FreezeReport
-store.py     the file of a frozen network, by json_*.py; saved.py: FrozenModel.save and fastres.load
-freeze.py    the public function: these steps in order
+capture       capture.py (torch.export), functional.py (in-place calls undone), signature.py (the call convention)
+rewrite       normal.py (one form for each thing), constants.py, regions.py (the region graph), build.py (executor)
+steps         conv.py, leaves.py; cost.py (what each costs at the least)
+without a graph   watch.py (which BN reads which convolution), modules.py, blocks.py
+both          recipe.py, making.py
+plan          plan.py, choose.py: what is chosen by measuring
+run           frozen.py (FrozenModel), likeness.py, engine.py, program.py, graphs.py (CUDA), gate.py (threads)
+file          saved.py (FrozenModel.save, fastres.load), store.py, json_*.py
+freeze.py     the public function: these in order; report.py
 """
 
 from fastres.inference.freeze import freeze

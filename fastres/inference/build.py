@@ -6,6 +6,7 @@ from; steps and constants made of the same things are made once.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -139,8 +140,9 @@ class _Builder:
             else:
                 self.values[node] = self.graph.node_copy(node, self.value)
                 self.values[node].meta = {}
-                if node.op == "call_function" and "size" in node.meta:
-                    self.others.setdefault(operator_name(node), []).append(step_cost([node], self.dtype))
+                if isinstance(node.target, torch._ops.OpOverload) and "size" in node.meta:
+                    cost = step_cost([node], self.dtype, self.constants.nodes)
+                    self.others.setdefault(operator_name(node), []).append(cost)
         for name, costs in self.others.items():
             flops, moved, weights = (sum(cost[i] for cost in costs) for i in range(3))
             self.rows.append(FreezeRow(name, "other", f"{len(costs)} call(s)", "", "", (), flops, moved, weights))
@@ -170,11 +172,14 @@ class _Builder:
         return self.graph.get_attr(name)
 
     def unique(self, name: str) -> str:
-        name = name or "step"
-        candidate, count = name, 1
-        while candidate in self.names:
-            count += 1
-            candidate = f"{name}_{count}"
+        """A path for a tensor or a step that is no other's, and lies neither above nor within another's."""
+        candidate = name = name or "step"
+        for count in itertools.count(2):
+            within = any(candidate.startswith(f"{taken}.") for taken in self.names)
+            if not within and not any(taken == candidate or taken.startswith(f"{candidate}.") for taken in self.names):
+                break
+            path, dot, leaf = name.rpartition(".")
+            candidate = f"{path}_{count}.{leaf}" if within and dot else f"{name}_{count}"
         self.names.add(candidate)
         return candidate
 
@@ -226,7 +231,7 @@ class _Builder:
         return self.steps[key]
 
     def cost(self, region: Region) -> tuple[int, int, int]:
-        return step_cost(region.nodes, self.dtype)
+        return step_cost(region.nodes, self.dtype, self.constants.nodes)
 
     def key(self, node: Any) -> str:
         return self.constants.key(node) if isinstance(node, fx.Node) else repr(node)
@@ -266,11 +271,16 @@ class _Builder:
             parts.append("add")
         if region.act != "none":
             parts.append(region.act)
-        took = tuple(["bn"] if region.head in self.folded else []) + tuple(parts[1:])
+        folded_in = ("bn" if self.is_norm(region) else "scale",) if region.head in self.folded else ()
+        took = (*folded_in, *parts[1:])
         folded = ", ".join(dict.fromkeys(norm_name(n) for n in region.affines)) if region.head in self.folded else ""
         stop = region.stop or Refusal("", "")
         message = "; ".join(part for part in (f"{folded} folded" if folded else stop.message, readers(region)) if part)
         self.rows.append(FreezeRow(name, "conv", " + ".join(parts), stop.code, message, took, *self.cost(region)))
+
+    def is_norm(self, region: Region) -> bool:
+        """Whether one of the affines is a BN, or written with tensors as one, and no mere product with a number."""
+        return any(n.target is aten.batch_norm.default or len(n.all_input_nodes) > 1 for n in region.affines)
 
     def other_conv(self, region: Region) -> fx.Node:
         """A 1-D or 3-D convolution, or one of an unbatched input: folded, and called as it was."""

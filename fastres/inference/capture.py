@@ -12,7 +12,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -103,15 +103,29 @@ def _structure(spec: TreeSpec) -> Any:
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` with its own modules and buffers, on the same parameters: they are never written to.
+    """A copy of ``model`` with its own modules, buffers and parameters; these are on the memory of the model's.
+
+    For a forward that does not write to its parameters; one that may needs `own_memory` first.
 
     Raises:
         TypeError: the model cannot be copied.
     """
     try:
-        return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        return copy.deepcopy(model, {id(p): _alias(p) for p in model.parameters() if type(p) is nn.Parameter})
     except Exception as error:
         raise TypeError(f"model: {type(model).__name__} cannot be deep-copied: {error}") from error
+
+
+def _alias(p: nn.Parameter) -> nn.Parameter:
+    alias = nn.Parameter(p.data, p.requires_grad)  # .data: with a version counter of its own
+    alias.__dict__.update(p.__dict__)
+    return alias
+
+
+def own_memory(model: nn.Module) -> None:
+    """Gives the parameters of a `sharing_copy` memory of their own."""
+    for p in model.parameters():
+        p.data = p.data.clone()
 
 
 def capture(model: nn.Module, call: Call) -> Captured:
@@ -125,7 +139,7 @@ def capture(model: nn.Module, call: Call) -> Captured:
         CaptureError: with the reason: hooks, control flow that depends on data, state that the forward writes to.
     """
     _refuse_hooks(model)
-    batch = next((len(t) for t in call.tensors if t.is_floating_point() and t.ndim), 0)
+    batch = batch_of(call.tensors)
     shapes = ShapesCollection()
     tensors = [_at_least_two(t, batch) for t in call.tensors]
     for t, given in zip(tensors, call.tensors, strict=True):
@@ -165,6 +179,12 @@ def _plain_state(model: nn.Module) -> dict[str, Any]:
             elif isinstance(value, list | dict | set) and name[:1] != "_":
                 state[f"{prefix}.{name}".lstrip(".")] = len(value)
     return state
+
+
+def batch_of(tensors: Iterable[Tensor]) -> int:
+    """The first size of the first floating tensor, or of the first one where none is; 0 for numbers alone."""
+    sized = [t for t in tensors if t.ndim]
+    return next((len(t) for t in [*(t for t in sized if t.is_floating_point()), *sized]), 0)
 
 
 def _at_least_two(t: Tensor, batch: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from math import prod
 from typing import Any
 
@@ -14,8 +14,8 @@ _PRODUCTS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten
 _FREE = {aten.reshape.default, aten.flatten.using_ints, aten.split.Tensor, aten.chunk.default, aten.slice.Tensor}
 
 
-def step_cost(nodes: Sequence[fx.Node], dtype: torch.dtype) -> tuple[int, int, int]:
-    """Of a chain of nodes run as one step, at the capture's batch.
+def step_cost(nodes: Sequence[fx.Node], dtype: torch.dtype, constants: Set[fx.Node]) -> tuple[int, int, int]:
+    """Of a chain of nodes run as one step, at the capture's batch; what it reads of ``constants`` are weights.
 
     Returns:
         Flops (a multiply-add is two), bytes of activations, bytes of weights; floating tensors in ``dtype``.
@@ -25,7 +25,7 @@ def step_cost(nodes: Sequence[fx.Node], dtype: torch.dtype) -> tuple[int, int, i
     read = {source for node in nodes for source in node.all_input_nodes if source not in inside}
     moved = weights = 0
     for node in read:
-        if _is_constant(node):
+        if node in constants:
             weights += _bytes(node, dtype)
         elif nodes[-1].target not in _FREE:
             moved += _bytes(node, dtype)
@@ -41,10 +41,6 @@ def _flops(node: Any) -> int:
     if node.target is aten.linear.default:
         return 2 * out * int(node.args[1].meta["size"][-1])
     return 0
-
-
-def _is_constant(node: fx.Node) -> bool:
-    return node.op == "get_attr" or bool(node.all_input_nodes and all(_is_constant(n) for n in node.all_input_nodes))
 
 
 def _bytes(node: Any, dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-# They hand their input on in eval mode, though their schemas do not say so.
+# Off, in eval mode, they hand their input on, though their schemas do not say so.
 PASS = {
     torch.ops.aten.dropout.default,
     torch.ops.aten.dropout_.default,
@@ -57,10 +57,10 @@ def functionalize(graph: fx.Graph, lifted: set[str]) -> bool:
                 _join(shares, node, argument)
             continue
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
-            if argument.alias_info is not None or node.target in PASS or node.target in _MAY_PASS:
+            if argument.alias_info is not None or passes(node) or node.target in _MAY_PASS:
                 for source in [value] if isinstance(value, fx.Node) else _nodes(value):
                     _join(shares, node, source)
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            if argument.alias_info is not None and argument.alias_info.is_write and not passes(node):
                 if not isinstance(value, fx.Node):
                     raise Impure(str(node.target))
                 written.append((node, value))
@@ -69,8 +69,8 @@ def functionalize(graph: fx.Graph, lifted: set[str]) -> bool:
             raise Impure("a norm that moves its statistics")
     for node, target in written:
         for other in shares[target] - {node, target}:
-            if _is_chained(other, node, written):
-                continue
+            if order[other] > order[node] or _is_chained(other, node, written):
+                continue  # a view taken later: what it is taken of is replaced
             if any(order[user] > order[node] for user in other.users):
                 raise Impure(f"{node} writes to memory that {other} shares")
         if target.name in lifted or _base(target, written).name in lifted or _pure(node) is None:
@@ -79,6 +79,11 @@ def functionalize(graph: fx.Graph, lifted: set[str]) -> bool:
     for node, _ in written:
         _replace(node, order)
     return to_input
+
+
+def passes(node: fx.Node) -> bool:
+    """Whether this is a dropout that is off: it hands its input on."""
+    return node.target in PASS and not (node.args[2] if len(node.args) > 2 else node.kwargs["train"])
 
 
 def _join(shares: dict[fx.Node, set[fx.Node]], node: fx.Node, source: fx.Node) -> None:

@@ -22,7 +22,6 @@ import inspect
 import keyword
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,12 +29,12 @@ from torch import Tensor, fx, nn
 
 from fastres.inference.json_leaves import LEAVES, leaf_from_json, leaf_to_json, settle
 from fastres.inference.json_ops import target_from_json, target_to_json
+from fastres.inference.json_paths import Paths, put
 from fastres.inference.json_values import DTYPES, Decoder, FrozenFileError, encode, short
 
-MAX_NODES = 100_000
+MAX_NODES = 50_000
 MAX_SIZE = 2**48
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,199}", re.ASCII)
-_SEGMENT = re.compile(r"[A-Za-z0-9_]{1,200}", re.ASCII)
 _KINDS = ("parameter", "buffer")
 
 
@@ -47,10 +46,11 @@ def graph_to_json(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Ten
     """
     nodes: list[dict[str, Any]] = []
     modules: dict[str, dict[str, Any]] = {}
-    tensors = _Tensors()
+    paths = Paths()
+    tensors = _Tensors(paths)
     for node in module.graph.nodes:
         try:
-            nodes.append(_node_to_json(node, module, modules, tensors))
+            nodes.append(_node_to_json(node, module, paths, modules, tensors))
         except FrozenFileError as error:
             raise FrozenFileError(f"node {node.name}: {error}") from error
     data = {"nodes": nodes, "modules": list(modules.values()), "tensors": list(tensors.rows.values())}
@@ -58,23 +58,25 @@ def graph_to_json(module: fx.GraphModule) -> tuple[dict[str, Any], dict[str, Ten
 
 
 def _node_to_json(
-    node: fx.Node, module: fx.GraphModule, modules: dict[str, dict[str, Any]], tensors: _Tensors
+    node: fx.Node, module: fx.GraphModule, paths: Paths, modules: dict[str, dict[str, Any]], tensors: _Tensors
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"op": node.op, "name": node.name}
     if node.op == "call_function":
         row["target"] = target_to_json(node.target)
     elif node.op == "get_attr":
-        row["target"] = path = str(node.target)
+        path = str(node.target)
+        row["target"] = paths[path]
         owner, _, name = path.rpartition(".")
         tensors.add(path, module.get_submodule(owner), name)
     elif node.op == "call_module":
-        row["target"] = path = str(node.target)
+        path = str(node.target)
+        row["target"] = paths[path]
         if path not in modules:
             child = module.get_submodule(path)
             leaf = leaf_to_json(child)
             if leaf is None:
                 raise FrozenFileError(f"it calls a {type(child).__name__}: a file holds {', '.join(LEAVES)} alone")
-            modules[path] = {"name": path, "class": leaf[0], "settings": encode(leaf[1])}
+            modules[path] = {"name": paths[path], "class": leaf[0], "settings": encode(leaf[1])}
             for name, _ in (*child.named_parameters(), *child.named_buffers()):
                 tensors.add(f"{path}.{name}", child, name)
     elif node.op not in ("placeholder", "output"):
@@ -90,7 +92,8 @@ def _node_to_json(
 class _Tensors:
     """The rows of a graph's tensors, and what of them is stored: memory with two names once."""
 
-    def __init__(self) -> None:
+    def __init__(self, paths: Paths) -> None:
+        self.paths = paths
         self.rows: dict[str, dict[str, Any]] = {}
         self.data: dict[str, Tensor] = {}
         self.strides: dict[str, list[int]] = {}
@@ -104,10 +107,10 @@ class _Tensors:
         if reason:
             raise FrozenFileError(f"{path} {reason}")
         key = id(t) if not t.numel() else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)
-        data = self._known.setdefault(key, path)
+        data = self._known.setdefault(key, self.paths[path])
         if self.data.setdefault(data, t) is t and t.stride() != _contiguous(t) and is_dense(t.shape, t.stride()):
             self.strides[data] = list(t.stride())
-        row: dict[str, Any] = {"name": path, "data": data, "kind": _KINDS[name not in owner._parameters]}
+        row: dict[str, Any] = {"name": self.paths[path], "data": data, "kind": _KINDS[name not in owner._parameters]}
         if row["kind"] == "buffer" and name in owner._non_persistent_buffers_set:
             row["persistent"] = False
         self.rows[path] = row
@@ -169,9 +172,12 @@ def graph_from_json(
         FrozenFileError: anything that ``graph_to_json`` does not write.
     """
     nodes, modules, rows = (_rows(data, name) for name in ("nodes", "modules", "tensors"))
+    if not set(data["strides"]) <= set(stored):
+        raise FrozenFileError("it has strides of tensors that it does not have")
     network = fx.GraphModule(nn.Module(), fx.Graph(), "FrozenNetwork")
     tensors = _tensors_from_json(rows, stored, device)
-    _install(network, modules, tensors)
+    named = (row.get("target") for row in nodes if row.get("op") in ("get_attr", "call_module"))
+    _install(network, dict.fromkeys(path for path in named if isinstance(path, str)), modules, tensors)
     moved = {saved: device, torch.device(saved.type): device}
     network.graph = _nodes_from_json(nodes, network, {row["name"] for row in modules}, set(tensors), moved)
     return network.eval()
@@ -208,79 +214,49 @@ def _tensors_from_json(
     return found
 
 
-def _install(network: nn.Module, rows: list[dict[str, Any]], tensors: Mapping[str, tuple[Tensor, bool]]) -> None:
-    """Puts modules and tensors at their paths, in plain containers made as needed."""
-    leaves: dict[str, dict[str, tuple[Tensor, bool]]] = {}
+def _install(
+    network: nn.Module,
+    order: dict[str, None],
+    rows: list[dict[str, Any]],
+    tensors: Mapping[str, tuple[Tensor, bool]],
+) -> None:
+    """Puts modules and tensors at their paths, in the order in which the graph names them."""
+    leaves: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     for row in rows:
         path = row.get("name")
         if not isinstance(path, str) or path in leaves:
             raise FrozenFileError(f"the module {short(path)} is there twice, or has no name")
-        leaves[path] = {}
-    for path, entry in tensors.items():
+        leaves[path] = row, {}
+    for path, (t, _) in tensors.items():
         owner, _, name = path.rpartition(".")
+        if path in leaves:
+            raise FrozenFileError(f"{short(path)} is there twice")
         if owner in leaves:
-            leaves[owner][name] = entry
-        else:
-            at, name = _container(network, path)
-            _put(at, name, *entry)
-    for row in rows:
-        mine = leaves[row["name"]]
-        settings = Decoder()(row.get("settings"))
-        try:
-            module = leaf_from_json(row.get("class"), settings, {n: t for n, (t, _) in mine.items()})
-        except FrozenFileError as error:
-            raise FrozenFileError(f"module {short(row['name'])}: {error}") from error
-        for name, (t, _) in mine.items():
+            leaves[owner][1][name] = t
+        elif path not in order:
+            raise FrozenFileError(f"the graph does not use its tensor {short(path)}")
+    if not set(leaves) <= set(order):
+        raise FrozenFileError(f"the graph does not use its modules {short(sorted(set(leaves) - set(order)))}")
+    for path in order:
+        if path in leaves:
+            put(network, path, _leaf(*leaves[path]))
+        elif path in tensors and path.rpartition(".")[0] not in leaves:
+            put(network, path, *tensors[path])
+
+
+def _leaf(row: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A module around its tensors: the very objects, for whoever shares them."""
+    settings = Decoder()(row.get("settings"))
+    try:
+        module = leaf_from_json(row.get("class"), settings, tensors)
+        for name, t in tensors.items():
             if (name in module._parameters) is not isinstance(t, nn.Parameter):
-                raise FrozenFileError(f"module {short(row['name'])}: its {name} is of the wrong kind")
-            setattr(module, name, t)  # one object for all who share it
-        at, name = _container(network, row["name"])
-        at.add_module(name, module)
+                raise FrozenFileError(f"its {name} is of the wrong kind")
+            setattr(module, name, t)
         settle(module, settings)
-
-
-def _container(network: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module that holds what this path names, and its name there, which is free."""
-    *above, name = _segments(path)
-    at = network
-    for segment in above:
-        child = at._modules.get(segment)
-        if child is None:
-            if segment in at._buffers or segment in at._parameters:
-                raise FrozenFileError(f"{short(path)} lies within a tensor")
-            child = nn.Module()
-            at.add_module(segment, child)
-        if type(child) is not nn.Module:
-            raise FrozenFileError(f"{short(path)} lies within a {type(child).__name__}")
-        at = child
-    if name in at._modules or name in at._buffers or name in at._parameters:
-        raise FrozenFileError(f"{short(path)} is there twice")
-    return at, name
-
-
-def _put(at: nn.Module, name: str, t: Tensor, persistent: bool) -> None:
-    if isinstance(t, nn.Parameter):
-        at.register_parameter(name, t)
-    else:
-        at.register_buffer(name, t, persistent=persistent)
-
-
-@lru_cache(maxsize=1)
-def _taken() -> frozenset[str]:
-    """The attributes that a module or a GraphModule has of its own: a path through one would find that."""
-    return frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
-
-
-def _segments(path: Any) -> list[str]:
-    segments = path.split(".") if isinstance(path, str) else []
-    for segment in segments:
-        if not _SEGMENT.fullmatch(segment) or keyword.iskeyword(segment) or segment in _taken():
-            raise FrozenFileError(f"{short(path)} is no path of a tensor or module")
-        if segment.startswith("__"):
-            raise FrozenFileError(f"{short(path)} is no path of a tensor or module")
-    if not segments or len(segments) > 64:
-        raise FrozenFileError(f"{short(path)} is no path of a tensor or module")
-    return segments
+    except FrozenFileError as error:
+        raise FrozenFileError(f"module {short(row['name'])}: {error}") from error
+    return module
 
 
 def _nodes_from_json(

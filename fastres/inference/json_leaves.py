@@ -62,7 +62,7 @@ def _conv_build(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> n
     groups, act, exact = settings["groups"], settings["act"], settings["exact"]
     if type(groups) is not int or groups < 1 or len(weight) % groups:
         raise FrozenFileError(f"{short(groups)} groups do not divide {len(weight)} channels")
-    if act not in _ACTIVATIONS or type(exact) is not bool:
+    if act not in _ACTIVATIONS or type(exact) is not bool or type(settings["plain"]) is not list:
         raise FrozenFileError(f"{short(act)}, {short(exact)} are no settings of it")
     stride, padding, dilation = (_pair(settings[name], name != "padding") for name in ("stride", "padding", "dilation"))
     conv = FrozenConv.of(weight, bias, stride, padding, dilation, groups, act)
@@ -73,8 +73,6 @@ def _conv_build(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> n
 def _conv_settle(conv: FrozenConv, settings: Mapping[str, Any]) -> None:
     """Keeps the plain weight for the inputs that were faster on it."""
     plain, weight = settings["plain"], conv.weight
-    if type(plain) is not list or len(plain) > 64:
-        raise FrozenFileError("its inputs on the plain weight are no list")
     if not plain or weight.is_meta:
         return
     conv.packs.weight = weight.data_ptr(), -1 if weight.is_inference() else weight._version

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import MISSING, dataclass, fields
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, fx
@@ -95,7 +96,8 @@ def from_json(document: Any, tensors: Mapping[str, Tensor], device: torch.device
     except KeyError as error:
         raise FrozenFileError(f"its JSON has no {error}") from error
     except Exception as error:  # torch's own refusals of what passed the checks here
-        raise FrozenFileError(f"its network cannot be built: {type(error).__name__}: {short(str(error))}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise FrozenFileError(f"its network cannot be built: {type(error).__name__}: {reason}") from error
 
 
 def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | None) -> Stored:
@@ -117,10 +119,12 @@ def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
     if tree.num_leaves != count + len(plain) or outputs.num_leaves != len(returned):
         raise FrozenFileError("the trees of its inputs and outputs do not have as many leaves as its graph")
     parts = plan.images_at_a_time
-    if type(batch) is not int or type(plan.channels_last) is not bool or type(parts) not in (int, type(None)):
-        raise FrozenFileError(f"{short(batch)}, {short(plan)} are no batch and plan")
-    if type(dtype) is not torch.dtype or not dtype.is_floating_point or (parts is not None and parts < 1):
-        raise FrozenFileError(f"{short(dtype)}, {short(parts)} are no dtype and number of images")
+    if tree.type is not tuple or [child.type for child in tree._children] != [tuple, dict]:
+        raise FrozenFileError("its arguments are not positional and named ones")
+    if type(batch) is not int or (parts is not None and parts < 1):
+        raise FrozenFileError(f"{short(batch)}, {short(parts)} are no numbers of images")
+    if type(dtype) is not torch.dtype or not dtype.is_floating_point:
+        raise FrozenFileError(f"{short(dtype)} is no dtype to compute in")
     signature, report = signature_from_json(document["signature"]), _report(value(document["report"]))
     return Stored(module, signature, tree, plain, inputs, outputs, batch, dtype, plan, device, report)
 
@@ -132,7 +136,9 @@ def _available(device: torch.device, asked: bool) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         hint = "" if asked else "; device='cpu' loads it here"
-        raise FrozenFileError(f"it is for {device}, which is not there{hint}: {short(str(error))}") from error
+        raise FrozenFileError(
+            f"it is for {device}, which is not there{hint}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
     return device
 
 
@@ -143,15 +149,48 @@ def _is_input(row: Any) -> bool:
 
 
 def _report(data: Any) -> FreezeReport:
-    """The report of plain data: fields that this version lacks are left out."""
-    rows, verification = data["rows"], data["verification"]
+    """The report of plain data."""
+    data = _dict(data, FreezeReport)
+    verification = data.get("verification")
     if verification is not None:
-        judged = tuple(_made(Row, row) for row in verification["rows"])
+        verification = _dict(verification, Verification)
+        judged = tuple(_made(Row, row) for row in _list(verification.get("rows")))
         verification = _made(Verification, {**verification, "rows": judged})
-    made = _made(FreezeReport, {**data, "rows": [_made(FreezeRow, row) for row in rows], "verification": verification})
+    rows = [_made(FreezeRow, row) for row in _list(data.get("rows"))]
+    made = _made(FreezeReport, {**data, "rows": rows, "verification": verification})
     str(made), made.to_dict()  # it can be shown
     return made  # type: ignore[no-any-return]
 
 
-def _made(cls: Any, data: Mapping[str, Any]) -> Any:
-    return cls(**{field.name: data[field.name] for field in fields(cls) if field.name in data})
+def _list(data: Any) -> list[Any]:
+    if not isinstance(data, list):
+        raise FrozenFileError(f"{short(data)} are no rows of its report")
+    return data
+
+
+def _dict(data: Any, cls: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise FrozenFileError(f"{short(data)} is no {cls.__name__}")
+    return data
+
+
+def _made(cls: Any, data: Any) -> Any:
+    """A dataclass of its fields; those that this version lacks are left out, those that the file lacks are defaults."""
+    hints, data = get_type_hints(cls), _dict(data, cls)
+    given = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    if not needed <= set(given):
+        raise FrozenFileError(f"its {cls.__name__} lacks {', '.join(sorted(needed - set(given)))}")
+    for name, value in given.items():
+        if not _is_a(value, hints[name]):
+            raise FrozenFileError(f"{name} of its {cls.__name__} is {short(value)}, expected {hints[name]}")
+    return cls(**given)
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of an annotated type; what lists and dicts hold is not looked at."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_a(value, option) for option in get_args(hint))
+    if hint is float:
+        return type(value) in (int, float)
+    return hint is Any or type(value) is (get_origin(hint) or hint)

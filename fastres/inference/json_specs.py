@@ -151,17 +151,13 @@ def spec_from_json(data: Any, depth: int = 0) -> TreeSpec:
 
 
 def _path(cls: Any) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _class_path(path: Any) -> tuple[str, str]:
-    if not isinstance(path, str) or len(path) > 300 or "." not in path:
+    module, colon, name = path.partition(":") if isinstance(path, str) and len(path) < 300 else ("", "", "")
+    if not module or not name:
         raise FrozenFileError(f"{short(path)} is no class")
-    module, _, name = path.rpartition(".")
-    if not _NAME.fullmatch(name) or keyword.iskeyword(name) or not all(map(_NAME.fullmatch, module.split("."))):
-        name = re.sub(r"[^A-Za-z0-9_]", "_", name)  # a class within a function: its like has a plain name
-        if not _NAME.fullmatch(name) or keyword.iskeyword(name):
-            raise FrozenFileError(f"{short(path)} is no class")
     return module, name
 
 
@@ -179,6 +175,9 @@ def _named_tuple(module: str, name: str, names: list[Any]) -> Any:
         raise FrozenFileError("a named tuple of the structure has fields that are no names")
     if any(n.startswith("_") for n in names):
         raise FrozenFileError("a named tuple of the structure has a field that begins with an underscore")
+    name = name.rpartition(".")[2]  # one that is defined in a function or a class is not found, and made again
+    if not _NAME.fullmatch(name) or keyword.iskeyword(name):
+        raise FrozenFileError(f"{short(name)} is no name of a named tuple")
     cls = getattr(sys.modules.get(module), "__dict__", {}).get(name)
     if isinstance(cls, type) and issubclass(cls, tuple) and getattr(cls, "_fields", None) == tuple(names):
         return cls
@@ -199,7 +198,7 @@ def _dataclass(module: str, name: str) -> Any:
         if found is None:
             raise FrozenFileError(f"its output is a {name}, which the transformers installed here does not have")
     if found is None:
-        raise FrozenFileError(f"it needs the class {module}.{name}: import {module} before loading")
+        raise FrozenFileError(f"it needs the class {short(name)}: import {short(module)} before loading")
     return found
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastres.inference.functional import PASS
+from fastres.inference.functional import passes
 
 aten = torch.ops.aten
-_SAME = PASS | {
+_SAME = {
     aten.clone.default,
     aten.contiguous.default,
     aten.detach.default,
@@ -46,7 +46,7 @@ def normalize(graph: fx.Graph, keep: frozenset[Any] = frozenset()) -> None:
             continue
         if node.target in _CHECKS:
             graph.erase_node(node)
-        elif node.target in _SAME:
+        elif node.target in _SAME or passes(node):
             if node.target not in keep:
                 _hand_on(graph, node)
         elif node.target is aten.slice.Tensor and _is_whole(node):

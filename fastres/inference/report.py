@@ -16,8 +16,8 @@ class FreezeRow:
 
     ``reason`` is a code where it could not become more: NO_NORM, NO_CONV, SHARED, OTHER_USE, NOT_REACHED, NOT_CONSTANT,
     DATA_DEPENDENT, HAS_HOOKS, CONV_TYPE, NORM_TYPE, BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, SHAPE;
-    ``message`` says it in words. ``took`` lists what it took in: "bn", "bias", "add" and the activation. ``flops``,
-    ``bytes`` and ``weights`` are the least that the step takes.
+    ``message`` says it in words. ``took`` lists what it took in: "bn" ("scale": a mere number), "bias", "add" and the
+    activation. ``flops``, ``bytes`` and ``weights`` are the least that the step takes.
     """
 
     name: str

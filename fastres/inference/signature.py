@@ -63,6 +63,9 @@ class Signature:
     def __reduce__(self) -> tuple[type[Signature], tuple[Any]]:
         return Signature, (self.parameters,)
 
+    def __str__(self) -> str:
+        return str(self._signature)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Signature) and self.parameters == other.parameters
 

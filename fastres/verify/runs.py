@@ -177,8 +177,13 @@ def evaluate(
     if module is not None:
         state |= dict(module.named_buffers())
     run.buffers = {name: t.detach() for name, t in state.items()}
-    run.moved = {name for name, t in state.items() if name not in before or not torch.equal(before[name], t)}
+    run.moved = {name for name, t in state.items() if name not in before or not _same_bits(before[name], t)}
     return run
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN beside NaN is the same."""
+    return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def _backward(

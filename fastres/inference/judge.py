@@ -1,0 +1,85 @@
+"""freeze's verdict: the referee's, on a calibrated copy where the network never saw data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastres.inference.capture import WRITES_TO_INPUT
+from fastres.inference.checks import copies
+from fastres.inference.choose import close
+from fastres.inference.frozen import FrozenModel
+from fastres.inference.report import FreezeReport
+from fastres.verify import Verification, calibrate, uncalibrated, verify
+from fastres.verify.runs import call, map_tensors, named_tensors, private
+
+
+def judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> Verification | None:
+    """The referee's verdict; a network that never saw data is judged on a calibrated copy, frozen the same way."""
+    layers = uncalibrated(source)
+    if layers:
+        calibrated = private("model", source)
+        try:
+            calibrate(calibrated, inputs)
+        except Exception as error:
+            report.notes.append(f"{len(layers)} BN have initial statistics and could not be calibrated: {error}")
+        else:
+            report.notes.append(f"{len(layers)} BN have initial statistics; verified on a copy with the example's")
+            module, _ = frozen._recipe.make(calibrated, frozen.dtype)
+            twin = FrozenModel(module, calibrated, frozen._recipe, report, frozen.dtype)
+            if frozen.channels_last:
+                twin.use_channels_last()
+            twin.overwrite_residuals(frozen._overwrites)
+            twin.images_at_a_time = frozen.images_at_a_time
+            source, frozen = calibrated, twin
+    judged: nn.Module = source
+    candidate: nn.Module = frozen
+    if report.capture == "modules":  # either may write to its input; buffers written to have the same names in both
+        judged, candidate = _OnCopies(_OnCopies(source)), _OnCopies(frozen)
+    elif WRITES_TO_INPUT in report.notes:
+        judged = _OnCopies(source)
+    try:
+        return verify(judged, candidate, inputs, backward=False, training=False, calibrate_bn=False)
+    except RuntimeError as error:
+        if "the reference in float64 raised" not in str(error):
+            raise
+        report.notes.append(f"not verified, the model does not run in float64: {str(error).splitlines()[0]}")
+    except ValueError as error:
+        if "output holds no tensor" not in str(error):
+            raise
+        report.notes.append("not verified, its output holds no tensor")
+        return None
+    _beside_eager(judged, frozen, inputs, report)
+    return None
+
+
+def _beside_eager(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> None:
+    """Where there is no float64 to compare with: the answers beside eager's, into the report.
+
+    Raises:
+        RuntimeError: they are others.
+    """
+    with torch.no_grad():
+        want, got = (named_tensors(call(m, copies(inputs)), "output") for m in (source, frozen))
+    worst = 0.0
+    for name, w in want.items():
+        g = got[name].to(w.dtype) if name in got else None
+        if g is None or g.shape != w.shape or not close(g, w):
+            raise RuntimeError(f"freeze: {name} of the frozen {report.model} is not the source's")
+        if w.is_floating_point() and w.numel():
+            worst = max(worst, float((g - w).abs().max() / w.abs().max().clamp_min(torch.finfo(w.dtype).tiny)))
+    report.notes.append(f"its answers are eager's to {worst:.1e} of the largest")
+
+
+class _OnCopies(nn.Module):
+    """A network that writes to its input, on copies of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = map_tensors((args, kwargs), lambda _, t: t.clone(), "")
+        return self.module(*args, **kwargs)
