@@ -104,7 +104,8 @@ def inner_backend(mode: str | None, options: Mapping[str, Any] | None) -> tuple[
             raise ValueError(f"options: inner: got {name!r}, expected one of {', '.join(known)}")
         if settings:
             raise ValueError(f"options: got {sorted(settings)}, settings of Inductor, and inner={name!r}")
-        return lookup_backend(name), True
+        named: Any = lookup_backend(name)
+        return named, True
     inductor: Any = lookup_backend("inductor")
     return partial(inductor, config_patches=settings) if settings else inductor, name is not None
 

@@ -70,9 +70,9 @@ def suits(traced: Traced, regions: Sequence[Region], constants: Constants) -> bo
         if node.target._schema.is_mutable or any(tag in node.target.tags for tag in _NEVER):
             return False
         if node.target not in _ALIKE and "size" in node.meta:
-            between += step_cost([node], node.meta["dtype"])[1]
-    moved = sum(step_cost(region.nodes, region.last.meta["dtype"])[1] for region in regions)
-    return between <= _MOST * moved
+            between += step_cost([node], node.meta["dtype"], constants.nodes)[1]
+    moved = sum(step_cost(region.nodes, region.last.meta["dtype"], constants.nodes)[1] for region in regions)
+    return bool(between <= _MOST * moved)
 
 
 _CPU = torch.device("cpu")
@@ -115,26 +115,27 @@ def _network(module: fx.GraphModule, tensors: Sequence[Tensor]) -> tuple[fx.Grap
         return values[node]
 
     for node in module.graph.nodes:
+        arguments: tuple[Any, ...] = node.args
         if node.op == "placeholder":
             continue
         if node.target is torch.ops.fastres.conv_act.default:
-            x, w, b, residual, *where, act = node.args
-            root.add_module(node.name, FrozenConv.of(made[w], None if b is None else made[b], *where, act))
+            x, w, b, residual, stride, padding, dilation, groups, act = arguments
+            bias = None if b is None else made[b]
+            root.add_module(node.name, FrozenConv.of(made[w], bias, stride, padding, dilation, groups, act))
             y: Any = value(x)
             if x.op == "placeholder" and made[w].is_contiguous(memory_format=torch.channels_last):
                 y = graph.call_function(aten.contiguous.default, (y,), {"memory_format": torch.channels_last})
-            inputs = (y,) if residual is None else (y, value(residual))
-            values[node] = graph.call_module(node.name, inputs)
+            values[node] = graph.call_module(node.name, (y,) if residual is None else (y, value(residual)))
         elif node.target is torch.ops.fastres.bn_act.default:
-            x, *norm, residual, _, eps, act = node.args
+            x, *norm, residual, _, eps, act = arguments
             names = ("weight", "bias", "running_mean", "running_var")
             options = {name: None if t is None else value(t) for name, t in zip(names, norm, strict=True)}
             inputs = value(x), None if residual is None else value(residual), act, "auto"
             values[node] = graph.call_function(fused_bn_act, inputs, options | {"training": False, "eps": eps})
-        elif node.target is operator.getitem and node.args[0].target is torch.ops.fastres.bn_act.default:
-            values[node] = values[node.args[0]]
+        elif node.target is operator.getitem and arguments[0].target is torch.ops.fastres.bn_act.default:
+            values[node] = values[arguments[0]]
         elif node.target is torch.ops.fastres.add_relu.default:
-            values[node] = graph.call_function(fused_add_relu, (value(node.args[0]), value(node.args[1]), "auto"))
+            values[node] = graph.call_function(fused_add_relu, (value(arguments[0]), value(arguments[1]), "auto"))
         else:
             values[node] = graph.node_copy(node, value)
     return fx.GraphModule(root, graph, "CompiledNetwork").eval(), tuple(places)

@@ -181,7 +181,7 @@ class _Writer:
         """One of Dynamo's placeholders, with what AOTAutograd asks it for."""
         placeholder = self.graph.placeholder(str(node.target))
         placeholder.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
-        placeholder._dynamo_source = getattr(node, "_dynamo_source", None)  # type: ignore[attr-defined]
+        placeholder._dynamo_source = getattr(node, "_dynamo_source", None)
         return placeholder
 
     def extra(self) -> fx.Node:
@@ -192,12 +192,14 @@ class _Writer:
         with self.graph.inserting_after(self.behind):
             placeholder = self.graph.placeholder(f"made_{count}")
         placeholder.meta = {"tensor_dict": {"_dynamo_static_input_type": "unguarded"}}
-        placeholder._dynamo_source = ConstantSource(f"fastres_made_{count}")  # type: ignore[attr-defined]
+        placeholder._dynamo_source = ConstantSource(f"fastres_made_{count}")
         self.behind = placeholder
         return placeholder
 
-    def value(self, node: fx.Node) -> fx.Node:
-        """A constant that meets the input: its argument, or made, or computed in every call."""
+    def value(self, node: Any) -> Any:
+        """A constant that meets the input: its argument, or made, or computed in every call. None is None."""
+        if node is None:
+            return None
         if node not in self.values:
             keep = self.own_weights and self.constants.is_worth_keeping(node)
             if node in self.constants.nodes and (keep or node.op == "get_attr"):
@@ -211,12 +213,12 @@ class _Writer:
     def step(self, region: Region) -> fx.Node:
         self.counts[region.kind] += 1
         x: Any = region.head.args[0]
-        residual = None if region.residual is None else self.value(region.residual)
+        residual = self.value(region.residual)
         if region.kind == "conv":
             return self.conv(region, self.value(x), residual)
         if region.kind == "norm":
             tensors: Any = region.head.args[1:5]
-            live = [None if t is None else self.value(t) for t in tensors]
+            live = [self.value(t) for t in tensors]
             eps = region.head.args[7]
             node = self.graph.call_function(BN_ACT, (self.value(x), *live, residual, False, eps, region.act))
             return self.graph.call_function(operator.getitem, (node, 0))
@@ -230,7 +232,7 @@ class _Writer:
             w, b = self.extra(), self.extra()
             self.counts["bn"] += 1
         else:
-            w, b = self.value(weight), None if bias is None else self.value(bias)
+            w, b = self.value(weight), self.value(bias)
         if not _is_conv2d(region):  # no epilogue, see `find_regions`
             return self.graph.call_function(region.head.target, (x, w, b, *where))  # type: ignore[arg-type]
         self.counts["add"] += residual is not None

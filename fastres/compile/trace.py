@@ -65,8 +65,9 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> Traced:
     fakes = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs]
     with mode, torch.no_grad(), enable_python_dispatcher():
         traced = make_fx(torch.func.functionalize(module))(*fakes)
-    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
-    sources = dict(zip(traced.graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True))
+    given = module.graph.find_nodes(op="placeholder")
+    names = [str(node.target) for node in given]
+    sources = dict(zip(traced.graph.find_nodes(op="placeholder"), given, strict=True))
     written = _written(traced.graph)
     graph = fx.Graph()
     values: dict[fx.Node, Any] = {}
