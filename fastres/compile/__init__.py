@@ -9,6 +9,6 @@ backend.py   the backend: which graph takes which way
 The entry point `torch_dynamo_backends` names it, so it needs no import of fastres. Whoever imports it has Dynamo.
 """
 
-from fastres.compile.backend import backend
+from fastres.compile.rewrite import backend
 
 __all__ = ["backend"]

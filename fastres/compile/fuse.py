@@ -50,7 +50,7 @@ class Fused:
         self,
         module: fx.GraphModule,
         traced: Traced,
-        made: list[Region | fx.Node],
+        made: list[tuple[str, Any]],
         counts: Counter[str],
         layout: Any,
         own_weights: bool,
@@ -58,7 +58,7 @@ class Fused:
         self.module, self.counts, self.own_weights = module, counts, own_weights
         self._made, self._own, self._layout = made, traced.tensors, layout
         self._graph = traced.graph
-        leaves = dict.fromkeys(name for what in made for name in _leaves(what))
+        leaves = dict.fromkeys(name for _, what in made for name in _leaves(what))
         self._names = [name for name in leaves if name in traced.static]
         self.weights = tuple(traced.static[name] for name in self._names)
 
@@ -71,9 +71,10 @@ class Fused:
         """
         constants = Constants(self._graph, dict(zip(self._names, weights, strict=True)) | self._own)
         tensors: list[Tensor] = []
-        for what in self._made:
-            if isinstance(what, fx.Node):
-                tensors.append(self._laid_out(constants.rounded(what, what.meta["dtype"])))
+        for kind, what in self._made:
+            if kind != "region":
+                t = constants.rounded(what, what.meta["dtype"])
+                tensors.append(self._laid_out(t) if kind == "kernel" else t)
                 continue
             result: Any = (folded or {}).get(what.head) or fold_region(what, constants, what.head.meta["dtype"])
             if isinstance(result, Refusal):
@@ -144,7 +145,7 @@ class _Writer:
         self.regions, self.folded = regions, folded
         self.graph = fx.Graph()
         self.values: dict[Any, fx.Node] = {}
-        self.made: list[Region | fx.Node] = []
+        self.made: list[tuple[str, Any]] = []  # a "region", a "kernel" of a convolution, another "constant"
         self.counts: Counter[str] = Counter()
 
     def run(self) -> fx.GraphModule:
@@ -196,14 +197,14 @@ class _Writer:
         self.behind = placeholder
         return placeholder
 
-    def value(self, node: Any) -> Any:
+    def value(self, node: Any, kind: str = "constant") -> Any:
         """A constant that meets the input: its argument, or made, or computed in every call. None is None."""
         if node is None:
             return None
         if node not in self.values:
             keep = self.own_weights and self.constants.is_worth_keeping(node)
             if node in self.constants.nodes and (keep or node.op == "get_attr"):
-                self.made.append(node)
+                self.made.append((kind, node))
                 self.values[node] = self.extra()
             else:
                 self.values[node] = self.graph.node_copy(node, self.value)
@@ -228,11 +229,11 @@ class _Writer:
         arguments: tuple[Any, ...] = region.head.args
         _, weight, bias, *where = (*arguments, None)[: max(len(arguments), 3)]
         if region.head in self.folded:
-            self.made.append(region)
+            self.made.append(("region", region))
             w, b = self.extra(), self.extra()
             self.counts["bn"] += 1
         else:
-            w, b = self.value(weight), self.value(bias)
+            w, b = self.value(weight, "kernel"), self.value(bias)
         if not _is_conv2d(region):  # no epilogue, see `find_regions`
             return self.graph.call_function(region.head.target, (x, w, b, *where))  # type: ignore[arg-type]
         self.counts["add"] += residual is not None

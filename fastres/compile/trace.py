@@ -18,7 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+aten = torch.ops.aten
 _DEVICES = ("cpu", "cuda")  # that fold in float64 and have fused operators
+# (x, weight, bias, mean, var, training, momentum, eps); what they write to in training their schemas do not say.
+_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
 
 
 class Unchanged(Exception):
@@ -94,6 +97,9 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> Traced:
                 raise Unchanged(f"it has a {node.target.name()} region")
             values[node] = graph.node_copy(node, values.__getitem__)
             values[node].meta = _meta(node.meta.get("val"))
+            if node.target in _NORMS and not node.args[5]:
+                values[node].target = aten._native_batch_norm_legit_no_training.default
+                values[node].args = (*values[node].args[:5], *node.args[6:])
         elif node.op == "output":
             results = node.args[0] if isinstance(node.args[0], tuple | list) else (node.args[0],)
             if any(isinstance(result, tuple | list | dict) for result in results):
@@ -119,6 +125,8 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
     written: set[fx.Node] = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
+        if node.target in _NORMS and node.args[5]:
+            written |= {t for t in node.args[3:5] if t is not None}
         if node.op != "call_function" or schema is None or not schema.is_mutable:
             continue
         arguments = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
