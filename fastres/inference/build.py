@@ -39,23 +39,35 @@ def build(
     """
     normalize(captured.graph)
     constants = Constants(captured.graph, tensors)
+    regions, folded = fold_regions(captured.graph, constants, dtype)
+    return _Builder(captured, constants, regions, folded, dtype, shared).run()
+
+
+def fold_regions(
+    graph: fx.Graph, constants: Constants, dtype: torch.dtype | None
+) -> tuple[list[Region], dict[fx.Node, Folded]]:
+    """The regions of a normalised graph, and the folded tensors of those convolutions that take an affine in.
+
+    Args:
+        dtype: what they are rounded to; None: the convolution's own.
+    """
     refused: dict[fx.Node, Refusal] = {}
     folded: dict[fx.Node, Folded] = {}
     while True:
-        regions = find_regions(captured.graph, constants, refused)
+        regions = find_regions(graph, constants, refused)
         before = len(refused)
         for region in regions:
             if region.affines and region.head not in folded:
-                result = _fold(region, constants, dtype)
+                result = fold_region(region, constants, dtype or region.head.meta["dtype"])
                 if isinstance(result, Refusal):
                     refused[region.head] = result
                 else:
                     folded[region.head] = result
         if len(refused) == before:
-            return _Builder(captured, constants, regions, folded, dtype, shared).run()
+            return regions, folded
 
 
-def _fold(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | Refusal:
+def fold_region(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | Refusal:
     """The weight and bias of a convolution with the affines behind it, in float64, rounded once."""
     arguments: tuple[Any, ...] = (*region.head.args[1:], None)
     weight, bias = arguments[:2]

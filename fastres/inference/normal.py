@@ -39,15 +39,20 @@ _NEUTRAL: dict[Any, int] = {
 }
 
 
-def normalize(graph: fx.Graph) -> None:
-    """Rewrite a functional ATen graph, in place, into the forms above; dead nodes go."""
+def normalize(graph: fx.Graph, keep: frozenset[Any] = frozenset()) -> None:
+    """Rewrite a functional ATen graph, in place, into the forms above; dead nodes go.
+
+    Args:
+        keep: operators that stay although they compute nothing: copies, where somebody may write to an output.
+    """
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target in _CHECKS:
             graph.erase_node(node)
         elif node.target in _SAME or passes(node):
-            _hand_on(graph, node)
+            if node.target not in keep:
+                _hand_on(graph, node)
         elif (node.target is aten.slice.Tensor and _is_whole(node)) or _is_nothing(node):
             _hand_on(graph, node)
         elif node.target is aten.pad.default or node.target is aten.constant_pad_nd.default:
