@@ -238,8 +238,15 @@ class Collate:
         return self.network(torch.stack(images))
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-@pytest.mark.parametrize("where", ["dataset", "collate"])
+@pytest.mark.parametrize(
+    ("method", "where"),
+    [
+        ("fork", "dataset"),
+        ("fork", "collate"),
+        ("spawn", "collate"),
+        pytest.param("spawn", "dataset", marks=pytest.mark.full),
+    ],
+)
 def test_in_the_workers_of_a_dataloader(net, frozen, method, where):
     if method not in torch.multiprocessing.get_all_start_methods():
         pytest.skip(f"no {method} here")
@@ -316,10 +323,10 @@ def switching():
 
 
 @pytest.mark.parametrize("sizes", ["one size", "other sizes"])
-@pytest.mark.parametrize("tune", [False, True])
-def test_eight_threads_get_the_bits_of_one(net, switching, tune, sizes):
-    first = freeze(net, torch.randn(2, 3, 16, 16), tune=tune)
-    edges = [16] * 6 + ([16, 16] if sizes == "one size" else [12, 20])  # the last two are captured while the others run
+@pytest.mark.parametrize(("capture", "tune"), [("graph", False), ("graph", True), ("modules", False)])
+def test_eight_threads_get_the_bits_of_one(net, switching, capture, tune, sizes):
+    first = freeze(net, torch.randn(2, 3, 16, 16), capture=capture, tune=tune)
+    edges = [16] * 6 + ([16, 16] if sizes == "one size" else [12, 20])  # graphs of these two are made meanwhile
     inputs = [torch.randn(n + 1, 3, edge, edge) for n, edge in enumerate(edges)]
     single = copy.deepcopy(first)
     want = [single(x) for x in inputs]
