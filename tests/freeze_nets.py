@@ -26,12 +26,13 @@ class Net:
     make: Callable[[], nn.Module]
     counts: dict[str, int]
     size: int = 64
+    scales: int = 0  # convolutions that take in a product with a number or with one a channel, but no BN
 
     @property
     def reasons(self) -> Counter[str]:
         """Why rows did not become more: convolutions have no BN, BN have no convolution; nothing else in this zoo."""
         apart = {
-            "conv NO_NORM": self.counts["convs"] - self.counts.get("folded", 0),
+            "conv NO_NORM": self.counts["convs"] - self.counts.get("folded", 0) - self.scales,
             "norm NO_CONV": self.counts.get("norms_left", 0),
         }
         return +Counter(apart)
@@ -69,7 +70,7 @@ def backbone(make: Callable[[], nn.Module], **counts: int) -> Net:
     return Net(make, counts)
 
 
-def timm(name: str, size: int = 64, frozen: bool = False, options: Any = None, **counts: int) -> Net:
+def timm(name: str, frozen: bool = False, scales: int = 0, options: Any = None, **counts: int) -> Net:
     def make() -> nn.Module:
         library = pytest.importorskip("timm")
         net: nn.Module = library.create_model(
@@ -77,7 +78,7 @@ def timm(name: str, size: int = 64, frozen: bool = False, options: Any = None, *
         )
         return library.layers.freeze_batch_norm_2d(net) if frozen else net
 
-    return Net(make, counts, size)
+    return Net(make, counts, scales=scales)
 
 
 def hf(kind: str, size: int = 64, family: str = "ResNetConfig", options: Any = None, **counts: int) -> Net:
@@ -174,17 +175,16 @@ NETS = {
     "timm-resnetv2_50x1_bit": timm("resnetv2_50x1_bit", convs=54, adds=16),
     # two convolutions a block and, in most, a BN of the input: it takes the second sum and the ReLU
     "timm-repvgg_a0": timm("repvgg_a0", convs=44, folded=44, adds=22, acts=5, norms_left=17, bn_act=17, **HEAD),
-    # up to four convolutions and a BN side by side, summed one after another: deep, and sums of sums are left
+    # up to five convolutions and a BN side by side: each but one takes a sum in, the BN or the last one the ReLU
     "timm-mobileone_s0": timm(
-        "mobileone_s0", convs=191, folded=191, adds=148, norms_left=35, bn_act=35, add_relu=8, **HEAD
+        "mobileone_s0", convs=191, folded=191, adds=148, acts=8, norms_left=35, bn_act=35, **HEAD
     ),
     "timm-dpn68": timm("dpn68", convs=72, folded=45, acts=45, norms_left=27, bn_act=27),  # pre-activation
-    "timm-ghostnet_100": timm("ghostnet_100", convs=95, folded=80, acts=51),  # sums are written into views
-    # weights of standardised convolutions; the products with numbers behind them fold
-    "timm-nf_resnet50": timm("nf_resnet50", convs=53, folded=16, adds=16, acts=36, **HEAD),
+    "timm-ghostnet_100": timm("ghostnet_100", convs=95, folded=80, adds=5, acts=42),  # sums are written into views
+    "timm-nf_resnet50": timm("nf_resnet50", scales=16, convs=53, adds=16, acts=36, **HEAD),
     "timm-resnest14d": timm("resnest14d", convs=27, folded=23, adds=4, acts=19, **HEAD),
     "timm-resnetblur18": timm("resnetblur18", convs=24, folded=20, adds=8, acts=17, **HEAD),  # 4 blurs
-    "timm-convnext_atto": timm("convnext_atto", convs=40, folded=12, adds=12),  # layer scales, not BN
+    "timm-convnext_atto": timm("convnext_atto", scales=12, convs=40, adds=12),
     # Hugging Face
     "hf-v1.5": hf("ResNetForImageClassification", **R50, **HEAD),
     "hf-v1": hf("ResNetForImageClassification", options={"downsample_in_bottleneck": True}, **R50, **HEAD),

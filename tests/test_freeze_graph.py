@@ -82,6 +82,9 @@ ACTS = {
     "clamp 6": lambda net, y: y.clamp_(0, 6),
     "silu": lambda net, y: F.silu(y, inplace=True),
     "hardswish": lambda net, y: F.hardswish(y),
+    "x * sigmoid": lambda net, y: y * y.sigmoid(),
+    "sigmoid * x": lambda net, y: torch.sigmoid(y).mul_(y),
+    "x * hardsigmoid": lambda net, y: y * F.hardsigmoid(y),
     "threshold": lambda net, y: F.threshold(y, 0, 0),
 }
 
@@ -119,6 +122,18 @@ def test_residual_that_is_computed_behind_the_convolution():
         return F.relu(z + y.sigmoid())
 
     agree(Net(forward), convs=2, adds=1, acts=2)
+
+
+def test_sums_with_nothing_and_products_with_one_go():
+    def forward(net, x):
+        y = F.relu(net.bn(net.conv(x)))
+        return F.relu(sum([net.bn2(net.conv2(y)), y, 0]) / 1 * 1.0 - 0)  # 0 + a + b + 0
+
+    frozen = agree(Net(forward), convs=2, adds=1, acts=2)
+    assert not any(row.kind == "other" for row in frozen.report.rows)
+    frozen = freeze(Net(lambda net, x: (x * 1, x + 0)), torch.randn(2, 3, 8, 8), tune=False)
+    x = torch.randn(1, 3, 8, 8)
+    assert all(torch.equal(y, x) and y.data_ptr() != x.data_ptr() for y in frozen(x))
 
 
 def test_two_convolutions_meet_in_one_sum():
@@ -555,3 +570,17 @@ def test_a_fault_in_the_rewriting_loses_no_network(monkeypatch, caplog):
     frozen = freeze(net, torch.randn(2, 3, 8, 8), tune=False)
     assert frozen.report.capture == "modules" and "a fault of fastres" in frozen.report.capture_reason
     assert "planted" in caplog.text and frozen.report.folded == 1 and frozen.report.verification
+
+
+def test_the_report_has_a_line_for_every_step():
+    net = settle(
+        nn.Sequential(ConvBNReLU(3, 4, 3), BasicBlock(4, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    )
+    report = freeze(net, torch.randn(2, 3, 8, 8), tune=False).report
+    lines = report.table().splitlines()
+    assert len(lines) == 1 + len(report.rows) and lines[0].split() == ["name", "became", "MFLOP", "kB"]
+    line = next(line for line in lines if line.startswith("1.conv2 "))
+    assert "conv + bias + add + relu" in line and "1.bn2 folded" in line
+    row = next(row for row in report.rows if row.name == "1.conv2")
+    assert row.flops == 2 * 4 * 64 * 4 * 9 and row.bytes == 3 * 4 * 4 * 64 and row.weights == 4 * (4 * 4 * 9 + 4)
+    assert report.flops == 2 * sum(row.flops for row in report.rows) > 0

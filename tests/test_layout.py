@@ -23,6 +23,7 @@ RANK = {
     "__main__": 0,
     "cli": 1,
     "lab": 2,
+    "compile": 2,  # beside lab
     "inference": 3,
     "swap": 4,
     "verify": 5,  # beside swap and inference, which may use it

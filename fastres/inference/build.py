@@ -7,6 +7,7 @@ from; steps and constants made of the same things are made once.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -38,23 +39,35 @@ def build(
     """
     normalize(captured.graph)
     constants = Constants(captured.graph, tensors)
+    regions, folded = fold_regions(captured.graph, constants, dtype)
+    return _Builder(captured, constants, regions, folded, dtype, shared).run()
+
+
+def fold_regions(
+    graph: fx.Graph, constants: Constants, dtype: torch.dtype | None
+) -> tuple[list[Region], dict[fx.Node, Folded]]:
+    """The regions of a normalised graph, and the folded tensors of those convolutions that take an affine in.
+
+    Args:
+        dtype: what they are rounded to; None: the convolution's own.
+    """
     refused: dict[fx.Node, Refusal] = {}
     folded: dict[fx.Node, Folded] = {}
     while True:
-        regions = find_regions(captured.graph, constants, refused)
+        regions = find_regions(graph, constants, refused)
         before = len(refused)
         for region in regions:
             if region.affines and region.head not in folded:
-                result = _fold(region, constants, dtype)
+                result = fold_region(region, constants, dtype or region.head.meta["dtype"])
                 if isinstance(result, Refusal):
                     refused[region.head] = result
                 else:
                     folded[region.head] = result
         if len(refused) == before:
-            return _Builder(captured, constants, regions, folded, dtype, shared).run()
+            return regions, folded
 
 
-def _fold(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | Refusal:
+def fold_region(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | Refusal:
     """The weight and bias of a convolution with the affines behind it, in float64, rounded once."""
     arguments: tuple[Any, ...] = (*region.head.args[1:], None)
     weight, bias = arguments[:2]
@@ -219,7 +232,11 @@ class _Builder:
         return self.steps[key]
 
     def cost(self, region: Region) -> tuple[int, int, int]:
-        return step_cost(region.nodes, self.dtype, self.constants.nodes)
+        flops, moved, weights = step_cost(region.nodes, self.dtype, self.constants.nodes)
+        if region.kind == "conv":  # what was folded is no longer read
+            shape = region.head.args[1].meta["size"]  # type: ignore[union-attr]
+            weights = (math.prod(shape) + shape[0]) * self.dtype.itemsize
+        return flops, moved, weights
 
     def key(self, node: Any) -> str:
         return self.constants.key(node) if isinstance(node, fx.Node) else repr(node)
@@ -267,8 +284,11 @@ class _Builder:
         self.rows.append(FreezeRow(name, "conv", " + ".join(parts), stop.code, message, took, *self.cost(region)))
 
     def is_norm(self, region: Region) -> bool:
-        """Whether one of the affines is a BN, or written with tensors as one, and no mere product with a number."""
-        return any(n.target is aten.batch_norm.default or len(n.all_input_nodes) > 1 for n in region.affines)
+        """Whether one of the affines is a BN, or they are written as one: a product and a sum with tensors."""
+        if any(n.target is aten.batch_norm.default for n in region.affines):
+            return True
+        names = {arithmetic(n) for n in region.affines if len(n.all_input_nodes) > 1}
+        return bool(names & {"mul", "div"}) and bool(names & {"add", "sub"})
 
     def other_conv(self, region: Region) -> fx.Node:
         """A 1-D or 3-D convolution, or one of an unbatched input: folded, and called as it was."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
 import weakref
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from fastres.inference.gate import Running, capturing
 from fastres.inference.plan import Plan, choose_packs
 from fastres.inference.recipe import GraphRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
-from fastres.inference.signature import Call
+from fastres.inference.signature import Call, Signature
 from fastres.ops._autograd import goes_straight
 from fastres.verify.runs import call, map_tensors
 
@@ -65,6 +67,31 @@ def _version(t: Tensor) -> int:
     return -1 if t.is_inference() else t._version
 
 
+class LikeItsSource:
+    """`FrozenModel.forward`: a method with the signature of the source's, by which exporters name inputs and sizes."""
+
+    def __get__(self, frozen: FrozenModel | None, owner: type[FrozenModel]) -> Any:
+        if frozen is None:
+            return self
+        if torch.compiler.is_dynamo_compiling():  # which follows methods of classes alone
+            return frozen._forward
+
+        def forward(self: FrozenModel, *args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        forward.__signature__ = frozen._signature  # type: ignore[attr-defined]
+        return MethodType(forward, frozen)
+
+
+def _method_signature(forward: Signature) -> inspect.Signature:
+    """With `self`, which a bound method's signature leaves out."""
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    taken = {name for name, _, _ in forward.parameters}
+    own = own if "self" not in taken else own.replace(name="_self")
+    rest = [inspect.Parameter(name, kind, default=default) for name, kind, default in forward.parameters]
+    return inspect.Signature([own, *rest])
+
+
 class FrozenModel(nn.Module):
     """What ``fastres.freeze`` returns: the source's call signature and outputs, its weights folded, for inference only.
 
@@ -93,6 +120,8 @@ class FrozenModel(nn.Module):
         self._overwrites = False
         self.training = False
         self._recipe = recipe
+        own = recipe.signature if isinstance(recipe, GraphRecipe) else Signature.of(module.forward)
+        self._signature = _method_signature(own)
         self._source = Source(source)
         self._engine = Engine()
         self._variants = Variants()
@@ -116,7 +145,9 @@ class FrozenModel(nn.Module):
         with Running():
             return super().__call__(*args, **kwargs)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    forward = LikeItsSource()
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self._recipe, GraphRecipe):
             given = self._recipe.signature.take(args, kwargs)
             return self._call(given, self._recipe)
@@ -148,6 +179,11 @@ class FrozenModel(nn.Module):
         for variant in reversed(self._variants.found):
             if variant.captured.takes(given):
                 return variant
+        if is_traced():
+            raise RuntimeError(
+                f"input: got {_describe(given)}; this network was captured for {recipe.captured.describe()}: "
+                "call it on such an input once before it is exported or compiled"
+            )
         with capturing(), torch.inference_mode(False):
             for variant in self._variants.found:
                 if variant.captured.takes(given):

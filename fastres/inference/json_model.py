@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, fx
@@ -196,6 +196,8 @@ def _is_a(value: Any, hint: Any) -> bool:
     """Whether a plain value is of an annotated type; what lists and dicts hold is not looked at."""
     if get_origin(hint) in (Union, UnionType):
         return any(_is_a(value, option) for option in get_args(hint))
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
     if hint is float:
         return type(value) in (int, float)
     return hint is Any or type(value) is (get_origin(hint) or hint)

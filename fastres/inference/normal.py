@@ -33,18 +33,27 @@ _SAME = {
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
 _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 _MOMENTUM = 0.1
+_NEUTRAL: dict[Any, int] = {
+    **dict.fromkeys((aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar), 0),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar), 1),
+}
 
 
-def normalize(graph: fx.Graph) -> None:
-    """Rewrite a functional ATen graph, in place, into the forms above; dead nodes go."""
+def normalize(graph: fx.Graph, keep: frozenset[Any] = frozenset()) -> None:
+    """Rewrite a functional ATen graph, in place, into the forms above; dead nodes go.
+
+    Args:
+        keep: operators that stay although they compute nothing: copies, where somebody may write to an output.
+    """
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         if node.target in _CHECKS:
             graph.erase_node(node)
         elif node.target in _SAME or passes(node):
-            _hand_on(graph, node)
-        elif node.target is aten.slice.Tensor and _is_whole(node):
+            if node.target not in keep:
+                _hand_on(graph, node)
+        elif (node.target is aten.slice.Tensor and _is_whole(node)) or _is_nothing(node):
             _hand_on(graph, node)
         elif node.target is aten.pad.default or node.target is aten.constant_pad_nd.default:
             _pad(graph, node)
@@ -52,6 +61,8 @@ def normalize(graph: fx.Graph) -> None:
             node.target, node.args = aten.reshape.default, node.args[:2]
         elif node.target in (aten.add_.Tensor, aten.add.Tensor):
             node.target = aten.add.Tensor
+        elif node.target is aten.mul.Tensor:
+            _gate(graph, node)
         elif node.target is aten.convolution.default:
             _convolution(node)
         elif node.target is aten.conv2d.padding:
@@ -78,12 +89,33 @@ def _hand_on(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
+_GATES = {aten.sigmoid.default: aten.silu.default, aten.hardsigmoid.default: aten.hardswish.default}
+
+
+def _gate(graph: fx.Graph, node: fx.Node) -> None:
+    """x * sigmoid(x) is SiLU, x * hardsigmoid(x) is Hardswish, if nothing else reads the gate."""
+    for x, gate in (node.args[:2], node.args[1::-1]):
+        if isinstance(gate, fx.Node) and gate.target in _GATES and gate.args[0] is x and list(gate.users) == [node]:
+            node.target, node.args = _GATES[gate.target], (x,)
+            graph.erase_node(gate)
+            return
+
+
 def _is_whole(node: fx.Node) -> bool:
     """Whether a slice takes everything."""
     a = arguments(node)
     size = node.args[0].meta.get("shape", ())[a["dim"]]  # type: ignore[union-attr]
     end = a["end"] is None or a["end"] == sys.maxsize or (isinstance(size, int) and a["end"] == size)
     return a["start"] in (0, None) and end and a["step"] == 1
+
+
+def _is_nothing(node: fx.Node) -> bool:
+    """Whether this adds 0 or multiplies by 1: so sums over branches begin, so scales that are not there are written."""
+    value, x = node.args[1] if len(node.args) > 1 else None, node.args[0] if node.args else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(x, fx.Node):
+        return False
+    same = all(x.meta.get(key) == node.meta.get(key) for key in ("shape", "dtype"))
+    return same and "shape" in node.meta and value == _NEUTRAL.get(node.target)
 
 
 def _pad(graph: fx.Graph, node: fx.Node) -> None:

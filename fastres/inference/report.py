@@ -16,8 +16,8 @@ class FreezeRow:
 
     ``reason`` is a code where it could not become more: NO_NORM, NO_CONV, SHARED, OTHER_USE, NOT_REACHED, NOT_CONSTANT,
     DATA_DEPENDENT, HAS_HOOKS, CONV_TYPE, NORM_TYPE, BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, SHAPE;
-    ``message`` says it in words. ``took`` lists what it took in: "bn" ("scale": a mere number), "bias", "add" and the
-    activation. ``flops``, ``bytes`` and ``weights`` are the least that the step takes.
+    ``message`` says it in words. ``took`` lists what it took in: "bn" ("scale": a product or sum that is none), "bias",
+    "add" and the activation. ``flops``, ``bytes`` and ``weights`` are the least that the step takes.
     """
 
     name: str
@@ -131,6 +131,34 @@ class FreezeReport:
             "rows": [asdict(row) for row in self.rows],
             "verification": None if self.verification is None else self.verification.to_dict(),
         }
+
+    def table(self) -> str:
+        """A line for every step: its name, what it became, flops and bytes on the example, why it did not take more.
+
+        Example:
+            >>> import torch, fastres
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
+            >>> print(fastres.freeze(net, torch.randn(1, 3, 9, 9), tune=False).report.table())
+            name  became              MFLOP   kB
+            0     conv + bias + relu   0.02  3.4  1 folded
+        """
+        head = ("name", "became", "MFLOP", "kB", "")
+        cells = [
+            (
+                row.name,
+                row.became,
+                f"{self.batch * row.flops / 1e6:.2f}" if row.flops else "",
+                f"{(self.batch * row.bytes + row.weights) / 1e3:.1f}" if row.bytes or row.weights else "",
+                f"{row.reason}: {row.message}" if row.reason else row.message,
+            )
+            for row in self.rows
+        ]
+        wide = [max(len(row[i]) for row in [head, *cells]) for i in range(4)]
+        lines = [
+            f"{name:<{wide[0]}}  {became:<{wide[1]}}  {flops:>{wide[2]}}  {size:>{wide[3]}}  {why}".rstrip()
+            for name, became, flops, size, why in [head, *cells]
+        ]
+        return "\n".join(lines)
 
     def _share(self) -> str:
         bound, ms = self.bound, self.milliseconds.get("frozen")

@@ -73,8 +73,8 @@ def run(console: Console, request: Request, command: str) -> FrozenModel:
     report = frozen.report
     size = "x".join(map(str, shape))
     console.print(f"{named.name}: {named.weights}; example {size}; {seconds:.1f} s", soft_wrap=True, markup=False)
-    text = str(report)
-    console.print(text if request.report else text.splitlines()[0], soft_wrap=True, markup=False)
+    text = f"{report}\n\n{report.table()}" if request.report else str(report).splitlines()[0]
+    console.print(text, soft_wrap=True, markup=False)
     if request.json is not None:
         about = {"model": named.name, "weights": named.weights, "example": list(shape), "seconds": seconds}
         write_json(

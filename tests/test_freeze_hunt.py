@@ -1,0 +1,157 @@
+"""freeze on graphs that a hostile reader thought of: each case was once a wrong answer, a crash or a lie.
+
+Each network is compared with its source twice for each batch: the second call runs the recorded program.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten
+
+from fastres.inference import freeze
+
+
+class Net(nn.Module):
+    """Convolutions and norms under fixed names, and a forward given as a function."""
+
+    def __init__(self, forward, prepare=None):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.fc = nn.Linear(4, 5)
+        for norm in (self.bn, self.bn2):
+            for t in (norm.weight, norm.running_var):
+                t.data.copy_(torch.rand(4, generator=generator) + 0.5)
+            for t in (norm.bias, norm.running_mean):
+                t.data.copy_(torch.randn(4, generator=generator))
+        for conv in (self.conv, self.conv2):
+            conv.weight.data.copy_(torch.randn(conv.weight.shape, generator=generator) / 5)
+        if prepare is not None:
+            prepare(self)
+        self.function = forward
+        self.eval()
+
+    def forward(self, *inputs):
+        return self.function(self, *inputs)
+
+
+def compare(net, frozen, *inputs, tol=1e-4, dtypes=True):
+    with torch.no_grad():
+        wants, _ = tree_flatten(net(*(t.clone() for t in inputs)))
+    for _ in range(2):
+        given = tuple(t.clone(memory_format=torch.preserve_format) for t in inputs)
+        gots, _ = tree_flatten(frozen(*given))
+        assert len(gots) == len(wants) and all(torch.equal(a, b) for a, b in zip(given, inputs, strict=True))
+        for got, want in zip(gots, wants, strict=True):
+            assert got.shape == want.shape and (got.dtype == want.dtype or not dtypes)
+            torch.testing.assert_close(got.to(want.dtype), want, rtol=tol, atol=tol, equal_nan=True)
+
+
+def agree(net, capture="auto", batches=(2, 1, 3), sizes=(8,), tol=1e-4, dtype=None):
+    frozen = freeze(net, torch.randn(2, 3, 8, 8), capture=capture, tune=False, verify=False, dtype=dtype)
+    for size in sizes:
+        for batch in batches:
+            compare(net, frozen, torch.randn(batch, 3, size, size), tol=tol, dtypes=dtype is None)
+    return frozen
+
+
+def y(net, x):
+    return net.bn(net.conv(x))
+
+
+# ---- in-place calls --------------------------------------------------------------------------------------------------
+
+
+def written(function):
+    """A forward: what `function` does to y in place, then y twice over."""
+
+    def forward(net, x):
+        t = y(net, x)
+        function(net, x, t)
+        return t * 2
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, x, t: t.add_(x.double()[:, :1]),
+        lambda net, x, t: t.mul_(x.double()[:, :1]).relu_(),
+        lambda net, x, t: t.gt_(0),
+        lambda net, x, t: t.logical_not_(),
+        lambda net, x, t: t.eq_(t.relu()),
+    ],
+    ids=["add double", "mul double", "gt", "not", "eq"],
+)
+def test_a_call_in_place_keeps_the_dtype_of_what_it_writes_to(function):
+    agree(Net(lambda net, x: net.conv2(written(function)(net, x))), "graph")
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: torch.einsum("nchw->nhwc", t),
+        lambda t: torch.unsafe_chunk(t, 2, 1)[0],
+        lambda t: F.channel_shuffle(t, 1),
+        lambda t: F.dropout(t, 0.5, False),
+    ],
+    ids=["einsum", "unsafe_chunk", "channel_shuffle", "dropout"],
+)
+def test_views_that_no_schema_tells_of_are_seen_by_their_memory(view):
+    frozen = agree(Net(written(lambda net, x, t: view(t).relu_())))
+    assert frozen.report.capture == "modules" and "hands it on" in frozen.report.capture_reason
+    agree(Net(lambda net, x: view(y(net, x)) * 2), "graph")  # nothing is written to
+
+
+@pytest.mark.parametrize(
+    "view",
+    [torch.atleast_2d, torch.conj_physical, lambda t: t.sum_to_size(t.shape), lambda t: torch.broadcast_tensors(t)[0]],
+)
+def test_views_that_functionalization_knows(view):
+    agree(Net(written(lambda net, x, t: view(t).relu_())), "graph")
+
+
+def test_out_arguments_are_writes():
+    def forward(net, x):
+        t = y(net, x)
+        z = t.clone()
+        torch.add(t, 1, out=z)
+        return t * z
+
+    agree(Net(forward), "graph")
+    agree(Net(written(lambda net, x, t: torch.add(t[:, :2], 1, out=t[:, :2]))), "graph")
+
+
+@pytest.mark.parametrize(
+    "function, name",
+    [(lambda net, x, t: net.bn.weight.view(-1).mul_(1.5), "bn.weight"), (lambda net, x, t: net.n[:2].add_(1), "n")],
+)
+def test_a_write_to_a_view_of_a_parameter_or_buffer_is_one_to_it(function, name):
+    net = Net(
+        lambda net, x: written(function)(net, x) * net.n, lambda net: net.register_buffer("n", torch.ones(4, 1, 1))
+    )
+    with pytest.raises(ValueError, match=f"its forward writes to {name}"):
+        freeze(net, torch.randn(2, 3, 8, 8), capture="graph", tune=False)
+
+
+def test_a_write_to_a_view_of_the_input_is_in_the_report():
+    def forward(net, x):
+        first, t = x[:, 0], y(net, x)
+        first.mul_(2)  # nobody reads it
+        return t
+
+    frozen = agree(Net(forward), "graph")
+    assert any("writes to its input" in note for note in frozen.report.notes)
+
+
+def test_tensors_made_in_the_forward_and_written_to():
+    def forward(net, x):
+        scale, plane = torch.tensor([1.0, 2, 3, 4]), torch.ones(4, 1, 1)
+        scale.mul_(2)
+        plane[0] = 3
+        return y(net, x).index_put_((torch.tensor([0]),), x.new_ones(1, 4, 8, 8)) * scale[:, None, None] * plane
+
+    agree(Net(forward), "graph")
