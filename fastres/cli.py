@@ -59,7 +59,8 @@ def _wait_passively_when_busy() -> None:
     """Starts over with OMP_WAIT_POLICY=PASSIVE where other programs keep the cores busy.
 
     OpenMP's threads spin while they wait for one another; on busy cores they so keep out the one they wait for: a
-    training step takes twenty times as long, freezing a ResNet-50 nine times. The setting is read when torch loads, hence the new start.
+    training step takes twenty times as long, freezing a ResNet-50 nine times. The setting is read when torch loads,
+    hence the new start.
     """
     from fastres._info import load_average, usable_cores
 
