@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from fastres import models
 from fastres.inference import freeze
 from fastres.nn import BasicBlock, ConvBNReLU
+from fastres.nn.fold import norm_affine
 
 torch.manual_seed(0)
 
@@ -584,3 +585,11 @@ def test_the_report_has_a_line_for_every_step():
     row = next(row for row in report.rows if row.name == "1.conv2")
     assert row.flops == 2 * 4 * 64 * 4 * 9 and row.bytes == 3 * 4 * 4 * 64 and row.weights == 4 * (4 * 4 * 9 + 4)
     assert report.flops == 2 * sum(row.flops for row in report.rows) > 0
+
+
+def test_a_graph_with_other_answers_is_a_fault_and_said_to_be(monkeypatch, caplog):
+    monkeypatch.setattr("fastres.inference.build.norm_affine", lambda *args: norm_affine(*args[:4], 100.0))
+    net = settle(Net(lambda net, x: F.relu(net.bn(net.conv(x)))))
+    frozen = freeze(net, torch.randn(2, 3, 8, 8), tune=False)
+    assert frozen.report.capture == "modules" and "answers the example otherwise" in frozen.report.capture_reason
+    assert "a fault of fastres" in caplog.text and frozen.report.verification
