@@ -593,3 +593,17 @@ def test_a_graph_with_other_answers_is_a_fault_and_said_to_be(monkeypatch, caplo
     frozen = freeze(net, torch.randn(2, 3, 8, 8), tune=False)
     assert frozen.report.capture == "modules" and "answers the example otherwise" in frozen.report.capture_reason
     assert "a fault of fastres" in caplog.text and frozen.report.verification
+
+
+def test_a_network_that_draws_numbers_has_a_graph_that_draws_them(caplog):
+    net = settle(Net(lambda net, x: F.relu(net.bn(net.conv(x))) * torch.rand(x.shape[0], 1, 1, 1)))
+    frozen = freeze(net, torch.randn(2, 3, 8, 8), capture="graph", tune=False, verify=False)
+    x = torch.randn(3, 3, 8, 8)
+    answers = []
+    for model in (net, frozen, frozen, frozen):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            answers.append(model(x))
+    for got in answers[1:]:
+        torch.testing.assert_close(got, answers[0], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(frozen(x), frozen(x)) and "fault" not in caplog.text

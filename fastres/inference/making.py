@@ -119,18 +119,20 @@ def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> s
     def resized(_: str, t: Tensor) -> Tensor:
         return t.clone() if not t.ndim or len(t) != batch else torch.cat([t, t]) if batch == 1 else t[:1].clone()
 
-    try:
+    def run(model: nn.Module, given: Any) -> Any:
+        torch.default_generator.manual_seed(0)  # networks that draw numbers draw the same
         with torch.no_grad():
-            want = call(source, map_tensors(inputs, resized, ""))
+            return call(model, given)
+
+    try:
+        want = run(source, map_tensors(inputs, resized, ""))
     except Exception:  # the source does not take it: nor need the frozen network; the example it must
-        with names_the_example(inputs), torch.no_grad():
-            call(source, copies(inputs))
+        with names_the_example(inputs):
+            run(source, copies(inputs))
         return ""
-    if _agree(call(frozen, map_tensors(inputs, resized, "")), want):
+    if _agree(run(frozen, map_tensors(inputs, resized, "")), want):
         return ""
-    with torch.no_grad():
-        own = call(source, copies(inputs))
-    if not _agree(call(frozen, copies(inputs)), own):
+    if not _agree(run(frozen, copies(inputs)), run(source, copies(inputs))):
         logger.warning("freeze: a fault of fastres: the graph of %s gives other answers", type(source).__name__)
         return "a fault of fastres: its graph answers the example otherwise than the source"
     return f"a batch of {other} is answered otherwise than by the source"
