@@ -134,8 +134,9 @@ class _Builder:
         for name, costs in self.others.items():
             flops, moved, weights = (sum(cost[i] for cost in costs) for i in range(3))
             self.rows.append(FreezeRow(name, "other", f"{len(costs)} call(s)", "", "", (), flops, moved, weights))
+        batch = max(self.captured.batch, 1)
         for i, row in enumerate(self.rows):
-            self.rows[i] = replace(row, flops=row.flops // self.captured.batch, bytes=row.bytes // self.captured.batch)
+            self.rows[i] = replace(row, flops=row.flops // batch, bytes=row.bytes // batch)
         network = fx.GraphModule(self.root, self.graph, "FrozenNetwork")
         network.eval()
         return network, self.rows

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from fastres.inference.capture import CaptureError, batch_of, capture, own_memory
 from fastres.inference.checks import copies, names_the_example
-from fastres.inference.choose import close
+from fastres.inference.choose import agrees
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.recipe import GraphRecipe, ModuleRecipe, Recipe
 from fastres.inference.report import FreezeReport
@@ -126,11 +126,12 @@ def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> s
             with names_the_example(inputs):
                 call(source, copies(inputs))
             return ""
-        got, its_tree = tree_flatten(call(frozen, map_tensors(inputs, resized, "")))
-    same = str(its_tree) == str(tree)
-    for g, w in zip(got, want, strict=False):
-        if isinstance(w, Tensor) != isinstance(g, Tensor) or (isinstance(w, Tensor) and g.shape != w.shape):
-            same = False
-        elif isinstance(w, Tensor) and bool(torch.isfinite(w).all()):
-            same = same and close(g.to(w.dtype), w)
+        again, _ = tree_flatten(call(source, map_tensors(inputs, resized, "")))
+        if not all(agrees(a, w, 1e-3) for a, w in zip(again, want, strict=False)):
+            return "it answers the same input differently from call to call: it keeps state, or draws random numbers"
+        try:
+            got, its_tree = tree_flatten(call(frozen, map_tensors(inputs, resized, "")))
+        except Exception as error:  # whatever the graph is, the network must not be lost
+            return f"a batch of {other} is not answered: {type(error).__name__}: {error}"
+    same = str(its_tree) == str(tree) and all(agrees(g, w) for g, w in zip(got, want, strict=False))
     return "" if same else f"a batch of {other} is answered otherwise than by the source"
