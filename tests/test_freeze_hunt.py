@@ -280,3 +280,59 @@ def test_outputs_that_are_copies_stay_copies():
     for _ in range(3):
         first, second = frozen(torch.randn(2, 3, 8, 8))
         assert torch.equal(first, second) and not torch.equal(first.zero_(), second)
+
+
+# ---- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+def test_casts_of_weights_that_round_do():
+    agree(Net(lambda net, x: F.conv2d(x, net.conv.weight.to(torch.bfloat16).to(x.dtype))), "graph", tol=1e-5)
+    agree(Net(lambda net, x: net.conv(x) * net.bn.weight.half().float()[:, None, None]), "graph", tol=1e-5)
+    agree(Net(lambda net, x: net.conv(x) * net.bn.weight.double().float()[:, None, None]), "graph", tol=1e-5)
+
+
+MIXED = {
+    "buffer": (
+        lambda net, x: (y(net, x).double() @ net.table).float(),
+        lambda net: net.register_buffer("table", torch.randn(8, 8, dtype=torch.float64)),
+    ),
+    "promoted": (
+        lambda net, x: y(net, x) * net.table,
+        lambda net: net.register_buffer("table", torch.randn(8, 8, dtype=torch.float64)),
+    ),
+    "tail": (
+        lambda net, x: net.bn2(net.conv2(y(net, x).double())).relu(),
+        lambda net: (net.conv2.double(), net.bn2.double()),
+    ),
+    "middle": (
+        lambda net, x: y(net, x).mean() + F.relu(net.bn2(net.conv2(y(net, x).bfloat16()))).float(),
+        lambda net: (net.conv2.bfloat16(), net.bn2.bfloat16()),
+    ),
+    "backbone": (
+        lambda net, x: net.fc(F.relu(y(net, x.bfloat16())).float().mean((2, 3))),
+        lambda net: (net.conv.bfloat16(), net.bn.bfloat16()),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_networks_of_several_dtypes(case):
+    forward, prepare = MIXED[case]
+    frozen = agree(Net(forward, prepare), "graph", tol=0.1 if case in ("middle", "backbone") else 1e-4)
+    assert frozen.report.folded >= 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.conv2(y(net, x.to(net.conv.weight.dtype)).to(net.conv2.weight.dtype)),
+        lambda net, x: net.conv2(torch.cat([y(net, x)[:, :2], torch.zeros(len(x), 2, 8, 8, dtype=x.dtype)], 1)),
+        lambda net, x: net.fc(F.layer_norm(y(net, x).mean((2, 3)).float(), (4,)).to(x.dtype)),
+        lambda net, x: y(net, x).masked_fill(x[:, :1] > 0, torch.finfo(x.dtype).min).softmax(1),
+        lambda net, x: net.conv2(y(net, x - torch.tensor([0.1, 0.2, 0.3])[:, None, None])),
+    ],
+    ids=["weight's", "zeros", "float and back", "finfo", "constant"],
+)
+def test_code_that_asks_for_the_dtype_sees_the_frozen_one(forward, dtype):
+    agree(Net(forward), "graph", tol=0.2, dtype=dtype)

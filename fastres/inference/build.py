@@ -45,13 +45,19 @@ def build(
         before = len(refused)
         for region in regions:
             if region.affines and region.head not in folded:
-                result = _fold(region, constants, dtype)
+                result = _fold(region, constants, dtype_in(captured, region.head, dtype))
                 if isinstance(result, Refusal):
                     refused[region.head] = result
                 else:
                     folded[region.head] = result
         if len(refused) == before:
             return _Builder(captured, constants, regions, folded, dtype, shared).run()
+
+
+def dtype_in(captured: Captured, node: fx.Node, dtype: torch.dtype) -> torch.dtype:
+    """What a floating tensor of the graph is in where the network computes in ``dtype``."""
+    own: torch.dtype = node.meta["dtype"]
+    return dtype if own is captured.dtype else own
 
 
 def _fold(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | Refusal:
@@ -151,10 +157,9 @@ class _Builder:
         if not self.constants.is_worth_keeping(node):
             return self.graph.node_copy(node, self.value)
         name = self.unique("constant" if node.op != "get_attr" else str(node.target))
-        if node in self.in_norms:
-            dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
-        else:
-            dtype = self.dtype
+        dtype = self.dtype_in(node)
+        if node in self.in_norms and dtype is not torch.float64:
+            dtype = torch.float32
         kept = self.kept.get(name) if node.op == "get_attr" else None
         fits = kept is not None and kept.shape == node.meta["shape"] and kept.dtype in (dtype, node.meta["dtype"])
         self.put(name, kept if fits and kept is not None else self.constants.rounded(node, dtype))
@@ -225,19 +230,23 @@ class _Builder:
     def key(self, node: Any) -> str:
         return self.constants.key(node) if isinstance(node, fx.Node) else repr(node)
 
+    def dtype_in(self, node: fx.Node) -> torch.dtype:
+        return dtype_in(self.captured, node, self.dtype)
+
     def keys(self, nodes: Any) -> str:
         return ", ".join(self.key(node) for node in nodes)
 
     def conv(self, region: Region) -> str:
         arguments: tuple[Any, ...] = region.head.args
         _, weight, bias, *where = arguments
+        dtype = self.dtype_in(region.head)
         affines = "; ".join(f"{n.target}({self.affine_key(n)})" for n in region.affines)
-        key = f"conv({self.keys((weight, bias))}) {tuple(where)} [{affines}] {region.act} {self.dtype}"
+        key = f"conv({self.keys((weight, bias))}) {tuple(where)} [{affines}] {region.act} {dtype}"
 
         def make() -> FrozenConv:
             tensors: Any = self.folded.get(region.head) or (
-                self.constants.rounded(weight, self.dtype),
-                None if bias is None else self.constants.rounded(bias, self.dtype),
+                self.constants.rounded(weight, dtype),
+                None if bias is None else self.constants.rounded(bias, dtype),
             )
             w, b = tensors
             stride, padding, dilation, groups = where
@@ -292,7 +301,7 @@ class _Builder:
     def norm(self, region: Region) -> str:
         arguments: tuple[Any, ...] = region.head.args
         _, *tensors, _, _, eps, _ = arguments
-        dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        dtype = torch.float64 if self.dtype_in(region.head) is torch.float64 else torch.float32
         names = ("weight", "bias", "running_mean", "running_var")
 
         def make() -> FrozenNorm:
@@ -344,13 +353,14 @@ class _Builder:
 
     def pool_linear(self, region: Region) -> str:
         _, weight, bias = (*region.last.args, None)[:3]
+        dtype = self.dtype_in(region.last)
 
         def make() -> PoolLinear:
-            values: list[Any] = [None if t is None else self.constants.rounded(t, self.dtype) for t in (weight, bias)]
+            values: list[Any] = [None if t is None else self.constants.rounded(t, dtype) for t in (weight, bias)]
             head: PoolLinear = PoolLinear.of(*values)
             return head
 
-        name = self.add(module_name(region.last), f"pool_linear({self.keys((weight, bias))}) {self.dtype}", make)
+        name = self.add(module_name(region.last), f"pool_linear({self.keys((weight, bias))}) {dtype}", make)
         self.rows.append(
             FreezeRow(name, "pool_linear", "global average pool + linear", "", "one step", (), *self.cost(region))
         )

@@ -51,6 +51,7 @@ class Captured:
         constants: tensors that the source's forward makes.
         batch: what the varying size was in the capture.
         notes: for the report.
+        dtype: what the source was in; tensors of the graph in another floating dtype are so because its code says so.
     """
 
     graph: fx.Graph
@@ -61,6 +62,7 @@ class Captured:
     constants: dict[str, Tensor]
     batch: int
     notes: list[str] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
 
     def takes(self, call: Call) -> bool:
         """Whether the graph is of calls like this one: the same tree and constants, tensors of these sizes."""
@@ -155,6 +157,7 @@ def capture(model: nn.Module, call: Call) -> Captured:
     if changed is not None:
         raise CaptureError(f"its forward changes {changed}")
     captured = _read(program, call, batch if fixed else max(batch, 2))
+    captured.dtype = dtype_of(model)
     if written and WRITES_TO_INPUT not in captured.notes:
         captured.notes.append(WRITES_TO_INPUT)
     return captured
@@ -240,6 +243,24 @@ def _put_back(attributes: list[tuple[Any, Any]]) -> None:
         elif container.keys() != content.keys() or any(container[key] is not value for key, value in content.items()):
             container.clear()
             container.update(content)
+
+
+def capture_for(model: nn.Module, call: Call, dtype: torch.dtype) -> Captured:
+    """The graph of ``model`` as it is in ``dtype``, where its code may ask for that: ``x.to(self.weight.dtype)``.
+
+    A network whose code does not run so is captured as it is: made in ``dtype``, it may run nevertheless.
+    """
+    if dtype_of(model) is not dtype:
+        with contextlib.suppress(CaptureError):
+            cast_to = sharing_copy(model).to(dtype)
+            return capture(cast_to, call.like(cast_to))
+    return capture(model, call.like(model))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """That of the first floating parameter or buffer, or torch's default."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
 
 
 def batch_of(tensors: Iterable[Tensor]) -> int:

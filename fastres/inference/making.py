@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from fastres.inference.capture import CaptureError, batch_of, capture, own_memory
+from fastres.inference.capture import CaptureError, batch_of, capture_for, own_memory
 from fastres.inference.checks import copies, names_the_example
 from fastres.inference.choose import agrees
 from fastres.inference.frozen import FrozenModel
@@ -40,7 +40,7 @@ def make(
     Raises:
         ValueError: ``how`` is "graph" and there is none.
     """
-    recipe = find_recipe(source, inputs, report, how)
+    recipe = find_recipe(source, inputs, report, how, dtype)
     if isinstance(recipe, GraphRecipe):
         frozen, reason = _by_graph(source, model, inputs, recipe, report, dtype)
         if frozen is not None:
@@ -50,7 +50,9 @@ def make(
     return FrozenModel(module, model, recipe, report, dtype)
 
 
-def find_recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str) -> Recipe:
+def find_recipe(
+    source: nn.Module, inputs: Any, report: FreezeReport, how: str, dtype: torch.dtype
+) -> Recipe:
     """The network's graph; where it has none, its modules, with the reason in the report."""
     if how == "modules":
         report.capture_reason = "capture='modules'"
@@ -62,7 +64,7 @@ def find_recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str) 
             given = signature.take(args, kwargs)
         except TypeError as error:
             raise TypeError(f"example_inputs: {error}, {report.model}.forward takes {signature}") from error
-        captured = capture(source, given.like(source))
+        captured = capture_for(source, given, dtype)
     except CaptureError as error:
         return _by_modules(source, inputs, report, how, error)
     report.capture = "graph"
