@@ -57,9 +57,8 @@ class Constants:
             return t.double() if t.is_floating_point() else t
         if node not in self._exact:
             args, kwargs = cast(Any, fx.map_arg((node.args, node.kwargs), self.exact))
-            if node.target in _CASTS and node.meta["dtype"].is_floating_point:
-                source = args[0]
-                self._exact[node] = source.double()  # rounded once, at the end
+            if node.target in _CASTS and _widens(node):
+                self._exact[node] = args[0].double()  # rounded once, at the end
             else:
                 with torch.no_grad():
                     value = node.target(*args, **kwargs)
@@ -93,6 +92,13 @@ class Constants:
         if node.op == "get_attr":
             return {node}
         return set().union(*(self._leaves(n) for n in node.all_input_nodes)) if node.all_input_nodes else set()
+
+
+def _widens(node: fx.Node) -> bool:
+    """Whether a cast is to a floating dtype that holds all that is cast: one that rounds is the source's intention."""
+    before: Any = node.args[0]
+    source, target = before.meta["dtype"], node.meta["dtype"]
+    return bool(target.is_floating_point) and torch.promote_types(source, target) is target
 
 
 class _Text:

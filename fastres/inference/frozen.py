@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastres.inference.blocks import own_residuals
-from fastres.inference.capture import CaptureError, capture, sharing_copy
+from fastres.inference.capture import CaptureError, capture_for, sharing_copy
 from fastres.inference.conv import Packs, frozen_convs, is_traced
 from fastres.inference.engine import Engine, Variant, Variants
 from fastres.inference.gate import Running, capturing
@@ -200,7 +200,7 @@ class FrozenModel(nn.Module):
                     "has changed since: refresh() first"
                 )
             try:
-                captured = capture(sharing_copy(source).eval(), given.like(source))
+                captured = capture_for(sharing_copy(source).eval(), given, self.dtype)
             except CaptureError as error:
                 raise ValueError(
                     f"input: got {what}; this network was captured for {recipe.captured.describe()}, and it cannot be "
