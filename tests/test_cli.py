@@ -306,7 +306,8 @@ def test_interrupt_is_one_line_and_130(tmp_path):
         (9.0, {"GOMP_SPINCOUNT": "9"}, False),
     ],
 )
-def test_demo_on_busy_cores_starts_over_with_waiting_threads(monkeypatch, load, env, again):
+@pytest.mark.parametrize("command", ["demo", "freeze"])
+def test_on_busy_cores_it_starts_over_with_waiting_threads(monkeypatch, load, env, again, command):
     from fastres import _info
 
     started = []
@@ -317,13 +318,13 @@ def test_demo_on_busy_cores_starts_over_with_waiting_threads(monkeypatch, load, 
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["fastres", "demo", "--help"])
-    monkeypatch.setattr(sys, "orig_argv", ["python", "/venv/bin/fastres", "demo", "--help"])
+    monkeypatch.setattr(sys, "argv", ["fastres", command, "--help"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "/venv/bin/fastres", command, "--help"])
     assert cli.main() == 0
     assert len(started) == again
     if again:
-        program, command, environment = started[0]
-        assert program == sys.executable and command == [sys.executable, "/venv/bin/fastres", "demo", "--help"]
+        program, line, environment = started[0]
+        assert program == sys.executable and line == [sys.executable, "/venv/bin/fastres", command, "--help"]
         assert environment == {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations
 from fastres import models
 from fastres.inference import freeze
 from fastres.nn import BasicBlock, ConvBNReLU
+from fastres.nn.fold import norm_affine
 
 torch.manual_seed(0)
 
@@ -584,3 +585,25 @@ def test_the_report_has_a_line_for_every_step():
     row = next(row for row in report.rows if row.name == "1.conv2")
     assert row.flops == 2 * 4 * 64 * 4 * 9 and row.bytes == 3 * 4 * 4 * 64 and row.weights == 4 * (4 * 4 * 9 + 4)
     assert report.flops == 2 * sum(row.flops for row in report.rows) > 0
+
+
+def test_a_graph_with_other_answers_is_a_fault_and_said_to_be(monkeypatch, caplog):
+    monkeypatch.setattr("fastres.inference.build.norm_affine", lambda *args: norm_affine(*args[:4], 100.0))
+    net = settle(Net(lambda net, x: F.relu(net.bn(net.conv(x)))))
+    frozen = freeze(net, torch.randn(2, 3, 8, 8), tune=False)
+    assert frozen.report.capture == "modules" and "answers the example otherwise" in frozen.report.capture_reason
+    assert "a fault of fastres" in caplog.text and frozen.report.verification
+
+
+def test_a_network_that_draws_numbers_has_a_graph_that_draws_them(caplog):
+    net = settle(Net(lambda net, x: F.relu(net.bn(net.conv(x))) * torch.rand(x.shape[0], 1, 1, 1)))
+    frozen = freeze(net, torch.randn(2, 3, 8, 8), capture="graph", tune=False, verify=False)
+    x = torch.randn(3, 3, 8, 8)
+    answers = []
+    for model in (net, frozen, frozen, frozen):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            answers.append(model(x))
+    for got in answers[1:]:
+        torch.testing.assert_close(got, answers[0], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(frozen(x), frozen(x)) and "fault" not in caplog.text

@@ -3,6 +3,8 @@
 Files that somebody damaged or made up are in test_freeze_hostile.py.
 """
 
+import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import fastres
 from fastres.inference import json_model, json_specs, store
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
+from fastres.verify.verdict import Row, Verification
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(1))
 
@@ -167,6 +170,18 @@ def test_settings_of_a_tuned_network(tmp_path):
     assert again[2].weight_for(x).data_ptr() == again[2].weight.data_ptr()  # measured once, kept
     y = torch.randn(11, 3, 12, 12)
     assert_same(loaded(y), frozen(y))
+
+
+def test_a_verdict_that_failed_is_kept(residual, tmp_path):
+    good = Row("out", "output", (2,), "float32", *(0.0,) * 6, 1.0, True)
+    bad = dataclasses.replace(good, ratio=float("inf"), passed=False, message="off")
+    loaded = copy.deepcopy(residual)
+    loaded.report = dataclasses.replace(
+        residual.report, verification=Verification((good, bad), "float32", False, False)
+    )
+    loaded.save(tmp_path / "net")
+    verdict = fastres.load(tmp_path / "net").report.verification
+    assert verdict.rows == (good, bad) and not verdict.passed
 
 
 @pytest.mark.parametrize("kind", ["tuple", "dict", "ordered", "named", "max", "one"])
@@ -361,13 +376,14 @@ def test_tensors_of_every_kind(tmp_path):
         "last_3d": torch.randn(2, 3, 4, 5, 6).contiguous(memory_format=torch.channels_last_3d),
         "slice": torch.randn(6, 4)[::2, 1:3],
         "expanded": torch.randn(3, 1).expand(3, 4),
+        "strideless": torch.randn(3).as_strided((1, 3), (0, 1)),
     }
     assert constants(**tensors).last_1x1.is_contiguous()
     got = through(tmp_path / "net", constants(**tensors), outputs=len(tensors)).module
     for (name, want), t in zip(tensors.items(), got(None), strict=True):
         assert t.dtype == want.dtype and t.shape == want.shape, name
         torch.testing.assert_close(t, want, rtol=0, atol=0, equal_nan=True)
-        if name not in ("slice", "expanded"):  # not dense: contiguous from now on
+        if name not in ("slice", "expanded", "strideless"):  # not dense: contiguous from now on
             assert t.stride() == want.stride(), name
         assert t.data_ptr() % 64 == 0 or not t.numel()
     assert torch.signbit(got.f32[1])

@@ -109,7 +109,8 @@ class _Tensors:
         key = id(t) if not t.numel() else (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device)
         data = self._known.setdefault(key, self.paths[path])
         if self.data.setdefault(data, t) is t and t.stride() != _contiguous(t) and is_dense(t.shape, t.stride()):
-            self.strides[data] = list(t.stride())
+            if min(t.stride()) > 0:  # a size of 1 may have any stride
+                self.strides[data] = list(t.stride())
         row: dict[str, Any] = {"name": self.paths[path], "data": data, "kind": _KINDS[name not in owner._parameters]}
         if row["kind"] == "buffer" and name in owner._non_persistent_buffers_set:
             row["persistent"] = False

@@ -62,7 +62,11 @@ class Stored:
 def to_json(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The document, and the tensors that go with it by name. Raises FrozenFileError for what no file can hold."""
     graph, tensors = graph_to_json(stored.module)
-    report = stored.report
+    report = _data(stored.report)
+    report["rows"] = [_data(row) for row in stored.report.rows]
+    verdict = stored.report.verification
+    if verdict is not None:  # one that failed is false
+        report["verification"] = {**_data(verdict), "rows": [_data(row) for row in verdict.rows]}
     document = {
         "graph": graph,
         "signature": signature_to_json(stored.signature),
@@ -74,14 +78,7 @@ def to_json(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "dtype": encode(stored.dtype),
         "plan": encode(_data(stored.plan)),
         "device": encode(stored.device),
-        "report": encode(
-            {
-                **_data(report),
-                "rows": [_data(row) for row in report.rows],
-                "verification": report.verification
-                and {**_data(report.verification), "rows": [_data(row) for row in report.verification.rows]},
-            }
-        ),
+        "report": encode(report),
         **stored.likeness,
     }
     return document, tensors

@@ -95,12 +95,12 @@ def verify(
         if cast is not None:
             notes.append(f"eager is the reference cast from {_name(own)} to {_name(cast)}")
             inputs = _rounded(inputs, cast)
-        eager_model = _copy("reference", theirs).to(cast) if cast is not None else _copy("reference", theirs)
         run = functools.partial(evaluate, inputs=inputs, wanted=marked, seed=seed)
-        eager = _attempt("eager reference", run, eager_model)
+        eager = _attempt("eager reference", run, _eager(theirs, cast))  # each copy goes with its run
         if not eager.outputs:
             raise ValueError("reference: its output holds no tensor")
         mine = _attempt("candidate", run, ours, cotangents=eager.cotangents)
+        del ours
         run = functools.partial(run, cast=torch.float64, cotangents=eager.cotangents)
         exact = _reference(theirs, run, _epsilons(theirs, working, tensors, eager), floor_ulps, backward)
     rows = compare(exact, eager, mine, floor_ulps)
@@ -140,6 +140,11 @@ def _copy(argument: str, function: Function, training: bool | None = None) -> An
     if training is not None:
         model.train(training)
     return model
+
+
+def _eager(theirs: Any, cast: torch.dtype | None) -> Any:
+    model = _copy("reference", theirs)
+    return model if cast is None else model.to(cast)
 
 
 def _exact(theirs: Any) -> Any:
