@@ -193,7 +193,13 @@ def _is_for_any_batch(program: Any) -> bool:
     from sympy import Integer, false  # which export has loaded
 
     inputs: list[Any] = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
-    sizes = [size.node.expr for t in inputs if isinstance(t, Tensor) for size in t.shape if not isinstance(size, int)]
+    sizes = [
+        size.node.expr
+        for t in inputs
+        if isinstance(t, Tensor)
+        for size in cast(Any, t.shape)
+        if not isinstance(size, int)
+    ]
     if any(size.is_number for size in sizes):
         return False
     symbols = set().union(*(size.free_symbols for size in sizes))
