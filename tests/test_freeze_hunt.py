@@ -336,3 +336,23 @@ def test_networks_of_several_dtypes(case):
 )
 def test_code_that_asks_for_the_dtype_sees_the_frozen_one(forward, dtype):
     agree(Net(forward), "graph", tol=0.2, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda q: (q / 0.1).floor(),
+        lambda q: (q / 0.1).to(torch.int64),
+        lambda q: (q * 10 == torch.tensor([3.0, 4, 5, 7])).float() + 1,
+        lambda q: (q * 1e-30).square().gt(0) + 1.0,
+    ],
+    ids=["floor", "cast", "equal", "underflow"],
+)
+def test_constants_that_lie_on_a_step_fall_where_they_do_in_the_sources_dtype(scale):
+    net = Net(
+        lambda net, x: net.conv(x) * scale(net.q)[:, None, None],
+        lambda net: net.register_buffer("q", torch.tensor([0.3, 0.4, 0.5, 0.7])),
+    )
+    agree(net, "graph")
+    q = net.q
+    assert not torch.equal(scale(q), scale(q.double()).float())  # or this shows nothing
