@@ -50,9 +50,7 @@ def make(
     return FrozenModel(module, model, recipe, report, dtype)
 
 
-def find_recipe(
-    source: nn.Module, inputs: Any, report: FreezeReport, how: str, dtype: torch.dtype
-) -> Recipe:
+def find_recipe(source: nn.Module, inputs: Any, report: FreezeReport, how: str, dtype: torch.dtype) -> Recipe:
     """The network's graph; where it has none, its modules, with the reason in the report."""
     if how == "modules":
         report.capture_reason = "capture='modules'"
