@@ -336,3 +336,53 @@ def test_networks_of_several_dtypes(case):
 )
 def test_code_that_asks_for_the_dtype_sees_the_frozen_one(forward, dtype):
     agree(Net(forward), "graph", tol=0.2, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda q: (q / 0.1).floor(),
+        lambda q: (q / 0.1).to(torch.int64),
+        lambda q: (q * 10 == torch.tensor([3.0, 4, 5, 7])).float() + 1,
+        lambda q: (q * 1e-30).square().gt(0) + 1.0,
+    ],
+    ids=["floor", "cast", "equal", "underflow"],
+)
+def test_constants_that_lie_on_a_step_fall_where_they_do_in_the_sources_dtype(scale):
+    net = Net(
+        lambda net, x: net.conv(x) * scale(net.q)[:, None, None],
+        lambda net: net.register_buffer("q", torch.tensor([0.3, 0.4, 0.5, 0.7])),
+    )
+    agree(net, "graph")
+    q = net.q
+    assert not torch.equal(scale(q), scale(q.double()).float())  # or this shows nothing
+
+
+# ---- NaN -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda t: t.sqrt(),
+        lambda t: t.log(),
+        lambda t: t.pow(0.5),
+        lambda t: t / t.relu().mul(0),
+        lambda t: t.sub(1).acos(),
+        lambda t: t / t.std(0) if len(t) else t,
+    ],
+    ids=["sqrt", "log", "pow", "division", "acos", "std"],
+)
+@pytest.mark.filterwarnings("ignore:std\\(\\)")
+def test_nan_that_the_network_makes_itself_is_not_turned_into_0(step):
+    net = Net(lambda net, x: F.relu(net.bn2(net.conv2(step(y(net, x))))))
+    frozen = agree(net, "graph", sizes=(8, 6), tol=1e-3)
+    assert [conv.exact for conv in frozen.module.children()] == [False, True]  # what is before it stays fast
+
+
+@pytest.mark.parametrize(
+    "step", [lambda t: t.pow(2), lambda t: t / 6, lambda t: t / torch.ones(4, 1, 1), torch.sigmoid]
+)
+def test_steps_that_make_no_nan_cost_nothing(step):
+    frozen = agree(Net(lambda net, x: F.relu(net.bn2(net.conv2(step(y(net, x)))))), "graph")
+    assert not any(conv.exact for conv in frozen.module.modules() if hasattr(conv, "exact"))
