@@ -45,6 +45,6 @@ def _makes_nan(node: fx.Node) -> bool:
         exponent: Any = node.args[1]
         return not isinstance(exponent, int | float) or exponent < 0 or exponent != int(exponent)
     if name in ("div", "true_divide", "floor_divide"):
-        divisor = node.args[1]
-        return isinstance(divisor, fx.Node) and divisor.op != "get_attr" or divisor == 0
+        divisor: Any = node.args[1]
+        return divisor.op != "get_attr" if isinstance(divisor, fx.Node) else divisor == 0
     return name in _MAKERS
