@@ -84,18 +84,30 @@ class Network:
     Args:
         module: a fused graph with weights of its own.
         tensors: what its last placeholders take.
+        overflows: answers may be not finite although all tensors are.
     """
 
-    def __init__(self, module: fx.GraphModule, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, module: fx.GraphModule, tensors: Sequence[Tensor], overflows: bool) -> None:
         self.module, self.places = _network(module, tensors)
         self.engine = Engine()
-        if not all(math.isfinite(float(t.sum())) for t in tensors if t.is_floating_point()):
+        if overflows or not _is_finite(module, tensors):
             for conv in frozen_convs(self.module):
                 conv.exact = True  # oneDNN's ReLU turns NaN into 0
 
     def __call__(self, *arguments: Any) -> Any:
         with Running():
             return self.engine.run(self.module, tuple(arguments[place] for place in self.places), {})
+
+
+def _is_finite(module: fx.GraphModule, tensors: Sequence[Tensor]) -> bool:
+    """Whether the made tensors are, and the norms that they are of have roots."""
+    placeholders = module.graph.find_nodes(op="placeholder")[-len(tensors) :]
+    made = dict(zip(placeholders, tensors, strict=True))
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.fastres.bn_act.default):
+        arguments: tuple[Any, ...] = node.args
+        if not bool((made[arguments[4]] + arguments[7] > 0).all()):
+            return False
+    return all(math.isfinite(float(t.sum())) for t in tensors if t.is_floating_point())
 
 
 def _network(module: fx.GraphModule, tensors: Sequence[Tensor]) -> tuple[fx.GraphModule, tuple[int, ...]]:

@@ -44,6 +44,7 @@ class Fused:
         counts: convolutions that are one call ("conv"), of them with a BN ("bn"), a residual ("add"), an activation
             ("act"); and "norm", "add_relu".
         own_weights: whether all convolutions are calls of `conv_act`, and no weight is an argument.
+        overflows: whether a fold was too large for its dtype: finite weights may then give answers that are not.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Fused:
         own_weights: bool,
     ) -> None:
         self.module, self.counts, self.own_weights = module, counts, own_weights
+        self.overflows = False
         self._made, self._own, self._layout = made, traced.tensors, layout
         self._graph = traced.graph
         leaves = dict.fromkeys(name for _, what in made for name in _leaves(what))
@@ -98,7 +100,7 @@ def fuse(
     """
     normalize(traced.graph, keep=_COPIES)
     constants = Constants(traced.graph, {name: inputs[place] for name, place in traced.static.items()} | traced.tensors)
-    regions, folded = fold_regions(traced.graph, constants, None)
+    regions, folded = fold_regions(traced.graph, constants, lambda node: node.meta["dtype"])
     if not any(_is_conv2d(region) and len(region.nodes) > 1 for region in regions):
         return None
     own_weights = packs and suits(traced, regions, constants)
@@ -106,6 +108,7 @@ def fuse(
     for layout in layouts:
         writer = _Writer(source, traced, constants, regions, folded, own_weights)
         fused = Fused(writer.run(), traced, writer.made, writer.counts, layout, own_weights)
+        fused.overflows = any(region.stop is not None and region.stop.code == "OVERFLOW" for region in regions)
         tensors = fused.make([inputs[place] for place in fused.weights], folded)
         assert tensors is not None
         if _keep_strides(fused.module, traced, tensors) or layout is None:

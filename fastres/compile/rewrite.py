@@ -16,7 +16,7 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame
 import fastres.ops  # noqa: F401  the operators
 from fastres.compile.cpu import Network
 from fastres.compile.folds import Folds
-from fastres.compile.fuse import fuse
+from fastres.compile.fuse import Fused, fuse
 from fastres.compile.trace import Unchanged, is_weight, trace
 
 logger = logging.getLogger("fastres")
@@ -145,7 +145,7 @@ def _rewritten(module: fx.GraphModule, inputs: Sequence[Any], inner: Inner, pack
     what = ", ".join(f"{count} {name}" for name, count in sorted(fused.counts.items()))
     way = "runs on packed weights" if fused.own_weights else "goes to the compiler"
     logger.info("compile: a graph is fused (%s) and %s", what, way)
-    return _Run(module, fused.module, folds, compiled, autocast)
+    return _Run(module, fused, folds, compiled, autocast)
 
 
 def _without_autocast(enabled: bool) -> Any:
@@ -162,7 +162,7 @@ class _Run:
     """
 
     def __init__(
-        self, source: fx.GraphModule, fused: fx.GraphModule, folds: Folds, compiled: Compiled | None, autocast: bool
+        self, source: fx.GraphModule, fused: Fused, folds: Folds, compiled: Compiled | None, autocast: bool
     ) -> None:
         self.source, self.fused, self.folds, self.compiled, self.autocast = source, fused, folds, compiled, autocast
 
@@ -175,5 +175,5 @@ class _Run:
                 return self.compiled(*arguments, *made.tensors)
             if made.network is None:
                 with torch.inference_mode(False):
-                    made.network = Network(self.fused, made.tensors)
+                    made.network = Network(self.fused.module, made.tensors, self.fused.overflows)
             return made.network(*arguments)
