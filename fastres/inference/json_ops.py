@@ -113,8 +113,9 @@ def target_from_json(name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     found = _operator(name)
     arguments = found._schema.arguments
     positional = sum(not a.kwarg_only for a in arguments)
-    names = {a.name for a in arguments[len(args) :]}
-    if len(args) > positional or not set(kwargs) <= names:
+    rest = arguments[len(args) :]
+    needed, names = {a.name for a in rest if not a.has_default_value()}, {a.name for a in rest}
+    if len(args) > positional or not needed <= set(kwargs) <= names:
         raise FrozenFileError(f"{name} does not take {len(args)} positional arguments and {short(sorted(kwargs))}")
     return found
 

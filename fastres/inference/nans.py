@@ -41,10 +41,11 @@ def _makes_nan(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
     name = node.target._schema.name.partition("::")[2]
+    operand: Any = node.args[1] if len(node.args) > 1 else next(iter(node.kwargs.values()), None)
     if name == "pow":
-        exponent: Any = node.args[1]
-        return not isinstance(exponent, int | float) or exponent < 0 or exponent != int(exponent)
+        exponent = operand
+        return not isinstance(exponent, int | float) or exponent < 0 or exponent % 1 != 0
     if name in ("div", "true_divide", "floor_divide"):
-        divisor: Any = node.args[1]
+        divisor = operand
         return divisor.op != "get_attr" if isinstance(divisor, fx.Node) else divisor == 0
     return name in _MAKERS
