@@ -516,11 +516,10 @@ class StaysInTraining(Net):
         (lambda: Counts(None), "its forward changes number"),
         (Moves, "steps"),
         (lambda: Branches(None), "data-dependent"),
-        (lambda: OneImage(None), "a batch of 1 is answered otherwise"),
         (lambda: StaysInTraining(None), "running_mean"),
         (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), "has hooks"),
     ],
-    ids=["state", "buffer", "data", "batch", "training", "hooks"],
+    ids=["state", "buffer", "data", "training", "hooks"],
 )
 def test_networks_without_a_graph_keep_their_modules(net, reason, capfd):
     net = settle(net())
@@ -536,6 +535,16 @@ def test_networks_without_a_graph_keep_their_modules(net, reason, capfd):
         if not isinstance(net, Counts | Moves | StaysInTraining):
             with torch.no_grad():
                 torch.testing.assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_that_asks_for_its_batch_is_captured_for_each():
+    net = settle(OneImage(None))
+    frozen = freeze(net, torch.rand(2, 3, 8, 8), capture="graph", tune=False)
+    assert any("fixes its batch" in note for note in frozen.report.notes)
+    for batch in (1, 2, 3, 1):
+        x = torch.rand(batch, 3, 8, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-4)
 
 
 def test_networks_that_read_values_fold_neighbours_alone():

@@ -117,9 +117,9 @@ def refused(path, words=""):
     with pytest.raises(FrozenFileError) as caught:
         fastres.load(path)
     text = str(caught.value)
-    assert text.startswith(f"path: {os.fspath(path)!r}: ") and re.search(words, text), text
-    assert len(text) < 700 and "\n" not in text.replace(os.fspath(path), ""), text
-    return text
+    start = f"path: {os.fspath(path)!r}: "
+    assert text.startswith(start) and len(text) < 700 and "\n" not in text[len(start) :], text
+    assert re.search(words, text[len(start) :]), text
 
 
 def assert_harmless(module):
@@ -305,6 +305,11 @@ def test_two_nodes_of_one_name(forge):
     refused(forge(lambda d, t: node(d, "scaled").update(name="x")), "'x' is the name of two nodes")
 
 
+def one_more(op, target, args):
+    row = {"op": op, "name": "more", "target": target, "args": args, "kwargs": {}}
+    return lambda document, tensors: document["graph"]["nodes"].insert(-1, row)
+
+
 PATHS = [
     *(
         "",
@@ -345,13 +350,14 @@ def test_paths_of_tensors(forge, path):
     def edit(document, tensors):
         rename(document, "part.scale", path)
         document["graph"]["tensors"].append({"name": "part.x", "data": "conv.bias", "kind": "buffer"})
+        one_more("get_attr", "part.x", [])(document, tensors)
         if isinstance(path, str):
             tensors[path] = tensors.pop("part.scale")
 
     if path == "conv.weight":
-        refused(forge(lambda d, t: rename(d, "part.scale", path)), "twice|not use")
+        refused(forge(lambda d, t: rename(d, "part.scale", path)), "'conv.weight' is there twice")
         return
-    refused(forge(edit), "path|twice|tensors")
+    refused(forge(edit), "is no path of|is there twice|has the tensors|lies within")
 
 
 @pytest.mark.parametrize("path", [*PATHS[:24], "part.scale", "fc", "norm.inner"], ids=lambda p: repr(p)[:20])
@@ -364,12 +370,7 @@ def test_paths_of_modules(forge, path):
             if row.get("target", row["name"]) == "conv":
                 row["target" if "op" in row else "name"] = path
 
-    refused(forge(edit), "path|twice|within|tensors")
-
-
-def one_more(op, target, args):
-    row = {"op": op, "name": "more", "target": target, "args": args, "kwargs": {}}
-    return lambda document, tensors: document["graph"]["nodes"].insert(-1, row)
+    refused(forge(edit), "is no path of|is there twice|lies within")
 
 
 @pytest.mark.parametrize("target", ["nothing", "conv.weight", "part", "__class__", "forward", "", None, 3, ["conv"]])
@@ -397,7 +398,15 @@ FUNCTIONS = [
     ),
     *("aten.__class__.default", "aten.relu.__class__", "aten.relu.__init__", "aten.relu.op", "aten.nothing.default"),
     *("aten.relu_.default", "aten.add.out", "aten.copy_.default", "aten.set_.source_Tensor", "aten.resize_.default"),
-    *("aten.from_file.default", "aten._print.default", "aten.save.default", "aten.warn.default", "aten.format.default"),
+    *(
+        "aten.from_file.default",
+        "aten._print.default",
+        "aten.save.default",
+        "aten.manual_seed.default",
+        "aten.format.default",
+    ),
+    *("aten.set_grad_enabled.default", "aten.set_grad_enabled.", "aten.get_device.default", "aten.len.Tensor"),
+    *("prims.sin.default", "quantized.relu6.default", "mkldnn._linear_pointwise.default", "c10d.barrier.default"),
     *("aten.record_stream.default", "aten.quantized_lstm.input", "aten._sparse_coo_tensor_unsafe.default"),
     *(
         "prim.Print.default",
@@ -419,7 +428,7 @@ def test_functions_that_no_file_may_call(forge, target):
     def edit(document, tensors):
         node(document, "copied").update(target=target, args=[{"node": "x"}], kwargs={})
 
-    refused(forge(edit), "node copied: ")
+    refused(forge(edit), "^node copied: .*(may not call it|no operator)")
 
 
 def test_the_operators_of_core_aten_are_allowed():

@@ -100,7 +100,7 @@ def fuse(
     """
     normalize(traced.graph, keep=_COPIES)
     constants = Constants(traced.graph, {name: inputs[place] for name, place in traced.static.items()} | traced.tensors)
-    regions, folded = fold_regions(traced.graph, constants, None)
+    regions, folded = fold_regions(traced.graph, constants, lambda node: node.meta["dtype"])
     if not any(_is_conv2d(region) and len(region.nodes) > 1 for region in regions):
         return None
     own_weights = packs and suits(traced, regions, constants)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -39,17 +39,17 @@ def build(
     """
     normalize(captured.graph)
     constants = Constants(captured.graph, tensors)
-    regions, folded = fold_regions(captured.graph, constants, dtype)
+    regions, folded = fold_regions(captured.graph, constants, lambda node: dtype_in(captured, node, dtype))
     return _Builder(captured, constants, regions, folded, dtype, shared).run()
 
 
 def fold_regions(
-    graph: fx.Graph, constants: Constants, dtype: torch.dtype | None
+    graph: fx.Graph, constants: Constants, dtype_of: Callable[[fx.Node], torch.dtype]
 ) -> tuple[list[Region], dict[fx.Node, Folded]]:
     """The regions of a normalised graph, and the folded tensors of those convolutions that take an affine in.
 
     Args:
-        dtype: what they are rounded to; None: the convolution's own.
+        dtype_of: what they are rounded to, by the convolution's node.
     """
     refused: dict[fx.Node, Refusal] = {}
     folded: dict[fx.Node, Folded] = {}
@@ -58,13 +58,19 @@ def fold_regions(
         before = len(refused)
         for region in regions:
             if region.affines and region.head not in folded:
-                result = fold_region(region, constants, dtype or region.head.meta["dtype"])
+                result = fold_region(region, constants, dtype_of(region.head))
                 if isinstance(result, Refusal):
                     refused[region.head] = result
                 else:
                     folded[region.head] = result
         if len(refused) == before:
             return regions, folded
+
+
+def dtype_in(captured: Captured, node: fx.Node, dtype: torch.dtype) -> torch.dtype:
+    """What a floating tensor of the graph is in where the network computes in ``dtype``."""
+    own: torch.dtype = node.meta["dtype"]
+    return dtype if own is captured.dtype else own
 
 
 def fold_region(region: Region, constants: Constants, dtype: torch.dtype) -> Folded | Refusal:
@@ -147,8 +153,9 @@ class _Builder:
         for name, costs in self.others.items():
             flops, moved, weights = (sum(cost[i] for cost in costs) for i in range(3))
             self.rows.append(FreezeRow(name, "other", f"{len(costs)} call(s)", "", "", (), flops, moved, weights))
+        batch = max(self.captured.batch, 1)
         for i, row in enumerate(self.rows):
-            self.rows[i] = replace(row, flops=row.flops // self.captured.batch, bytes=row.bytes // self.captured.batch)
+            self.rows[i] = replace(row, flops=row.flops // batch, bytes=row.bytes // batch)
         network = fx.GraphModule(self.root, self.graph, "FrozenNetwork")
         network.eval()
         return network, self.rows
@@ -163,10 +170,9 @@ class _Builder:
         if not self.constants.is_worth_keeping(node):
             return self.graph.node_copy(node, self.value)
         name = self.unique("constant" if node.op != "get_attr" else str(node.target))
-        if node in self.in_norms:
-            dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
-        else:
-            dtype = self.dtype
+        dtype = self.dtype_in(node)
+        if node in self.in_norms and dtype is not torch.float64:
+            dtype = torch.float32
         kept = self.kept.get(name) if node.op == "get_attr" else None
         fits = kept is not None and kept.shape == node.meta["shape"] and kept.dtype in (dtype, node.meta["dtype"])
         self.put(name, kept if fits and kept is not None else self.constants.rounded(node, dtype))
@@ -241,19 +247,23 @@ class _Builder:
     def key(self, node: Any) -> str:
         return self.constants.key(node) if isinstance(node, fx.Node) else repr(node)
 
+    def dtype_in(self, node: fx.Node) -> torch.dtype:
+        return dtype_in(self.captured, node, self.dtype)
+
     def keys(self, nodes: Any) -> str:
         return ", ".join(self.key(node) for node in nodes)
 
     def conv(self, region: Region) -> str:
         arguments: tuple[Any, ...] = region.head.args
         _, weight, bias, *where = arguments
+        dtype = self.dtype_in(region.head)
         affines = "; ".join(f"{n.target}({self.affine_key(n)})" for n in region.affines)
-        key = f"conv({self.keys((weight, bias))}) {tuple(where)} [{affines}] {region.act} {self.dtype}"
+        key = f"conv({self.keys((weight, bias))}) {tuple(where)} [{affines}] {region.act} {dtype}"
 
         def make() -> FrozenConv:
             tensors: Any = self.folded.get(region.head) or (
-                self.constants.rounded(weight, self.dtype),
-                None if bias is None else self.constants.rounded(bias, self.dtype),
+                self.constants.rounded(weight, dtype),
+                None if bias is None else self.constants.rounded(bias, dtype),
             )
             w, b = tensors
             stride, padding, dilation, groups = where
@@ -311,7 +321,7 @@ class _Builder:
     def norm(self, region: Region) -> str:
         arguments: tuple[Any, ...] = region.head.args
         _, *tensors, _, _, eps, _ = arguments
-        dtype = torch.float64 if self.dtype is torch.float64 else torch.float32
+        dtype = torch.float64 if self.dtype_in(region.head) is torch.float64 else torch.float32
         names = ("weight", "bias", "running_mean", "running_var")
 
         def make() -> FrozenNorm:
@@ -363,13 +373,14 @@ class _Builder:
 
     def pool_linear(self, region: Region) -> str:
         _, weight, bias = (*region.last.args, None)[:3]
+        dtype = self.dtype_in(region.last)
 
         def make() -> PoolLinear:
-            values: list[Any] = [None if t is None else self.constants.rounded(t, self.dtype) for t in (weight, bias)]
+            values: list[Any] = [None if t is None else self.constants.rounded(t, dtype) for t in (weight, bias)]
             head: PoolLinear = PoolLinear.of(*values)
             return head
 
-        name = self.add(module_name(region.last), f"pool_linear({self.keys((weight, bias))}) {self.dtype}", make)
+        name = self.add(module_name(region.last), f"pool_linear({self.keys((weight, bias))}) {dtype}", make)
         self.rows.append(
             FreezeRow(name, "pool_linear", "global average pool + linear", "", "one step", (), *self.cost(region))
         )

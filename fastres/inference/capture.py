@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import logging
 import warnings
@@ -50,6 +51,7 @@ class Captured:
         constants: tensors that the source's forward makes.
         batch: what the varying size was in the capture.
         notes: for the report.
+        dtype: what the source was in; tensors of the graph in another floating dtype are so because its code says so.
     """
 
     graph: fx.Graph
@@ -60,6 +62,7 @@ class Captured:
     constants: dict[str, Tensor]
     batch: int
     notes: list[str] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
 
     def takes(self, call: Call) -> bool:
         """Whether the graph is of calls like this one: the same tree and constants, tensors of these sizes."""
@@ -140,33 +143,81 @@ def capture(model: nn.Module, call: Call) -> Captured:
     """
     _refuse_hooks(model)
     batch = batch_of(call.tensors)
-    shapes = ShapesCollection()
-    tensors = [_at_least_two(t, batch) for t in call.tensors]
-    for t, given in zip(tensors, call.tensors, strict=True):
-        if given.ndim and len(given) == batch:
-            shapes[t] = {0: Dim.AUTO}
-    args, kwargs = call.arguments(tensors)
-    before = _plain_state(model)
-    written = False
+    before, attributes = _plain_state(model), _attributes(model)
     try:
-        with capturing(), _quiet(), torch.no_grad():
-            program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
-            try:
-                written = functionalize(program.graph_module.graph, _lifted(program))
-            except Impure:
-                program = program.run_decompositions({})
+        program, written = _export(model, call, [_at_least_two(t, batch) for t in call.tensors], batch)
+        fixed = not _is_for_any_batch(program)
+        if fixed:  # as it is given: another batch takes another way, or has other numbers in it
+            program, written = _export(model, call, [t.detach().clone() for t in call.tensors], None)
+        changed = next((n for n, value in _plain_state(model).items() if before.get(n, _MISSING) != value), None)
     except Exception as error:  # export raises whatever the model's code does with symbols
         raise CaptureError(f"torch.export: {type(error).__name__}: {_first_line(error)}") from error
-    for name, value in _plain_state(model).items():
-        if before.get(name, _MISSING) != value:
-            raise CaptureError(f"its forward changes {name}")
-    captured = _read(program, call, max(batch, 2))
+    finally:
+        _put_back(attributes)
+    if changed is not None:
+        raise CaptureError(f"its forward changes {changed}")
+    captured = _read(program, call, batch if fixed else max(batch, 2))
+    captured.dtype = dtype_of(model)
     if written and WRITES_TO_INPUT not in captured.notes:
         captured.notes.append(WRITES_TO_INPUT)
     return captured
 
 
+def _export(model: nn.Module, call: Call, tensors: list[Tensor], batch: int | None) -> tuple[Any, bool]:
+    """The exported program, without in-place calls, and whether one wrote to an input.
+
+    Args:
+        tensors: of the call.
+        batch: the first size of those tensors of ``call`` whose first size may vary; None: none.
+    """
+    shapes = ShapesCollection()
+    for t, given in zip(tensors, call.tensors, strict=True):
+        if given.ndim and len(given) == batch:
+            shapes[t] = {0: Dim.AUTO}
+    args, kwargs = call.arguments(tensors)
+    with capturing(), _quiet(), torch.no_grad():
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
+        if batch is not None and not _is_for_any_batch(program):
+            return program, False  # not to be used
+        try:
+            return program, functionalize(program.graph_module.graph, _lifted(program))
+        except Impure:
+            return program.run_decompositions({}), False
+
+
+def _is_for_any_batch(program: Any) -> bool:
+    """Whether the sizes that vary may be all that one tries, not only the capture's: what the code asked of them holds.
+
+    ``if len(x) > 4`` is such a question; a shape that fits one batch alone is a size that varies no longer.
+    """
+    from sympy import Integer, false  # which export has loaded
+
+    inputs: list[Any] = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
+    sizes = [
+        size.node.expr
+        for t in inputs
+        if isinstance(t, Tensor)
+        for size in cast(Any, t.shape)
+        if not isinstance(size, int)
+    ]
+    if any(size.is_number for size in sizes):
+        return False
+    symbols = set().union(*(size.free_symbols for size in sizes))
+    if any(
+        program.range_constraints[s].lower > 2 or program.range_constraints[s].upper < _BATCHES[-1] for s in symbols
+    ):
+        return False
+    modes = [t.fake_mode for t in inputs if getattr(t, "fake_mode", None) is not None]
+    questions = [guard.expr for guard in modes[0].shape_env.guards] if symbols else []
+    return not any(
+        question.xreplace(dict.fromkeys(question.free_symbols, Integer(batch))) is false
+        for question in questions
+        for batch in _BATCHES
+    )
+
+
 _MISSING = object()
+_BATCHES = (*range(2, 18), 31, 32, 64, 100, 127, 128, 256, 1000, 1024)  # that a graph for any batch is asked about
 
 
 def _plain_state(model: nn.Module) -> dict[str, Any]:
@@ -179,6 +230,43 @@ def _plain_state(model: nn.Module) -> dict[str, Any]:
             elif isinstance(value, list | dict | set) and name[:1] != "_":
                 state[f"{prefix}.{name}".lstrip(".")] = len(value)
     return state
+
+
+def _attributes(model: nn.Module) -> list[tuple[Any, Any]]:
+    """The attributes of every module, and the lists and dicts among them, each with a copy of what is in it."""
+    found: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        held = [value for value in module.__dict__.values() if type(value) in (list, dict)]
+        found += [(value, value.copy()) for value in (module.__dict__, *held)]
+    return found
+
+
+def _put_back(attributes: list[tuple[Any, Any]]) -> None:
+    """Takes out again what a traced forward has put there: tensors without data, with which no later call would run."""
+    for container, content in attributes:
+        if isinstance(container, list):
+            container[:] = content
+        elif container.keys() != content.keys() or any(container[key] is not value for key, value in content.items()):
+            container.clear()
+            container.update(content)
+
+
+def capture_for(model: nn.Module, call: Call, dtype: torch.dtype) -> Captured:
+    """The graph of ``model`` as it is in ``dtype``, where its code may ask for that: ``x.to(self.weight.dtype)``.
+
+    A network whose code does not run so is captured as it is: made in ``dtype``, it may run nevertheless.
+    """
+    if dtype_of(model) is not dtype:
+        with contextlib.suppress(CaptureError):
+            cast_to = sharing_copy(model).to(dtype)
+            return capture(cast_to, call.like(cast_to))
+    return capture(model, call.like(model))
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """That of the first floating parameter or buffer, or torch's default."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return next((t.dtype for t in tensors if t.is_floating_point()), torch.get_default_dtype())
 
 
 def batch_of(tensors: Iterable[Tensor]) -> int:
@@ -250,9 +338,11 @@ def _read(program: Any, call: Call, batch: int) -> Captured:
             if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 if not node.users:
                     continue
+                name = spec.target
                 if spec.kind is InputKind.CONSTANT_TENSOR:
-                    constants[spec.target] = program.constants[spec.target]
-                values[node] = graph.create_node("get_attr", spec.target)
+                    name = _constant_name(program.constants[spec.target])
+                    constants[name] = program.constants[spec.target]
+                values[node] = graph.create_node("get_attr", name)
             elif spec.kind is not InputKind.USER_INPUT:
                 raise CaptureError(f"an input of kind {spec.kind.name}")
             elif isinstance(spec.arg, ConstantArgument):
@@ -285,8 +375,20 @@ def _read(program: Any, call: Call, batch: int) -> Captured:
     return Captured(graph, inputs, program.call_spec.out_spec, call.tree, call.plain, constants, batch, notes)
 
 
+def _constant_name(t: Tensor) -> str:
+    """A name that follows from what is in the tensor: captures of one source share steps by the names of tensors."""
+    digest = hashlib.sha256(f"{t.dtype} {tuple(t.shape)} {t.device}".encode())
+    digest.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"constant_{digest.hexdigest()[:16]}"
+
+
 def _dims(value: Any) -> Dims:
-    return tuple(size if isinstance(size, int) else str(size) for size in value.shape)
+    return tuple(size if isinstance(size, int) else _size(size) for size in value.shape)
+
+
+def _size(size: Any) -> int | str:
+    """A number, also of a symbol that has turned out to be one; or the symbol's name."""
+    return int(size.node.expr) if size.node.expr.is_number else str(size)
 
 
 def _meta(node: fx.Node) -> dict[str, Any]:
@@ -294,7 +396,9 @@ def _meta(node: fx.Node) -> dict[str, Any]:
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         meta["shape"], meta["dtype"] = _dims(value), value.dtype
-        meta["size"] = tuple(int(size) if isinstance(size, int) else int(size.node.hint) for size in value.shape)
+        sizes = [size if isinstance(size, int) else size.node.hint for size in value.shape]
+        if None not in sizes:  # as what nonzero() gives has it
+            meta["size"] = tuple(int(size) for size in sizes)
     stack = node.meta.get("nn_module_stack")
     if stack:
         meta["where"] = list(stack.values())[-1][0]

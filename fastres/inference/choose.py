@@ -22,7 +22,7 @@ from fastres.verify.runs import call, map_tensors, named_tensors
 logger = logging.getLogger("fastres")
 
 _NO_VIEWS = "channels_last is out: the model takes a view() that only NCHW tensors have; reshape() would do in both"
-
+_OTHER_ANSWERS = "channels_last is out: the model answers otherwise in it, or from call to call"
 
 PARTS = (8, 4)  # images at a time; weights are read once per part
 
@@ -36,10 +36,12 @@ def choose_layout(
     if tune is False:
         report.memory_format_reason = "not measured"
         if images:
+            want = call(frozen, inputs)
             frozen.use_channels_last()
-            if not _views_fit(frozen, inputs):
+            reason = _why_not_this_layout(frozen, inputs, want)
+            if reason:
                 frozen.use_channels_last(False)
-                report.notes.append(_NO_VIEWS)
+                report.notes.append(reason)
                 return frozen
             report.memory_format = "channels_last"
         return frozen
@@ -47,9 +49,10 @@ def choose_layout(
     if images:
         layouts["channels_last"] = copy.deepcopy(frozen)
         layouts["channels_last"].use_channels_last()
-        if not _views_fit(layouts["channels_last"], inputs):
+        reason = _why_not_this_layout(layouts["channels_last"], inputs, call(frozen, inputs))
+        if reason:
             del layouts["channels_last"]
-            report.notes.append(_NO_VIEWS)
+            report.notes.append(reason)
     calls: dict[str, Callable[[], Any]] = {"eager": without_writing(lambda given: call(source, given), inputs)}
     calls |= {name: _bound(candidate, inputs) for name, candidate in layouts.items()}
     times = measure(calls, device)
@@ -66,15 +69,19 @@ def choose_layout(
     return chosen
 
 
-def _views_fit(frozen: FrozenModel, inputs: Any) -> bool:
-    """Whether the network runs in this layout: a view across channels and pixels exists in one of them only."""
+def _why_not_this_layout(frozen: FrozenModel, inputs: Any, want: Any) -> str:
+    """Why the network, which answered ``want`` in NCHW, does not run in channels_last; empty where it does.
+
+    A view across channels and pixels exists in one of the layouts only; as_strided() reads other numbers in each.
+    """
     try:
-        call(frozen, inputs)
+        got = call(frozen, inputs)
     except RuntimeError as error:
         if "view size is not compatible" not in str(error):
             raise
-        return False
-    return True
+        return _NO_VIEWS
+    pairs = zip(named_tensors(got, "").values(), named_tensors(want, "").values(), strict=True)
+    return "" if all(agrees(g, w) for g, w in pairs) else _OTHER_ANSWERS
 
 
 def overwrite_residuals(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
@@ -186,9 +193,21 @@ def say_if_slower(report: FreezeReport) -> None:
         logger.warning("freeze: %s is %s", report.model, text)
 
 
-def close(got: Tensor, want: Tensor) -> bool:
-    """Whether two outputs differ by rounding at most, or at all where they are no floating numbers."""
+def close(got: Tensor, want: Tensor, share: float = 0.05) -> bool:
+    """Whether two outputs differ by a ``share`` of the largest at most, or at all where they are no floating ones."""
+    if got.is_complex():
+        got, want = torch.view_as_real(got), torch.view_as_real(want)
     if not got.is_floating_point():
         return bool(torch.equal(got, want))
+    want = want.detach()
     scale = float(want.abs().max()) if want.numel() else 0.0
-    return math.isfinite(scale) and torch.allclose(got, want, rtol=0, atol=0.05 * scale)
+    return math.isfinite(scale) and torch.allclose(got, want, rtol=0, atol=share * scale)
+
+
+def agrees(got: Any, want: Any, share: float = 0.05) -> bool:
+    """Whether two outputs are close, as far as the wanted one is finite; or are no tensors."""
+    if not isinstance(want, Tensor) or not isinstance(got, Tensor):
+        return isinstance(want, Tensor) == isinstance(got, Tensor)
+    if got.shape != want.shape:
+        return False
+    return not bool(torch.isfinite(want).all()) or close(got.to(want.dtype), want, share)

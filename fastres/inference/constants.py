@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, fx
 
 _CASTS = {torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype_layout}
+# In float64 they would take another step than in the source's dtype, where its numbers lie on one.
+_STEPS = {"floor", "ceil", "round", "trunc", "fix", "frac", "sign", "sgn", "heaviside", "fmod", "remainder"}
+_STEPS |= {"floor_divide", "fake_quantize_per_tensor_affine", "fake_quantize_per_channel_affine"}
 _LARGE = 1 << 20  # elements; a constant that much larger than what it is made of stays computed
 
 
@@ -55,16 +58,26 @@ class Constants:
         if node.op == "get_attr":
             t = self.tensors[str(node.target)].detach()
             return t.double() if t.is_floating_point() else t
+        if node not in self._exact and _takes_steps(node):
+            value = self._as_written(node)
+            self._exact[node] = value.double() if value.is_floating_point() else value
         if node not in self._exact:
             args, kwargs = cast(Any, fx.map_arg((node.args, node.kwargs), self.exact))
-            if node.target in _CASTS and node.meta["dtype"].is_floating_point:
-                source = args[0]
-                self._exact[node] = source.double()  # rounded once, at the end
+            if node.target in _CASTS and _widens(node):
+                self._exact[node] = args[0].double()  # rounded once, at the end
             else:
                 with torch.no_grad():
                     value = node.target(*args, **kwargs)
                 self._exact[node] = value.double() if value.is_floating_point() else value
         return self._exact[node]
+
+    def _as_written(self, node: Any) -> Tensor:
+        """The value as the source computes it, in its dtypes."""
+        if node.op == "get_attr":
+            return self.tensors[str(node.target)].detach().to(node.meta["dtype"])
+        args, kwargs = cast(Any, fx.map_arg((node.args, node.kwargs), self._as_written))
+        with torch.no_grad():
+            return cast(Tensor, node.target(*args, **kwargs))
 
     def unrounded(self, node: Any) -> Tensor:
         """The value as the source has it, or, computed, in float64. Not to be written to."""
@@ -93,6 +106,24 @@ class Constants:
         if node.op == "get_attr":
             return {node}
         return set().union(*(self._leaves(n) for n in node.all_input_nodes)) if node.all_input_nodes else set()
+
+
+def _takes_steps(node: fx.Node) -> bool:
+    """Whether a little more or less of a floating argument can give something quite different."""
+    floating = [n for n in node.all_input_nodes if n.meta["dtype"].is_floating_point]
+    if not floating:
+        return False
+    target: Any = node.target
+    name = target._schema.name.partition("::")[2]
+    rounds = name in _STEPS or target is torch.ops.aten.div.Tensor_mode or target is torch.ops.aten.div.Scalar_mode
+    return rounds or not (node.meta["dtype"].is_floating_point or node.meta["dtype"].is_complex)
+
+
+def _widens(node: fx.Node) -> bool:
+    """Whether a cast is to a floating dtype that holds all that is cast: one that rounds is the source's intention."""
+    before: Any = node.args[0]
+    source, target = before.meta["dtype"], node.meta["dtype"]
+    return bool(target.is_floating_point) and torch.promote_types(source, target) is target
 
 
 class _Text:

@@ -47,7 +47,7 @@ def _bytes(node: Any, dtype: torch.dtype) -> int:
     own: torch.dtype | None = node.meta.get("dtype")
     if own is None:
         return 0
-    return int(prod(node.meta["size"])) * (dtype if own.is_floating_point else own).itemsize
+    return int(prod(node.meta.get("size", (0,)))) * (dtype if own.is_floating_point else own).itemsize
 
 
 def operator_name(node: fx.Node) -> str:

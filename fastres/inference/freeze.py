@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastres.inference.capture import sharing_copy
+from fastres.inference.capture import dtype_of, sharing_copy
 from fastres.inference.checks import check_example, check_model, copies, own_example, put_back
 from fastres.inference.choose import (
     choose_layout,
@@ -95,7 +95,7 @@ def freeze(
     if capture not in ("auto", "graph", "modules"):
         raise ValueError(f"capture: got {capture!r}, expected 'auto', 'graph' or 'modules'")
     source = sharing_copy(model).eval()
-    own = _dtype_of(source)
+    own = dtype_of(source)
     target = torch.device(device) if device is not None else _device_of(source, example_inputs)
     dtype = dtype or own
     if cuda_graph is True and target.type != "cuda":
@@ -149,13 +149,6 @@ def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, veri
         if not isinstance(value, bool) and value != word:
             raise TypeError(f"{name}: got {value!r}, expected True, False or {word!r}")
     check_model(model)
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    for t in [*model.parameters(), *model.buffers()]:
-        if t.is_floating_point():
-            return t.dtype
-    return torch.get_default_dtype()
 
 
 def _device_of(model: nn.Module, inputs: Any) -> torch.device:

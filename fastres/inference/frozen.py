@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastres.inference.blocks import own_residuals
-from fastres.inference.capture import CaptureError, capture, sharing_copy
+from fastres.inference.capture import CaptureError, capture_for, sharing_copy
 from fastres.inference.conv import Packs, frozen_convs, is_traced
 from fastres.inference.engine import Engine, Variant, Variants
 from fastres.inference.gate import Running, capturing
+from fastres.inference.nans import pass_nan
 from fastres.inference.plan import Plan, choose_packs
 from fastres.inference.recipe import GraphRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
@@ -126,6 +127,7 @@ class FrozenModel(nn.Module):
         self._engine = Engine()
         self._variants = Variants()
         self._likeness: tuple[str, ...] = ()  # the attributes that it has of its source
+        self._passes_nan = False  # everywhere
         self._pass_nan()
 
     def _pass_nan(self) -> None:
@@ -133,11 +135,11 @@ class FrozenModel(nn.Module):
         refused = any(row.reason in ("BAD_VARIANCE", "OVERFLOW") for row in self.report.rows)
         tensors = [t for t in source_tensors(self.module).values() if t.is_floating_point() and not t.is_meta]
         if refused or not all(math.isfinite(float(t.detach().sum(dtype=torch.float64))) for t in tensors):
-            for conv in frozen_convs(self.module):
-                conv.exact = True
+            self._passes_nan = True
             note = "some of its numbers are not finite, or too large to fold: no step that could hide a NaN is taken"
             if note not in self.report.notes:
                 self.report.notes.append(note)
+        pass_nan(self.module, self._passes_nan)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if is_traced():
@@ -200,7 +202,7 @@ class FrozenModel(nn.Module):
                     "has changed since: refresh() first"
                 )
             try:
-                captured = capture(sharing_copy(source).eval(), given.like(source))
+                captured = capture_for(sharing_copy(source).eval(), given, self.dtype)
             except CaptureError as error:
                 raise ValueError(
                     f"input: got {what}; this network was captured for {recipe.captured.describe()}, and it cannot be "
@@ -210,6 +212,7 @@ class FrozenModel(nn.Module):
             module, _ = fresh.make(source, self.dtype, self.module, self._device())
             if self.plan.channels_last:
                 module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            pass_nan(module, self._passes_nan)
             logger.info("freeze: %s captured again for %s", self.report.model, what)
             variant = Variant(captured, module)
             self._variants.add(variant)

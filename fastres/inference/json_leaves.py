@@ -62,7 +62,12 @@ def _conv_build(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> n
     groups, act, exact = settings["groups"], settings["act"], settings["exact"]
     if type(groups) is not int or groups < 1 or len(weight) % groups:
         raise FrozenFileError(f"{short(groups)} groups do not divide {len(weight)} channels")
-    if act not in _ACTIVATIONS or type(exact) is not bool or type(settings["plain"]) is not list:
+    if (
+        not isinstance(act, str)
+        or act not in _ACTIVATIONS
+        or type(exact) is not bool
+        or type(settings["plain"]) is not list
+    ):
         raise FrozenFileError(f"{short(act)}, {short(exact)} are no settings of it")
     stride, padding, dilation = (_pair(settings[name], name != "padding") for name in ("stride", "padding", "dilation"))
     conv = FrozenConv.of(weight, bias, stride, padding, dilation, groups, act)

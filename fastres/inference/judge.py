@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastres.inference.capture import WRITES_TO_INPUT
+from fastres.inference.capture import WRITES_TO_INPUT, sharing_copy
 from fastres.inference.checks import copies
 from fastres.inference.choose import close
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.report import FreezeReport
 from fastres.verify import Verification, calibrate, uncalibrated, verify
-from fastres.verify.runs import call, map_tensors, named_tensors, private
+from fastres.verify.runs import call, map_tensors, named_tensors
 
 
 def judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> Verification | None:
     """The referee's verdict; a network that never saw data is judged on a calibrated copy, frozen the same way."""
     layers = uncalibrated(source)
     if layers:
-        calibrated = private("model", source)
+        calibrated = sharing_copy(source)
         try:
             calibrate(calibrated, inputs)
         except Exception as error:
@@ -35,13 +36,17 @@ def judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeRep
             twin.images_at_a_time = frozen.images_at_a_time
             source, frozen = calibrated, twin
     judged: nn.Module = source
-    candidate: nn.Module = frozen
+    candidate: Any = frozen
+    dtype = None
     if report.capture == "modules":  # either may write to its input; buffers written to have the same names in both
         judged, candidate = _OnCopies(_OnCopies(source)), _OnCopies(frozen)
-    elif WRITES_TO_INPUT in report.notes:
-        judged = _OnCopies(source)
+    else:  # neither keeps state, so the frozen one need not be copied, nor the source's parameters: a network is large
+        candidate, dtype = frozen.__call__, frozen.dtype
+        judged = _OnCopies(source) if WRITES_TO_INPUT in report.notes else source
+        if not any(p.dtype is torch.float64 for p in source.parameters()):  # its float64 copy is one that is written to
+            judged = _Sharing(judged)
     try:
-        return verify(judged, candidate, inputs, backward=False, training=False, calibrate_bn=False)
+        return verify(judged, candidate, inputs, backward=False, training=False, calibrate_bn=False, dtype=dtype)
     except RuntimeError as error:
         if "the reference in float64 raised" not in str(error):
             raise
@@ -71,6 +76,21 @@ def _beside_eager(source: nn.Module, frozen: FrozenModel, inputs: Any, report: F
         if w.is_floating_point() and w.numel():
             worst = max(worst, float((g - w).abs().max() / w.abs().max().clamp_min(torch.finfo(w.dtype).tiny)))
     report.notes.append(f"its answers are eager's to {worst:.1e} of the largest")
+
+
+class _Sharing(nn.Module):
+    """A network whose copies read its parameters' memory; one that is cast has its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Sharing:
+        own = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
+        return _Sharing(copy.deepcopy(self.module, memo | own)).train(self.training)
 
 
 class _OnCopies(nn.Module):

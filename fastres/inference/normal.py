@@ -30,6 +30,9 @@ _SAME = {
     aten.lift_fresh.default,
     aten.lift_fresh_copy.default,
 }
+_LAYOUTS = {aten.clone.default, aten.contiguous.default}
+# They read memory as it lies: where one is, copies and layouts stay as they are written.
+_BY_MEMORY = {aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype}
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
 _CHECKS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg}
 _MOMENTUM = 0.1
@@ -45,11 +48,15 @@ def normalize(graph: fx.Graph, keep: frozenset[Any] = frozenset()) -> None:
     Args:
         keep: operators that stay although they compute nothing: copies, where somebody may write to an output.
     """
-    for node in list(graph.nodes):
+    nodes = list(graph.nodes)
+    by_memory = any(node.target in _BY_MEMORY for node in nodes)
+    for node in nodes:
         if node.op != "call_function":
             continue
         if node.target in _CHECKS:
             graph.erase_node(node)
+        elif by_memory and node.target in _LAYOUTS:
+            continue
         elif node.target in _SAME or passes(node):
             if node.target not in keep:
                 _hand_on(graph, node)
@@ -81,10 +88,11 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _hand_on(graph: fx.Graph, node: fx.Node) -> None:
-    """`node` is its input; only as an output of a tensor given to the network must a copy stay a copy."""
+    """`node` is its input; but an output must stay a copy, of a tensor given to the network or of another output."""
     source: Any = node.args[0]
-    if any(user.op == "output" for user in node.users) and source.op in ("placeholder", "get_attr"):
-        return
+    if any(user.op == "output" for user in node.users):
+        if source.op in ("placeholder", "get_attr") or node.target is aten.clone.default:
+            return
     node.replace_all_uses_with(source)
     graph.erase_node(node)
 

@@ -99,12 +99,16 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
 
 
 def _conv(node: fx.Node, constants: Constants, taken: set[fx.Node], refused: Refusal | None) -> Region | None:
-    x, weight, bias = (*node.args, None, None)[:3]
+    arguments: tuple[Any, ...] = (*node.args, None, None)
+    _, weight, bias = arguments[:3]
     ready = weight in constants.nodes and (bias is None or bias in constants.nodes)
     if not ready or not node.meta["dtype"].is_floating_point:
         return None
     region = Region("conv", [node])
     current = node
+    if len(node.meta["shape"]) != len(weight.meta["shape"]):  # one image: its channels are in another place
+        region.stop = Refusal("NO_BATCH", "its input has no batch dimension")
+        return region
     while refused is None and (reader := _only_reader(current)) is not None and reader not in taken:
         if not is_affine(reader, current, constants):
             break
@@ -219,8 +223,11 @@ def _norm(node: fx.Node, constants: Constants, taken: set[fx.Node]) -> Region | 
 
 
 def _pool_linear(node: fx.Node, constants: Constants, taken: set[fx.Node]) -> Region | None:
-    x, weight, bias = (*node.args, None)[:3]
+    arguments: tuple[Any, ...] = (*node.args, None)
+    x, weight, bias = arguments[:3]
     if weight not in constants.nodes or not (bias is None or bias in constants.nodes):
+        return None
+    if len(weight.meta["shape"]) != 2:  # a vector
         return None
     chain = [node]
     while isinstance(x, fx.Node) and x.target in (aten.flatten.using_ints, aten.reshape.default, aten.squeeze.dims):
