@@ -45,7 +45,7 @@ def test_network(name, monkeypatch):
     assert all(row.message for row in report.rows if row.reason)
     assert sum("scale" in row.took for row in report.rows) == zoo.scales
     assert_nothing_is_lost(net, frozen, images(zoo.size))
-    monkeypatch.setattr("fastres.inference.frozen.capture", None)  # one capture serves every batch size
+    monkeypatch.setattr("fastres.inference.frozen.capture_for", None)  # one capture serves every batch size
     for batch in (1, 3):
         x = images(zoo.size, batch)
         verdict = fastres.verify(net, frozen, x, training=False, backward=False)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
-from fastres.inference.program import Programs
+from fastres.inference.program import Programs, _Recorder
 from fastres.models import cifar_resnet
 from swap_cases import scramble
 
@@ -90,6 +90,22 @@ def test_no_batch_is_kept_and_dead_tensors_are_let_go():
     text = program.__doc__
     assert text.count("del ") == 6, text
     assert not any(isinstance(v, torch.Tensor) and v.shape[:1] == (2,) for v in program.__globals__.values())
+
+
+def test_recording_keeps_no_activation(monkeypatch):
+    """A recording of a large batch takes the memory of a call, not that of all its activations together."""
+    alive = []
+    real = _Recorder.give_name
+
+    def give_name(recorder, t):
+        name = real(recorder, t)
+        alive.append(len(recorder.names))
+        return name
+
+    monkeypatch.setattr(_Recorder, "give_name", give_name)
+    model = frozen(nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(9)]).eval())
+    assert recorded(model).__doc__.count("del ") == 9
+    assert len(alive) >= 10 and max(alive) <= 3  # the input, what a call reads, what it makes
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
 aten = torch.ops.aten
 _DEVICES = ("cpu", "cuda")  # that fold in float64 and have fused operators
@@ -92,6 +92,8 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> Traced:
             tensors[str(node.target)] = t
             values[node] = graph.create_node("get_attr", node.target)
             values[node].meta = _meta(t)
+        elif node.op == "call_function" and _is_same_view(node):
+            values[node] = values[node.args[0]]
         elif node.op == "call_function":
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 raise Unchanged(f"it has a {node.target.name()} region")
@@ -127,7 +129,7 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
         schema = getattr(node.target, "_schema", None)
         if node.target in _NORMS and node.args[5]:
             written |= {t for t in node.args[3:5] if t is not None}
-        if node.op != "call_function" or schema is None or not schema.is_mutable:
+        if node.op != "call_function" or schema is None or not schema.is_mutable or _is_same_view(node):
             continue
         arguments = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)} | node.kwargs
         for argument in schema.arguments:
@@ -138,6 +140,20 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
                 raise Unchanged(f"{node.target} writes to something that is no argument")
             written.add(target)
     return written
+
+
+def _is_same_view(node: fx.Node) -> bool:
+    """Whether this only gives dimensions of size 1 other strides: what a pooling to one pixel does in channels_last."""
+    if node.target is not aten.as_strided_.default or len(node.args) != 3 or node.kwargs:
+        return False
+    source: Any = node.args[0]
+    before, after = source.meta["val"], node.meta["val"]
+    if source.op == "placeholder" or len(before.shape) != len(after.shape):
+        return False
+    return all(
+        statically_known_true(a == b) and (statically_known_true(a == 1) or statically_known_true(s == t))
+        for a, b, s, t in zip(before.shape, after.shape, before.stride(), after.stride(), strict=True)
+    )
 
 
 def _meta(value: Any) -> dict[str, Any]:
