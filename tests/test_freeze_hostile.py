@@ -373,6 +373,21 @@ def test_paths_of_modules(forge, path):
     refused(forge(edit), "is no path of|is there twice|lies within")
 
 
+def test_paths_within_a_module_of_the_file(forge):
+    def edit(document, tensors):
+        rename(document, "fc", "conv.inner")
+        document["graph"]["nodes"][-2]["name"] = "fc"
+        document["graph"] = json.loads(
+            json.dumps(document["graph"])
+            .replace('{"node": "conv.inner"}', '{"node": "fc"}')
+            .replace('"fc.', '"conv.inner.')
+        )
+        for name in ("weight", "bias"):
+            tensors[f"conv.inner.{name}"] = tensors.pop(f"fc.{name}")
+
+    refused(forge(edit), "'conv.inner' lies within a FrozenConv")
+
+
 @pytest.mark.parametrize("target", ["nothing", "conv.weight", "part", "__class__", "forward", "", None, 3, ["conv"]])
 def test_targets_of_calls_of_modules(forge, target):
     refused(forge(one_more("call_module", target, [{"node": "x"}])), "node more: a 'call_module' of")
