@@ -97,3 +97,16 @@ def outcome(function):
         return function()
     except Exception as error:
         return error
+
+
+class Autocast(nn.Module):
+    """`module` under autocast, its output in float32 (float64 stays, for the referee's exact run)."""
+
+    def __init__(self, module, dtype):
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, x):
+        with torch.autocast("cpu", self.dtype, enabled=x.dtype is not torch.float64):
+            y = self.module(x)
+        return y if y.dtype is torch.float64 else y.float()
