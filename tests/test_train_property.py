@@ -73,6 +73,9 @@ def check(data):
     assume(values > 2 or (tracked and not training))
     precision = draw(st.sampled_from(("float32", "float32", "bfloat16 autocast", "float64")), label="dtype")
     dtype = torch.float64 if precision == "float64" else torch.float32
+    # oneDNN leaves taps of a bfloat16 weight gradient unwritten for a 3x3 of stride 2 on images of one column: stock's
+    # convolution alone, torch 2.11, where the memory that it is given holds NaN
+    assume(not (precision == "bfloat16 autocast" and stride == 2 and w == 1))
     stock = scramble(stock).to(dtype)
     if draw(st.booleans(), label="channels_last weights"):
         stock = stock.to(memory_format=torch.channels_last)
