@@ -173,11 +173,26 @@ def test_row16_flags_and_buffers(options, dtype, train, tracked, buffers):
 
 
 @every_option
-def test_row16_counter_deleted_and_momentum_none(options):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_batches_tracked": None},
+        pytest.param(
+            {"track_running_stats": False},
+            marks=pytest.mark.xfail(
+                raises=AssertionError, reason="update_running wants a counter with nothing to move"
+            ),
+        ),
+    ],
+    ids=str,
+)
+def test_row16_momentum_none_without_a_counter_to_move(options, change):
     net, stock = tiny_twins(torch.float32, options)
     for model in (net, stock):
         for bn in batch_norms(model):
-            bn.momentum, bn.num_batches_tracked = None, None
+            bn.momentum = None
+            for name, value in change.items():
+                setattr(bn, name, value)
     assert_same_steps(net, stock, images(dtype=torch.float32), tolerance=TOLERANCES[torch.float32])
 
 

@@ -12,7 +12,7 @@ from swap_cases import fused_calls, hugging_face_resnet, projection, scramble, t
 vision = torchvision.models.resnet
 
 # Every way in which a swapped model may train: what holds for one must hold for all.
-OPTIONS = [{}]
+OPTIONS = [{}, {"memory": "min"}]
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default")
 
 # float64 goes through the reference and shows the wiring; float32 through the kernels that users run. Relative to each
