@@ -1,12 +1,11 @@
-"""swap(memory="min") and swap(checkpoint_bn="once"): the default's results bit for bit, in every way of training.
+"""swap(memory="min"): the default's results bit for bit, in every way of training.
 
-What holds for both settings is tested in the other test_train_*.py, over train_cases.OPTIONS. Bitwise is asked of the
-cpu backend in float32 and below it; float64 goes through the reference, and is the same to its rounding.
+What holds for it as for the default is tested in the other test_train_*.py, over train_cases.OPTIONS. Bitwise is asked
+of the cpu backend in float32 and below it; float64 goes through the reference, and is the same to its rounding.
 """
 
 import copy
 import pickle
-from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -21,11 +20,15 @@ from referee import LAYOUTS, layout
 from swap_cases import assert_same, fused_calls, images, tiny
 from train_cases import (
     BLOCKS,
+    BUILDS,
     TOLERANCES,
     assert_bitwise,
     batch_norms,
     block_input,
+    every_build,
     gradients,
+    run,
+    stage,
     state,
     twins,
     vision,
@@ -40,26 +43,6 @@ def lean_and_default(build, dtype=torch.float32):
     lean, stock = twins(build, dtype, MIN)
     swap(stock, strict=True)
     return lean, stock
-
-
-def run(
-    block, x, loss=lambda y: (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), cast=None, around=nullcontext
-):
-    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None), around():
-        y = block(leaf)
-    loss(y.float() if cast else y).backward()
-    return {"y": y.detach()} | gradients(block, x=leaf) | state(block)
-
-
-def stage(channels=8):
-    """Residuals that are block outputs themselves: nothing between them is kept."""
-    basic, bottleneck = BLOCKS["basic"], BLOCKS["bottleneck-groups"]
-    return nn.Sequential(basic(), bottleneck(), basic(), BLOCKS["bottleneck"]())
-
-
-BUILDS = {**BLOCKS, "stage": stage}
-every_build = pytest.mark.parametrize("name", BUILDS)
 
 
 # ---- the same results ------------------------------------------------------------------------------------------------
@@ -120,11 +103,10 @@ FREEZES = {
 
 
 @every_build
-@pytest.mark.parametrize("kind", FREEZES)
-@pytest.mark.parametrize("needs_x", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "needs_x"), [(k, n) for k in FREEZES for n in (True, False) if n or k != "all parameters"]
+)
 def test_frozen_parts(name, kind, needs_x):
-    if kind == "all parameters" and not needs_x:
-        pytest.skip("nothing to differentiate")
     found, x = [], block_input()
     for model in lean_and_default(BUILDS[name]):
         FREEZES[kind](model)
@@ -392,87 +374,7 @@ def test_a_block_output_read_by_other_modules():
     assert_bitwise(*found)
 
 
-# ---- checkpoint_bn ---------------------------------------------------------------------------------------------------
-
-ONCE = [{"checkpoint_bn": "once"}, {"checkpoint_bn": "once", "memory": "min"}]
-
-
-@every_build
-@pytest.mark.parametrize("options", ONCE, ids=["default", "min"])
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("cast", [None, torch.bfloat16])
-def test_row26_once_equals_a_run_without_checkpoint(name, options, reentrant, cast):
-    """Output, gradients and statistics, over two steps."""
-    once, plain = twins(BUILDS[name], torch.float32, options)
-    swap(plain, strict=True)
-    for _ in range(2):
-        x = block_input()
-        assert_bitwise(run(partial_checkpoint(once, reentrant), x, cast=cast), run(plain, x, cast=cast))
-    assert {int(bn.num_batches_tracked) for bn in batch_norms(once)} == {2}
-
-
-def partial_checkpoint(block, reentrant):
-    class Checkpointed(nn.Module):
-        """`block` under checkpoint, with the block's own names."""
-
-        def forward(self, x):
-            return checkpoint(block, x, use_reentrant=reentrant)
-
-        named_parameters, state_dict = block.named_parameters, block.state_dict
-
-    return Checkpointed()
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_row26_nested_checkpoints_and_momentum_none(reentrant):
-    once, plain = twins(stage, torch.float32, ONCE[0])
-    for model in (once, plain):
-        for bn in batch_norms(model):
-            bn.momentum = None
-
-    def inner(x):
-        return checkpoint(once[2], checkpoint(once[1], x, use_reentrant=reentrant), use_reentrant=reentrant)
-
-    x, found = block_input(), []
-    for model in (once, plain):
-        for _ in range(3):
-            leaf = x.clone().requires_grad_()
-            y = model[0](leaf)
-            y = checkpoint(inner, y, use_reentrant=reentrant) if model is once else model[2](model[1](y))
-            model[3](y).square().sum().backward()
-        found.append(gradients(model, x=leaf) | state(model))
-    assert_same(*found, tolerance=10 * TOLERANCES[torch.float32])
-    assert {int(bn.num_batches_tracked) for bn in batch_norms(once)} == {3}
-
-
-def test_row26_once_leaves_ordinary_steps_alone_and_torch_moves_twice():
-    for value, moved in (("once", 1), ("torch", 2)):
-        block, _ = twins(BLOCKS["bottleneck"], torch.float32, {"checkpoint_bn": value})
-        run(block, block_input())
-        assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {1}
-        block.zero_grad()
-        run(partial_checkpoint(block, True), block_input())
-        assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {1 + moved}
-
-
-def test_row26_once_when_the_recomputation_raises():
-    """The statistics that were put aside come back."""
-    block, _ = twins(BLOCKS["basic"], torch.float32, ONCE[0])
-    calls = []
-
-    def fail(module, args):
-        calls.append(args)
-        if len(calls) == 2:
-            raise LookupError("planted")
-
-    block.conv2.register_forward_pre_hook(fail)
-    buffers = dict(block.named_buffers())
-    y = checkpoint(block, block_input().requires_grad_(), use_reentrant=True)
-    moved = state(block)
-    with pytest.raises(LookupError, match="planted"):
-        y.sum().backward()
-    assert_bitwise(state(block), moved)
-    assert all(t is buffers[name] for name, t in block.named_buffers())
+# ---- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""Ways to train a swapped network: mixed precision, gradient scaling, checkpointing, accumulation, freezing, averages,
-torch.compile. Each beside the stock network trained the same way.
+"""Ways to train a swapped network: mixed precision, gradient scaling, accumulation, freezing, averages, torch.compile.
+
+Each beside the stock network trained the same way.
 """
 
 import copy
@@ -9,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
 
 import fastres
 from swap_cases import TINY_CALLS, assert_same, assert_same_steps, images, step
@@ -199,53 +199,7 @@ def test_an_infinite_loss_scale_gives_infinite_gradients_and_the_step_is_skipped
     assert scaler.get_scale() == 2.0**119
 
 
-# ---- checkpointing, accumulation -------------------------------------------------------------------------------------
-
-
-def checkpointed(model, x, reentrant):
-    with set_checkpoint_early_stop(False):
-        return checkpoint(model, x, use_reentrant=reentrant)
-
-
-@every_option
-@every_precision
-@every_block
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_row26_gradients_under_checkpoint_are_the_plain_ones_bit_for_bit(options, dtype, name, reentrant):
-    """And statistics move in the recomputation again, as the stock block's do. float64 is bitwise where nothing of the
-    plain run is computed again either."""
-    block, stock = block_twins(name, dtype, options)
-    plain, x, found = copy.deepcopy(block), block_input(dtype), []
-    for model, enabled in ((block, True), (stock, True), (plain, False)):
-        leaf = x.clone().requires_grad_()
-        y = checkpointed(model, leaf, reentrant) if enabled else model(leaf)
-        y.square().sum().backward()
-        found.append(gradients(model, x=leaf))
-    if dtype is torch.float64 and options:
-        assert_same(found[0], found[2], 1e-12)
-    else:
-        assert_bitwise(found[0], found[2])
-    assert_same(state(block), state(stock), TOLERANCES[dtype])
-    assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {2}
-
-
-@every_option
-def test_row26_checkpoint_sequential_under_autocast(options):
-    """The recomputation runs under the forward's autocast, so its gradients are the plain run's."""
-    net, _ = tiny_twins(torch.float32, options)
-    plain, x, found = copy.deepcopy(net), images(dtype=torch.float32), []
-    for model in (net, plain):
-        leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            y = leaf
-            if model is net:
-                y = checkpoint_sequential(list(model.children())[:3], 2, y, use_reentrant=False)
-            else:
-                for child in list(model.children())[:3]:
-                    y = child(y)
-        y.float().square().mean().backward()
-        found.append(gradients(model, x=leaf))
-    assert_bitwise(*found)
+# ---- accumulation ----------------------------------------------------------------------------------------------------
 
 
 @every_option

@@ -1,6 +1,7 @@
 """What the tests of training share: blocks of every family with a swapped twin, the options of swap, snapshots."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -99,14 +100,24 @@ def outcome(function):
         return error
 
 
-class Autocast(nn.Module):
-    """`module` under autocast, its output in float32 (float64 stays, for the referee's exact run)."""
+def weighted(y):
+    """A loss that tells every element of y apart."""
+    return (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
 
-    def __init__(self, module, dtype):
-        super().__init__()
-        self.module, self.dtype = module, dtype
 
-    def forward(self, x):
-        with torch.autocast("cpu", self.dtype, enabled=x.dtype is not torch.float64):
-            y = self.module(x)
-        return y if y.dtype is torch.float64 else y.float()
+def run(block, x, loss=weighted, cast=None, around=nullcontext):
+    """Output, gradients and state of one forward, under autocast to `cast`, and one backward."""
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None), around():
+        y = block(leaf)
+    loss(y.float() if cast else y).backward()
+    return {"y": y.detach()} | gradients(block, x=leaf) | state(block)
+
+
+def stage():
+    """Four blocks: residuals that are block outputs themselves."""
+    return nn.Sequential(*(BLOCKS[name]() for name in ("basic", "bottleneck-groups", "basic", "bottleneck")))
+
+
+BUILDS = {**BLOCKS, "stage": stage}
+every_build = pytest.mark.parametrize("name", BUILDS)
