@@ -1,7 +1,8 @@
 """Whether a backward holds the only reference to the gradient it was given, so that it may write over it.
 
 PyTorch's engine adds gradients in place by the same rule: one owner of the tensor, one of its storage
-(torch/csrc/autograd/input_buffer.cpp). From Python there are three counts: of the Python object, of the tensor and of
+(torch/csrc/autograd/input_buffer.cpp). As there, memory that a storage has only borrowed (a backward that returns
+torch.from_numpy of an array it keeps) has an owner that no count shows. From Python there are three counts: of the Python object, of the tensor and of
 the storage, and how many of them the engine itself makes up is learnt from two small backward passes: what nobody else
 holds, and the same held once more. Where the counts do not tell the two apart, no gradient is ever written over. Too
 low a count learnt costs speed alone; one that is too high would be an error, so nothing is learnt where frames may hold
