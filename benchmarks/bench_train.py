@@ -1,7 +1,9 @@
-"""A training step of torchvision's ResNet-18 and ResNet-50, swapped and eager, in both layouts: batch 8 at 224x224.
+"""A training step of torchvision's ResNet-18 and ResNet-50, swapped and eager: batch 8 at 224x224, fp32 and bf16.
 
-The step is zero_grad, forward, cross-entropy, backward and SGD with momentum. The ratio is over the faster of eager
-NCHW and eager channels_last; torch.compile stands beside it with --peers all (a network takes minutes to compile).
+The step is zero_grad, forward, cross-entropy, backward and SGD with momentum; bf16 is autocast. Swapped stands there in
+both layouts and with memory="min". The ratio is over the faster of eager NCHW and eager channels_last; torch.compile
+stands beside it with --peers all (a network takes minutes to compile). The MB of a row are the most that torch's
+allocator had handed out during a step, above what was there before it.
 
 The verdict is on the outputs and the statistics of a training-mode forward pass. Gradients are judged block by block,
 in bench_blocks.py: over a whole network two right answers differ wherever rounding decides a ReLU's mask.
@@ -29,7 +31,8 @@ class TrainCase(Case):
     what: ClassVar[str] = "train"
     weight: ClassVar[float] = 40.0
     baselines: ClassVar[tuple[str, ...]] = ("eager", "eager_channels_last")
-    ours: ClassVar[tuple[str, ...]] = ("swapped", "swapped_channels_last")
+    ours: ClassVar[tuple[str, ...]] = ("swapped", "swapped_channels_last", "swapped_min_channels_last")
+    weighed: ClassVar[bool] = True
     compiled: ClassVar[tuple[str, ...]] = ("compile_channels_last",)
     network: str
     size: int = 224
@@ -106,7 +109,7 @@ def _step(module: nn.Module, images: torch.Tensor, labels: torch.Tensor):
     return call
 
 
-CASES = [TrainCase("resnet18"), TrainCase("resnet50")]
+CASES = [TrainCase(network, dtype=dtype) for dtype in ("fp32", "bf16") for network in ("resnet18", "resnet50")]
 
 
 def test_train(case, peer, beside):

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from fastres.lab.timing import Function, Ratio, Timer, interleave, paired_ratio, timer_for
 from roofline import Work
@@ -87,6 +88,7 @@ class Case(ABC):
     alone: ClassVar[tuple[str, ...]] = ()  # timed in the same rounds, compared with nothing
     backends: ClassVar[tuple[str, ...]] = ()  # an operator's, each asked for by name beside what the chooser takes
     threads: ClassVar[int | None] = None  # None: torch's setting
+    weighed: ClassVar[bool] = False  # whether its memory is measured on a CPU too
 
     @property
     @abstractmethod
@@ -148,7 +150,7 @@ class Result:
     samples: dict[str, list[float]] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)  # peak bytes above what was there before; GPUs only
+    memory: dict[str, int] = field(default_factory=dict)  # peak bytes above what was there before
 
     def seconds(self, peer: str) -> float:
         """Median seconds of one call."""
@@ -231,7 +233,7 @@ def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str,
             rounds = min(max(rounds, effort.min_rounds), effort.rounds)
             looped = {name: _repeat(call, result.iterations) for name, call in calls.items()}
             result.samples = interleave(looped, rounds, warmup=0, timer=timer)
-    if device.type == "cuda":
+    if effort.rounds and (device.type == "cuda" or case.weighed):
         result.memory = {name: _peak_memory(call, device) for name, call in calls.items()}
     del calls, prepared
     if any(name.startswith(COMPILE) for name in peers):
@@ -263,12 +265,38 @@ def _repeat(call: Function, iterations: int) -> Function:
 
 
 def _peak_memory(call: Function, device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+    meter = Meter(device)
     call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return meter.end()[1]
+
+
+class Meter:
+    """Bytes that torch's allocator hands out from here to `end`, above what there was: exact, on a CPU as on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        else:
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile.__enter__()
+
+    def end(self) -> tuple[int, int]:
+        """(in use now, the most at once)."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            now, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+            return now - self._before, most - self._before
+        self._profile.__exit__(None, None, None)
+        assert self._profile.profiler is not None
+        events = [e for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        now = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return now, most
 
 
 @contextmanager

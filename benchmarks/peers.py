@@ -92,7 +92,7 @@ def forward_only(forward: Forward, inputs: tuple[Tensor, ...], grad: bool) -> Ca
 def module_variants(module: nn.Module, x: Tensor, names: tuple[str, ...]) -> dict[str, tuple[nn.Module, Tensor]]:
     """Copies of a module, one for each name, and the input in its layout.
 
-    Names: eager, swapped or compile, each alone (NCHW) or with _channels_last behind it.
+    Names: eager, swapped, swapped_min (memory="min") or compile, each alone (NCHW) or with _channels_last behind it.
     """
     variants = {}
     for name in names:
@@ -100,7 +100,7 @@ def module_variants(module: nn.Module, x: Tensor, names: tuple[str, ...]) -> dic
         variant: Any = copy.deepcopy(module)
         variant = variant.to(memory_format=layout)
         if name.startswith("swapped"):
-            fastres.swap(variant, strict=True)
+            fastres.swap(variant, strict=True, memory="min" if name.startswith("swapped_min") else "default")
         if name.startswith("compile"):
             variant = compiled(variant)
         variants[name] = variant, x.contiguous(memory_format=layout)

@@ -121,14 +121,14 @@ def networks(batch: int) -> tuple[list[Item], list[Item], list[Item]]:
         case = TrainCase(name, batch=n, dtype=dtype)
         return Item(case, (*case.baselines, *case.ours, *peers), TRAINING, seconds)
 
-    first = [inference("resnet50", "fp16", 2 * batch), training("resnet50", "bf16", batch)]
+    first = [inference("resnet50", "fp16", 2 * batch), training("resnet50", "bf16", 2 * batch)]
     first += [inference("resnet50", "fp16", 1), inference("resnet18", "fp16", 2 * batch)]
     others = [training("resnet50", "fp32", batch), inference("resnet50", "fp16", 32), inference("resnet18", "fp16", 1)]
     others += [training("resnet18", "bf16", batch), inference("resnet50", "fp32", 2 * batch)]
     others += [inference("resnet50", "bf16", 2 * batch)]
     long = [inference("resnet50", "fp16", 2 * batch, *slow, seconds=80.0)]
     long += [inference("resnet50", "fp16", 1, *slow, seconds=80.0)]
-    long += [training("resnet50", "bf16", batch, "compile_channels_last", seconds=70.0)]
+    long += [training("resnet50", "bf16", 2 * batch, "compile_channels_last", seconds=70.0)]
     long += [inference("resnet50", "fp16", 2 * batch, *slow, "compile_max_autotune", seconds=200.0)]
     return first, others, long
 

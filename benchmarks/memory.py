@@ -1,0 +1,173 @@
+"""Memory of a training step: torchvision's ResNets in eager, swapped, and swapped with memory="min".
+
+    python benchmarks/memory.py                        # ResNet-18 and -50, batch 16 at 224x224, fp32
+    python benchmarks/memory.py --dtype bf16 --batch 32 --networks resnet50 --results out
+
+    saved    bytes that live after the forward pass and did not before: what backward needs
+    kept     saved, and parameters, gradients and SGD's momentum: what a step holds at its turn
+    peak     the most that torch's allocator had handed out at once, what was there before the step included
+    RSS      the most that the process had in memory, above what it had with torch imported; CPUs alone
+    mapped   the same where the C library maps every tensor by itself (MALLOC_MMAP_THRESHOLD_): without what its heap
+             leaves unused between tensors of changing sizes, which memory="min" makes more of
+
+Each is measured in a process of its own, since the C library keeps what it was given. The allocator's figures are
+exact and the same at every run; RSS varies by some per cent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fastres.lab.results import environment, write_atomically, write_json
+from measure import Meter
+from peers import DTYPES
+from report import aligned, where_it_ran
+
+VARIANTS = ("eager", "swapped", "swapped_min")
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}  # glibc's, in bytes
+STEPS = 3
+
+
+def measure(network: str, variant: str, batch: int, size: int, dtype: str, device: torch.device) -> dict[str, int]:
+    """The bytes above of one network and variant, in this process."""
+    import torchvision
+
+    import fastres
+
+    rss_before = _rss()
+    torch.manual_seed(0)
+    net = getattr(torchvision.models, network)(weights=None).to(device, memory_format=torch.channels_last).train()
+    if variant != "eager":
+        fastres.swap(net, strict=True, memory="min" if variant == "swapped_min" else "default")
+    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (batch,), device=device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+
+    def forward() -> torch.Tensor:
+        with nullcontext() if dtype == "fp32" else torch.autocast(device.type, DTYPES[dtype]):
+            return F.cross_entropy(net(images), labels)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        forward().backward()
+        optimizer.step()
+
+    for _ in range(STEPS):
+        step()
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    optimizer.zero_grad()
+    meter = Meter(device)
+    loss = forward()
+    saved, _ = meter.end()
+    del loss
+    parameters = sum(p.numel() * p.element_size() for p in net.parameters())
+    there = 2 * parameters + _bytes(net.buffers()) + _bytes([images, labels])  # parameters and momentum
+    meter = Meter(device)
+    step()
+    _, peak = meter.end()
+    found = {"parameters": parameters, "saved": saved, "kept": 3 * parameters + saved, "peak": there + peak}
+    return found | ({"rss": peak_rss - rss_before} if device.type == "cpu" else {})
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _rss() -> int:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def measure_apart(network: str, variant: str, options: argparse.Namespace) -> dict[str, int]:
+    """`measure` in a new process, on a CPU in two."""
+    found = _measure_apart(network, variant, options, {})
+    if "rss" in found:
+        found["mapped"] = _measure_apart(network, variant, options, MAPPED)["rss"]
+    return found
+
+
+def _measure_apart(network: str, variant: str, options: argparse.Namespace, more: dict[str, str]) -> dict[str, int]:
+    command = [sys.executable, __file__, "--one", variant, "--networks", network]
+    for name in ("batch", "size", "dtype", "device"):
+        command += [f"--{name}", str(getattr(options, name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | more)
+    if done.returncode:
+        raise RuntimeError(f"{network}, {variant}: {done.stderr.strip().splitlines()[-1:]}")
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def table(networks: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str, ...]]:
+    """A header and a row for each network and variant: MB, and the share of eager's."""
+    columns = [
+        c for c in ("saved", "kept", "peak", "rss", "mapped") if c in next(iter(next(iter(networks.values())).values()))
+    ]
+    rows = [("network", "", *(c.upper() if c == "rss" else c for c in columns))]
+    for network, variants in networks.items():
+        for variant, found in variants.items():
+            cells = (f"{found[c] / 1e6:.0f} MB, {found[c] / variants['eager'][c]:.2f}x" for c in columns)
+            rows.append((network, variant, *cells))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--networks", default="resnet18,resnet50")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--results", type=Path, help="a folder for the table and its data")
+    parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        device = torch.device(options.device)
+        one = measure(options.networks, options.one, options.batch, options.size, options.dtype, device)
+        print(json.dumps(one))
+        return
+    networks: dict[str, dict[str, dict[str, int]]] = {}
+    for network in options.networks.split(","):
+        networks[network] = {}
+        for variant in VARIANTS:
+            print(f"measuring {network}, {variant} ...", file=sys.stderr)
+            networks[network][variant] = measure_apart(network, variant, options)
+    rows = table(networks)
+    print("\n".join(aligned(rows)))
+    if options.results:
+        _write(options, networks, rows)
+
+
+def _write(options: argparse.Namespace, networks: dict[str, Any], rows: list[tuple[str, ...]]) -> None:
+    shape = [options.batch, 3, options.size, options.size]
+    where = environment(torch.device(options.device), " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]))
+    data = {"schema": "fastres.memory", "environment": where, "dtype": options.dtype}
+    data |= {"device": options.device, "shape": shape, "networks": networks}
+    name = f"memory-{options.dtype}-{options.device}-torch{torch.__version__.partition('+')[0]}"
+    options.results.mkdir(parents=True, exist_ok=True)
+    write_json(options.results / f"{name}.json", data)
+    lines = [
+        "# Memory of a training step",
+        "",
+        f"{where_it_ran(where)}. {where['time']}. Command: `{where['command']}`: batch {shape}, {options.dtype},",
+        "channels_last, SGD with momentum.",
+        "`python benchmarks/memory.py --help` says what the columns are; x: the share of eager's.",
+        "",
+        *("| " + " | ".join(cells) + " |" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:])),
+        "",
+    ]
+    write_atomically(options.results / f"{name}.md", lambda file: file.write("\n".join(lines).encode()))
+
+
+if __name__ == "__main__":
+    main()
