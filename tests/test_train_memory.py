@@ -32,6 +32,7 @@ from train_cases import (
     state,
     twins,
     vision,
+    weighted,
 )
 
 MIN = {"memory": "min"}
@@ -317,6 +318,31 @@ def test_the_module_behind_a_norm_in_a_sequence(act):
         if isinstance(act, nn.AvgPool2d | nn.Upsample | nn.MaxPool2d):
             assert results.pop("grad 1.bias").abs().max() < 1e-4
     assert_same(*found, tolerance=TOLERANCES[torch.float32])
+
+
+def entry():
+    """A convolution, BN and ReLU whose output, [N, 8, H, W], the norm's own backward does not keep."""
+    return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+
+
+@pytest.mark.parametrize("second", ["basic", "bottleneck", "conv-norm-act"])
+def test_an_output_scaled_without_autograd_is_noticed_or_read_as_it_is(second):
+    """`y.mul_(2)` under no_grad leaves y's node in place, which would compute the unscaled y again."""
+    lean, stock = twins(lambda: nn.Sequential(entry(), BLOCKS[second]()), torch.float32, MIN)
+    x = block_input()
+    wanted = stock[0](x)
+    wanted = wanted + wanted.detach()
+    weighted(stock[1](wanted)).backward()
+    y = lean[0](x)
+    with torch.no_grad():
+        y.mul_(2.0)
+    loss = weighted(lean[1](y))
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert_same(gradients(lean), gradients(stock), TOLERANCES[torch.float32])
 
 
 # ---- parts of graphs -------------------------------------------------------------------------------------------------
