@@ -66,8 +66,7 @@ def test_momentum_and_untracked_statistics(name, momentum):
     for model in (lean, default):
         for bn in batch_norms(model)[::2]:
             bn.momentum = momentum
-        if momentum is not None:
-            batch_norms(model)[-1].track_running_stats = False
+        batch_norms(model)[-1].track_running_stats = False
     for _ in range(2):
         x = block_input()
         assert_bitwise(run(lean, x), run(default, x))
