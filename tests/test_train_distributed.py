@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from swap_cases import TINY_CALLS, assert_same, fused_calls, images, tiny
 from train_cases import OPTIONS, TOLERANCES, batch_norms, gradients, outcome, state, twins
 
+pytestmark = pytest.mark.xdist_group("two processes of swapped networks")  # one start for all
 RANKS = 2
 
 

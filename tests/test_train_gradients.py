@@ -43,6 +43,7 @@ from fastres.swap import swap
 from swap_cases import torchvision
 from train_cases import every_option
 
+pytestmark = pytest.mark.xdist_group("gradients of swapped networks")  # the yardsticks are made once
 EPS = torch.finfo(torch.float32).eps
 SHIFTS = {"stable": 4.0, "plain": 0.0}
 NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d")

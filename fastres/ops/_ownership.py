@@ -2,11 +2,11 @@
 
 PyTorch's engine adds gradients in place by the same rule: one owner of the tensor, one of its storage
 (torch/csrc/autograd/input_buffer.cpp). As there, memory that a storage has only borrowed (a backward that returns
-torch.from_numpy of an array it keeps) has an owner that no count shows. From Python there are three counts: of the Python object, of the tensor and of
-the storage, and how many of them the engine itself makes up is learnt from two small backward passes: what nobody else
-holds, and the same held once more. Where the counts do not tell the two apart, no gradient is ever written over. Too
-low a count learnt costs speed alone; one that is too high would be an error, so nothing is learnt where frames may hold
-references of their own: in a debugger, or inside another backward.
+torch.from_numpy of an array it keeps) has an owner that no count shows. From Python there are three counts: of the
+Python object, of the tensor and of the storage, and how many of them the engine itself makes up is learnt from two
+small backward passes: what nobody else holds, and the same held once more. Where the counts do not tell the two apart,
+no gradient is ever written over. Too low a count learnt costs speed alone; one that is too high would be an error, so
+nothing is learnt where frames may hold references of their own: in a debugger, or inside another backward.
 """
 
 from __future__ import annotations
