@@ -101,7 +101,7 @@ def standard_error(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def quantile(seeds: int) -> float:
-    """The standard errors that in 19 of 20 cases none of DIFFERENCES differences exceeds (Bonferroni): 5.1 at 3 seeds."""
+    """The standard errors that in 19 of 20 cases none of DIFFERENCES differences exceeds, by Bonferroni."""
     from scipy.stats import t
 
     return float(t.ppf(1 - 0.05 / DIFFERENCES / 2, 2 * seeds - 2))
