@@ -35,7 +35,8 @@ class Backend:
     preallocated outputs, or return them where the operator says so.
 
     `direct` and `direct_backward`, where a backend has them, are the whole call in one kernel, outputs allocated; they
-    return nothing but None, having done nothing, for tensors that they leave to the general way.
+    return nothing but None, having done nothing, for tensors that they leave to the general way. `signs_from_x`: the
+    direct backward finds a ReLU's sign without the forward's output.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Backend:
     backward: Any = None  # a Callable; None for an operator whose gradients are other operators'
     direct: Callable[..., Any] | None = None
     direct_backward: Callable[..., Any] | None = None
+    signs_from_x: bool = False
 
 
 @dataclass

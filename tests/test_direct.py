@@ -109,7 +109,9 @@ def test_every_resnet_shape_takes_the_short_way(kind):
         found = OPS._bn_act_direct_native(x, *stats, x, *stats, torch.tensor(0), training, 0.1, 1e-5, True)
         y, mean, var = found
         assert y is not None and y.stride() == x.stride(), (activation, kind, dtype)
-        grads = OPS._bn_act_backward_direct_native(x, x, y, stats[1], mean, var, training, 1e-5, True, 0b1111)
+        grads = OPS._bn_act_backward_direct_native(
+            x, x, y, stats[1], None, mean, var, training, 1e-5, True, 0b1111, False
+        )
         assert all(g is not None for g in grads)
         assert OPS._add_relu_direct_native(x, x) is not None and OPS._add_relu_backward_direct_native(x, y) is not None
 
@@ -118,7 +120,7 @@ def test_only_the_gradients_asked_for_are_made():
     x, weight, _, _ = problem((2, 4, 3, 3), needs=(False,) * 4)
     y, mean, var = OPS._bn_act_direct_native(x, weight, None, None, None, None, None, True, 0.1, 1e-5, True)
     for bits in range(16):
-        grads = OPS._bn_act_backward_direct_native(x, x, y, weight, mean, var, True, 1e-5, True, bits)
+        grads = OPS._bn_act_backward_direct_native(x, x, y, weight, None, mean, var, True, 1e-5, True, bits, False)
         assert [g is not None for g in grads] == [bool(bits >> k & 1) for k in range(4)]
 
 

@@ -6,7 +6,8 @@
 //
 //   forward   reads x, then x and residual, writes y
 //   backward  reads dy, y and x, writes dresidual, which is g; then reads g and x, writes dx.
-//             Where dresidual is not wanted, the second pass reads dy, y and x again
+//             Where there was no residual, y is not read, its sign is computed from x again: dy and x, twice
+//             What is written first may be written over dy (`reuse_dy`)
 //
 // Sums: fp32 over at most some thousand elements, then fp64. Variance: squared deviations from a shift taken inside the
 // same task. A shift that is the mean of k of n values multiplies the rounding error by at most 1 + n / k, whatever the
@@ -30,7 +31,7 @@ namespace {
 struct Scratch {
   std::unique_ptr<double[]> memory;
   double *a, *b;                          // [chunks, C]
-  float *scale, *bias, *mean_g, *slope;  // [C]
+  float *scale, *bias, *mean_g, *slope;   // [C]
 
   Scratch(int64_t channels, int64_t chunks)
       : memory(new double[2 * (chunks + 1) * channels]), a(memory.get()), b(a + chunks * channels) {
@@ -79,9 +80,14 @@ void passes(const Shape& shape, const Scratch& scratch, Wanted wanted, const Ter
     return;
   }
   const Partition part(shape.numel / shape.channels, shape.channels);
+  const auto finish = [&](bool sums, bool parameters) {
+    launch(FinishRows<Channel>{channel, part, sums ? scratch.a : nullptr, scratch.b, parameters},
+           shape.channel_blocks(), (sums ? part.chunks : 1) * shape.channels);
+  };
+  const bool early = wanted.sums && Term::kNeedsParameters;
+  if (early) finish(false, true);
   if (wanted.sums) launch(SumRows<Term>{term, part, mean, scratch.a, scratch.b}, part.tasks(), shape.numel);
-  launch(FinishRows<Channel>{channel, part, wanted.sums ? scratch.a : nullptr, scratch.b}, shape.channel_blocks(),
-         (wanted.sums ? part.chunks : 1) * shape.channels);
+  finish(wanted.sums, !early);
   if (wanted.map) launch(MapRows<Map>{map, part, shape.cached}, part.tasks(), shape.numel);
 }
 
@@ -103,35 +109,58 @@ void forward(const Shape& shape, const Tensor& x, const OptionalTensor& weight, 
   });
 }
 
+template <class F>
+void with_mask(Mask mask, const F& f) {
+  switch (mask) {
+    case Mask::kNone:
+      return f(std::integral_constant<Mask, Mask::kNone>{});
+    case Mask::kOutput:
+      return f(std::integral_constant<Mask, Mask::kOutput>{});
+    case Mask::kInput:
+      return f(std::integral_constant<Mask, Mask::kInput>{});
+  }
+}
+
 void backward(const Shape& shape, const Tensor& dy, const Tensor& x, const OptionalTensor& y,
-              const OptionalTensor& weight, const Tensor& mean, const Tensor& var, const OptionalTensor& dx,
-              const OptionalTensor& dweight, const OptionalTensor& dbias, const OptionalTensor& dresidual,
-              bool training, double eps, bool mask) {
+              const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& mean, const Tensor& var,
+              const OptionalTensor& dx, const OptionalTensor& dweight, const OptionalTensor& dbias,
+              const OptionalTensor& dresidual, bool training, double eps, Mask mask) {
   const bool eval_map = dx && !training;  // needs no sums; otherwise the sums write dresidual on their way
   const bool sums = dweight || dbias || !eval_map;
   const Scratch scratch(shape.channels, sums ? shape.chunks() : 0);
   const float* mean_in = input<float>(mean);
-  const BackwardChannel channel{input<float>(weight), input<float>(var), output<float>(dweight), output<float>(dbias),
-                                scratch.scale,        scratch.mean_g,    scratch.slope,          eps,
+  const BackwardChannel channel{input<float>(weight),
+                                input<float>(var),
+                                input<float>(bias),
+                                output<float>(dweight),
+                                output<float>(dbias),
+                                scratch.scale,
+                                scratch.bias,
+                                scratch.mean_g,
+                                scratch.slope,
+                                eps,
                                 static_cast<double>(shape.numel / shape.channels)};
 
   dispatch_dtype(dy, "dy", [&](auto t) {
     using T = decltype(t);
     const T *dy_in = input<T>(dy), *y_in = input<T>(y), *x_in = input<T>(x);
     T *dx_out = output<T>(dx), *dresidual_out = output<T>(dresidual);
-    with_bool(mask, [&](auto masked) {
+    with_mask(mask, [&](auto masked) {
       with_bool(dresidual.has_value(), [&](auto store_g) {
-        constexpr bool kMask = masked.value, kStore = store_g.value;
+        constexpr Mask kMask = masked.value;
+        constexpr bool kStore = store_g.value;
         if (eval_map) {
-          const GradientTerm<T, kMask, false> term{dy_in, y_in, x_in, nullptr};
-          const BackwardMap<T, kMask, false, kStore> map{
-              dy_in, y_in, x_in, dx_out, dresidual_out, mean_in, scratch.scale, scratch.mean_g, scratch.slope};
+          const GradientTerm<T, kMask, false> term{dy_in, y_in, x_in, nullptr, scratch.scale, scratch.bias};
+          const BackwardMap<T, kMask, false, kStore> map{dy_in,          y_in,          x_in,
+                                                         dx_out,         dresidual_out, mean_in,
+                                                         scratch.scale,  scratch.mean_g, scratch.slope,
+                                                         scratch.bias};
           passes(shape, scratch, {sums, true}, term, map, channel, mean_in);
         } else {
-          const GradientTerm<T, kMask, kStore> term{dy_in, y_in, x_in, dresidual_out};
+          const GradientTerm<T, kMask, kStore> term{dy_in, y_in, x_in, dresidual_out, scratch.scale, scratch.bias};
           const T* g = kStore ? dresidual_out : dy_in;
-          const BackwardMap<T, kMask && !kStore, true, false> map{
-              g, y_in, x_in, dx_out, nullptr, mean_in, scratch.scale, scratch.mean_g, scratch.slope};
+          const BackwardMap<T, kStore ? Mask::kNone : kMask, true, false> map{
+              g, y_in, x_in, dx_out, nullptr, mean_in, scratch.scale, scratch.mean_g, scratch.slope, scratch.bias};
           passes(shape, scratch, {true, dx.has_value()}, term, map, channel, mean_in);
         }
       });
@@ -186,7 +215,8 @@ void bn_act_backward(Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weigh
   STD_TORCH_CHECK(!mask || y, "y: act=\"relu\" takes its mask from the output of the forward, got None");
   if (!dx && !dweight && !dbias && !dresidual) return;
 
-  backward(shape, dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, training, eps, mask);
+  backward(shape, dy, x, y, weight, std::nullopt, mean, var, dx, dweight, dbias, dresidual, training, eps,
+           mask ? Mask::kOutput : Mask::kNone);
 }
 
 // ---- The whole call, for the tensors that networks are made of: allocates, computes, and moves the running statistics.
@@ -231,23 +261,26 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_direct(
   return {y, mean, var};
 }
 
-// `needs`: one bit each for dx, dweight, dbias, dresidual.
+// `needs`: one bit each for dx, dweight, dbias, dresidual. `relu` without y: there was no residual, and the sign comes
+// from x. `reuse_dy`: nobody else holds dy, a gradient may be returned in its memory.
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> bn_act_backward_direct(
-    Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, Tensor mean, Tensor var, bool training, double eps,
-    bool relu, int64_t needs) {
+    Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, OptionalTensor bias, Tensor mean, Tensor var,
+    bool training, double eps, bool relu, int64_t needs, bool reuse_dy) {
   const auto channels_last = plainly_channels_last(x);
-  if (!channels_last || !x.is_cpu() || !has_kernel_dtype(x) || !looks_like(dy, x) || !looks_like(y, x) ||
-      (relu && !y)) {
-    return {};
-  }
+  if (!channels_last || !x.is_cpu() || !has_kernel_dtype(x) || !looks_like(dy, x) || !looks_like(y, x)) return {};
   const Shape shape(x, *channels_last);
-  if (!is_per_channel(weight, shape.channels, x)) return {};
+  if (!is_per_channel(weight, shape.channels, x) || !is_per_channel(bias, shape.channels, x)) return {};
   const auto wanted = [&](int bit, auto make) { return needs >> bit & 1 ? OptionalTensor(make()) : OptionalTensor(); };
-  const auto activation = [&] { return empty_as(x); };
+  const auto activation = [&] {
+    if (!reuse_dy) return empty_as(x);
+    reuse_dy = false;
+    return dy;
+  };
   const auto per_channel = [&] { return empty_channels(shape.channels, x); };
-  const OptionalTensor dx = wanted(0, activation), dweight = wanted(1, per_channel), dbias = wanted(2, per_channel),
-                       dresidual = wanted(3, activation);
-  backward(shape, dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, training, eps, relu);
+  const OptionalTensor dresidual = wanted(3, activation);  // written before dx, and dx from it
+  const OptionalTensor dx = wanted(0, activation), dweight = wanted(1, per_channel), dbias = wanted(2, per_channel);
+  backward(shape, dy, x, y, weight, bias, mean, var, dx, dweight, dbias, dresidual, training, eps,
+           !relu ? Mask::kNone : y ? Mask::kOutput : Mask::kInput);
   return {dx, dweight, dbias, dresidual};
 }
 

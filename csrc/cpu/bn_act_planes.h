@@ -32,8 +32,9 @@ struct LaneSums {
   float tail_a, tail_b;
 
   template <class Term>
-  FASTRES_HD void add(const Term& term, int64_t i, int64_t n, float centre) {
-    const Float<W> wide = broadcast<W>(centre);
+  FASTRES_HD void add(const Term& term, int64_t i, int64_t n, int64_t c, const float* centre) {
+    const auto wide = term.template parameters<W, true>(centre, c);
+    const auto narrow = term.template parameters<1, true>(centre, c);
     Float<W> a0 = a, b0 = b, a1{}, b1{}, a2{}, b2{}, a3{}, b3{};  // independent sums hide the latency of an addition
     int64_t k = 0;
     for (; k + 4 * W <= n; k += 4 * W) {
@@ -45,7 +46,7 @@ struct LaneSums {
     for (; k + W <= n; k += W) term.template add<W>(i + k, wide, a0, b0);
     a = (a0 + a1) + (a2 + a3);
     b = (b0 + b1) + (b2 + b3);
-    for (; k < n; ++k) term.template add<1>(i + k, centre, tail_a, tail_b);
+    for (; k < n; ++k) term.template add<1>(i + k, narrow, tail_a, tail_b);
   }
   FASTRES_HD double total_a() const { return static_cast<double>(sum_lanes<W>(a)) + tail_a; }
   FASTRES_HD double total_b() const { return static_cast<double>(sum_lanes<W>(b)) + tail_b; }
@@ -65,13 +66,18 @@ struct GroupPasses {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c = task * planes.group;
       const int64_t width = planes.group < planes.channels - c ? planes.group : planes.channels - c;
+      if (Term::kNeedsParameters) set_parameters(c, width);
       if (wants_sums) sum_group<W>(c, width);
-      for (int64_t j = 0; j < width; ++j) channel.parameters(c + j);
+      if (!Term::kNeedsParameters) set_parameters(c, width);
       if (!wants_map) continue;
       for (int64_t n = planes.batch - 1; n >= 0; --n) {
         for (int64_t j = 0; j < width; ++j) map_run<W, true>(map, planes.offset(n, c + j), planes.size, c + j);
       }
     }
+  }
+
+  FASTRES_HD void set_parameters(int64_t c, int64_t width) const {
+    for (int64_t j = 0; j < width; ++j) channel.parameters(c + j);
   }
 
   template <int W>
@@ -88,7 +94,7 @@ struct GroupPasses {
     for (int64_t n = 0; n < planes.batch; ++n) {
       for (int64_t k = 0; k < planes.size;) {
         const int64_t run = limit < planes.size - k ? limit : planes.size - k;
-        for (int64_t j = 0; j < width; ++j) lanes[j].add(term, planes.offset(n, c + j) + k, run, centre[j]);
+        for (int64_t j = 0; j < width; ++j) lanes[j].add(term, planes.offset(n, c + j) + k, run, c + j, centre + j);
         k += run;
         pending += run;
         if (pending < limit && !(n == planes.batch - 1 && k == planes.size)) continue;

@@ -75,9 +75,9 @@ struct SumRows {
       // Four rows at a time read and write the sums in L1 a quarter as often. Not with the gradients' four streams:
       // sixteen at once are more than the prefetcher follows (60 % slower at 256 channels of 56x56).
       if constexpr (Term::kStatistics) {
-        for (; row + 4 <= stop; row += 4) add_rows<W, 4>(row * part.channels + c, width, m, fa, fb);
+        for (; row + 4 <= stop; row += 4) add_rows<W, 4>(row * part.channels + c, width, c, m, fa, fb);
       }
-      for (; row < stop; ++row) add_rows<W, 1>(row * part.channels + c, width, m, fa, fb);
+      for (; row < stop; ++row) add_rows<W, 1>(row * part.channels + c, width, c, m, fa, fb);
       for (int64_t j = 0; j < width; ++j) {
         sa[j] += fa[j];
         sb[j] += fb[j];
@@ -117,17 +117,17 @@ struct SumRows {
   }
 
   template <int W, int R>
-  FASTRES_HD void add_rows(int64_t i, int64_t width, const float* m, float* fa, float* fb) const {
+  FASTRES_HD void add_rows(int64_t i, int64_t width, int64_t c, const float* m, float* fa, float* fb) const {
     int64_t j = 0;
-    for (; j + W <= width; j += W) add_column<W, R>(i + j, m + j, fa + j, fb + j);
-    for (; j < width; ++j) add_column<1, R>(i + j, m + j, fa + j, fb + j);
+    for (; j + W <= width; j += W) add_column<W, R>(i + j, c + j, m + j, fa + j, fb + j);
+    for (; j < width; ++j) add_column<1, R>(i + j, c + j, m + j, fa + j, fb + j);
   }
 
   template <int W, int R>
-  FASTRES_HD void add_column(int64_t i, const float* m, float* fa, float* fb) const {
-    const Float<W> centre = load<W>(m);
+  FASTRES_HD void add_column(int64_t i, int64_t c, const float* m, float* fa, float* fb) const {
+    const auto p = term.template parameters<W, false>(m, c);
     Float<W> va{}, vb{};
-    for (int r = 0; r < R; ++r) term.template add<W>(i + r * part.channels, centre, va, vb);
+    for (int r = 0; r < R; ++r) term.template add<W>(i + r * part.channels, p, va, vb);
     store<W>(fa, load<W>(fa) + va);
     store<W>(fb, load<W>(fb) + vb);
   }
@@ -146,7 +146,7 @@ struct MapRows {
       // Two rows at a time read the parameters half as often. Not from memory: twice the streams are more than the
       // prefetcher follows.
       run_tiles<W, 2, false>(begin, end);
-    } else if (vectors && map.template is_aligned<W>()) {
+    } else if (vectors && !map.in_place() && map.template is_aligned<W>()) {
       run_tiles<W, 1, true>(begin, end);
       end_stream();
     } else {
@@ -186,6 +186,7 @@ struct FinishRows {
   Channel channel;
   Partition part;
   const double *a, *b;  // [chunks, C]; null: there are no sums, the statistics are given
+  bool wants_parameters;
 
   template <int W>
   FASTRES_HD void run(int64_t begin, int64_t end) const {
@@ -193,6 +194,7 @@ struct FinishRows {
       const int64_t c = block * kChannelBlock;
       const int64_t width = kChannelBlock < part.channels - c ? kChannelBlock : part.channels - c;
       if (a) merge(c, width);
+      if (!wants_parameters) continue;
       for (int64_t j = 0; j < width; ++j) channel.parameters(c + j);
     }
   }

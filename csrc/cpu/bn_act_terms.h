@@ -11,16 +11,35 @@ namespace fastres {
 
 constexpr int64_t kShiftElements = 8;  // elements whose mean is a first shift; a power of two keeps integers exact
 
-// ---- Terms: what an element adds to the two sums of its channel. `centre` is the shift, or the mean.
+template <int W, bool kBroadcast>
+FASTRES_HD Float<W> parameter(const float* p, int64_t c) {
+  if constexpr (kBroadcast) return broadcast<W>(p[c]);
+  return load<W>(p + c);
+}
+
+// Where the gradient through ReLU finds the sign of the output: nowhere (no ReLU), in y, or in x again, by the formula
+// of the forward. From x it is a stream less, and y need not be kept; with a residual that would be one more.
+enum class Mask { kNone, kOutput, kInput };
+
+// ---- Terms: what an element adds to the two sums of its channel. Its parameters are those of a vector of channels in
+// NHWC, of one channel broadcast in NCHW; `centre` is the shift, or the mean.
 
 template <class T>
 struct StatisticsTerm {
-  static constexpr bool kStatistics = true;
+  static constexpr bool kStatistics = true, kNeedsParameters = false;
   const T* x;
 
   template <int W>
-  FASTRES_HD void add(int64_t i, Float<W> centre, Float<W>& a, Float<W>& b) const {
-    const Float<W> d = load<W>(x + i) - centre;
+  struct Parameters {
+    Float<W> centre;
+  };
+  template <int W, bool kBroadcast>
+  FASTRES_HD Parameters<W> parameters(const float* centre, int64_t) const {
+    return {parameter<W, kBroadcast>(centre, 0)};
+  }
+  template <int W>
+  FASTRES_HD void add(int64_t i, const Parameters<W>& p, Float<W>& a, Float<W>& b) const {
+    const Float<W> d = load<W>(x + i) - p.centre;
     a += d;
     b += d * d;
   }
@@ -33,32 +52,39 @@ struct StatisticsTerm {
 };
 
 // With kStore, g goes to dresidual on the way, and the second pass reads it in place of dy and y: one stream less.
-template <class T, bool kMask, bool kStore>
+template <class T, Mask kMask, bool kStore>
 struct GradientTerm {
-  static constexpr bool kStatistics = false;
+  static constexpr bool kStatistics = false, kNeedsParameters = kMask == Mask::kInput;  // before the sums
   const T* dy;
   const T* y;
   const T* x;
   T* dresidual;
+  const float* scale;  // [C], read by Mask::kInput alone, as bias
+  const float* bias;   // [C]
 
   template <int W>
-  FASTRES_HD void add(int64_t i, Float<W> centre, Float<W>& a, Float<W>& b) const {
+  struct Parameters {
+    Float<W> centre, scale, bias;
+  };
+  template <int W, bool kBroadcast>
+  FASTRES_HD Parameters<W> parameters(const float* centre, int64_t c) const {
+    const Float<W> m = parameter<W, kBroadcast>(centre, 0);
+    if constexpr (kMask != Mask::kInput) return {m, m, m};
+    return {m, parameter<W, kBroadcast>(scale, c), parameter<W, kBroadcast>(bias, c)};
+  }
+  template <int W>
+  FASTRES_HD void add(int64_t i, const Parameters<W>& p, Float<W>& a, Float<W>& b) const {
+    const Float<W> value = load<W>(x + i);
     Float<W> g = load<W>(dy + i);
-    if constexpr (kMask) g = relu_gradient(g, load<W>(y + i));
+    if constexpr (kMask == Mask::kOutput) g = relu_gradient(g, load<W>(y + i));
+    if constexpr (kMask == Mask::kInput) g = relu_gradient(g, affine(value, p.centre, p.scale, p.bias));
     if constexpr (kStore) store<W>(dresidual + i, g);
     a += g;
-    b += g * (load<W>(x + i) - centre);
+    b += g * (value - p.centre);
   }
 };
 
-// ---- Maps: an element's outputs from its inputs and its channel's parameters (a vector of channels in NHWC, one
-// channel broadcast in NCHW).
-
-template <int W, bool kBroadcast>
-FASTRES_HD Float<W> parameter(const float* p, int64_t c) {
-  if constexpr (kBroadcast) return broadcast<W>(p[c]);
-  return load<W>(p + c);
-}
+// ---- Maps: an element's outputs from its inputs and its channel's parameters.
 
 template <class T, bool kResidual>
 struct ForwardMap {
@@ -88,9 +114,11 @@ struct ForwardMap {
   FASTRES_HD bool is_aligned() const {
     return fastres::is_aligned<W>(y);
   }
+  FASTRES_HD bool in_place() const { return false; }
 };
 
-template <class T, bool kMask, bool kBatch, bool kStore>
+// dx or dresidual may be dy.
+template <class T, Mask kMask, bool kBatch, bool kStore>
 struct BackwardMap {
   const T* dy;
   const T* y;
@@ -101,25 +129,33 @@ struct BackwardMap {
   const float* scale;   // [C]
   const float* mean_g;  // [C]
   const float* slope;   // [C]
+  const float* bias;    // [C], read by Mask::kInput alone
 
   template <int W>
   struct Parameters {
-    Float<W> mean, scale, mean_g, slope;
+    Float<W> mean, scale, mean_g, slope, bias;
   };
   template <int W, bool kBroadcast>
   FASTRES_HD Parameters<W> parameters(int64_t c) const {
     const Float<W> s = parameter<W, kBroadcast>(scale, c);
-    if constexpr (!kBatch) return {s, s, s, s};
-    return {parameter<W, kBroadcast>(mean, c), s, parameter<W, kBroadcast>(mean_g, c),
-            parameter<W, kBroadcast>(slope, c)};
+    Parameters<W> p{s, s, s, s, s};
+    if constexpr (kBatch || kMask == Mask::kInput) p.mean = parameter<W, kBroadcast>(mean, c);
+    if constexpr (kMask == Mask::kInput) p.bias = parameter<W, kBroadcast>(bias, c);
+    if constexpr (kBatch) {
+      p.mean_g = parameter<W, kBroadcast>(mean_g, c);
+      p.slope = parameter<W, kBroadcast>(slope, c);
+    }
+    return p;
   }
   template <int W, bool kStream = false>
   FASTRES_HD void at(int64_t i, const Parameters<W>& p) const {
-    Float<W> g = load<W>(dy + i);
-    if constexpr (kMask) g = relu_gradient(g, load<W>(y + i));
+    Float<W> g = load<W>(dy + i), value = g;
+    if constexpr (kBatch || kMask == Mask::kInput) value = load<W>(x + i);
+    if constexpr (kMask == Mask::kOutput) g = relu_gradient(g, load<W>(y + i));
+    if constexpr (kMask == Mask::kInput) g = relu_gradient(g, affine(value, p.mean, p.scale, p.bias));
     if constexpr (kStore) put<W, kStream>(dresidual + i, g);
     if constexpr (kBatch) {
-      put<W, kStream>(dx + i, input_gradient(g, load<W>(x + i), p.mean, p.scale, p.mean_g, p.slope));
+      put<W, kStream>(dx + i, input_gradient(g, value, p.mean, p.scale, p.mean_g, p.slope));
     } else {
       put<W, kStream>(dx + i, g * p.scale);
     }
@@ -128,25 +164,24 @@ struct BackwardMap {
   FASTRES_HD bool is_aligned() const {
     return fastres::is_aligned<W>(dx) && (!kStore || fastres::is_aligned<W>(dresidual));
   }
+  FASTRES_HD bool in_place() const { return dx == dy || (kStore && dresidual == dy); }
 };
 
 template <int W, bool kBroadcast, class Map>
 FASTRES_HD void map_run(const Map& map, int64_t i, int64_t n, int64_t c) {
-  if (n < W) {
-    for (int64_t k = 0; k < n; ++k) {
-      map.template at<1>(i + k, map.template parameters<1, kBroadcast>(kBroadcast ? c : c + k));
-    }
-    return;
-  }
-  // The last vector overlaps the one before it: outputs alias no input, so the same values are written twice.
   int64_t k = 0;
   if constexpr (kBroadcast) {
     const auto p = map.template parameters<W, true>(c);
     for (; k + W <= n; k += W) map.template at<W>(i + k, p);
-    if (k < n) map.template at<W>(i + n - W, p);
   } else {
     for (; k + W <= n; k += W) map.template at<W>(i + k, map.template parameters<W, false>(c + k));
-    if (k < n) map.template at<W>(i + n - W, map.template parameters<W, false>(c + n - W));
+  }
+  if (k == n) return;
+  // The last vector overlaps the one before it, and the same values are written twice: not where they were read.
+  if (n < W || map.in_place()) {
+    for (; k < n; ++k) map.template at<1>(i + k, map.template parameters<1, kBroadcast>(kBroadcast ? c : c + k));
+  } else {
+    map.template at<W>(i + n - W, map.template parameters<W, kBroadcast>(kBroadcast ? c : c + n - W));
   }
 }
 
@@ -171,8 +206,9 @@ struct ForwardChannel {
 
 struct BackwardChannel {
   const float *weight, *var;      // [C], weight or null
+  const float* bias_input;        // [C] or null
   float *dweight, *dbias;         // [C] or null
-  float *scale, *mean_g, *slope;  // [C]
+  float *scale, *bias, *mean_g, *slope;  // [C]
   double eps, count;
 
   // sum_g = sum g, sum_gx = sum g * (x - mean)
@@ -183,8 +219,9 @@ struct BackwardChannel {
     mean_g[c] = static_cast<float>(sum_g / count);
     slope[c] = static_cast<float>(sum_gx * rstd * rstd / count);
   }
-  FASTRES_HD void parameters(int64_t c) const {
+  FASTRES_HD void parameters(int64_t c) const {  // the forward's
     scale[c] = static_cast<float>((weight ? weight[c] : 1.f) / std::sqrt(var[c] + eps));
+    bias[c] = bias_input ? bias_input[c] : 0.f;
   }
 };
 

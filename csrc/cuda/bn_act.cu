@@ -133,10 +133,11 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_direct(
   return {y, mean, var};
 }
 
-// `needs`: one bit each for dx, dweight, dbias, dresidual.
+// `needs`: one bit each for dx, dweight, dbias, dresidual. A ReLU's sign comes from y alone, and dy is left as it is:
+// torch's caching allocator hands out memory for less than a second buffer's page faults cost a CPU.
 std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> bn_act_backward_direct(
-    Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, Tensor mean, Tensor var, bool training, double eps,
-    bool relu, int64_t needs) {
+    Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, OptionalTensor /*bias*/, Tensor mean, Tensor var,
+    bool training, double eps, bool relu, int64_t needs, bool /*reuse_dy*/) {
   const auto channels_last = plainly_channels_last(x);
   if (!channels_last || !x.is_cuda() || !has_kernel_dtype(x) || !looks_like(dy, x) || !looks_like(y, x) ||
       (relu && !y)) {

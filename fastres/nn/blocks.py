@@ -48,6 +48,7 @@ class BasicBlock(ForgetsFolds):
 
     expansion: int = 1
     backend: str = "auto"
+    memory: str = "default"
 
     def __init__(
         self,
@@ -76,9 +77,9 @@ class BasicBlock(ForgetsFolds):
 
     def forward(self, x: Tensor) -> Tensor:
         relu: Any = self.relu
-        out = conv_norm_act(x, self.conv1, self.bn1, relu, backend=self.backend)  # [N, planes, H/s, W/s]
+        out = conv_norm_act(x, self.conv1, self.bn1, relu, None, self.backend, self.memory)  # [N, planes, H/s, W/s]
         residual = x if self.downsample is None else self.downsample(x)  # [N, planes, H/s, W/s]
-        return conv_norm_act(out, self.conv2, self.bn2, relu, residual, self.backend)
+        return conv_norm_act(out, self.conv2, self.bn2, relu, residual, self.backend, self.memory)
 
 
 class Bottleneck(ForgetsFolds):
@@ -103,6 +104,7 @@ class Bottleneck(ForgetsFolds):
 
     expansion: int = 4
     backend: str = "auto"
+    memory: str = "default"
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class Bottleneck(ForgetsFolds):
 
     def forward(self, x: Tensor) -> Tensor:
         relu: Any = self.relu
-        out = conv_norm_act(x, self.conv1, self.bn1, relu, backend=self.backend)  # [N, width, H, W]
-        out = conv_norm_act(out, self.conv2, self.bn2, relu, backend=self.backend)  # [N, width, H/s, W/s]
+        out = conv_norm_act(x, self.conv1, self.bn1, relu, None, self.backend, self.memory)  # [N, width, H, W]
+        out = conv_norm_act(out, self.conv2, self.bn2, relu, None, self.backend, self.memory)  # [N, width, H/s, W/s]
         residual = x if self.downsample is None else self.downsample(x)  # [N, planes * 4, H/s, W/s]
-        return conv_norm_act(out, self.conv3, self.bn3, relu, residual, self.backend)
+        return conv_norm_act(out, self.conv3, self.bn3, relu, residual, self.backend, self.memory)

@@ -1,14 +1,17 @@
 """Activation checkpointing that moves BN statistics once.
 
 `torch.utils.checkpoint` runs a checkpointed function again in backward, and every BN inside averages the same batch
-into its running statistics twice (pytorch#96136). `bn_once` makes the second run leave them alone.
+into its running statistics twice (pytorch#96136). `bn_once` makes the second run leave them alone, for a call of
+checkpoint; `moving_once` for a block, whoever checkpoints it: a forward inside a backward is such a second run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,6 +27,14 @@ def _statistics_apart(norms: list[_BatchNorm]) -> Iterator[None]:
     finally:
         for buffers, originals in kept:
             buffers.update(originals)
+
+
+def moving_once(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`run(block, ...)`; inside a backward pass, where checkpointing runs it again, the statistics stay."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return run(block, *args, **kwargs)
+    with _statistics_apart([m for m in block.modules() if isinstance(m, _BatchNorm)]):
+        return run(block, *args, **kwargs)
 
 
 def bn_once(module: nn.Module) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fastres import _dispatch
 from fastres._dispatch import AUTO, choose
 from fastres.nn.fold import Folded, Refusal, fold
+from fastres.nn.memory import call_reading
 from fastres.nn.steps import bn_step, has_global_hooks, is_plain, norm_act
 from fastres.ops._autograd import any_requires_grad, goes_straight
 from fastres.ops._conv_backends import conv_then
@@ -102,8 +103,11 @@ def conv_bn_act(
     residual: Tensor | None = None,  # [N, K, P, Q]
     act: str = "relu",
     backend: str = AUTO,
+    memory: str = "default",
 ) -> Tensor:
     """act(bn(conv(x)) [+ residual]). `bn` must be plain (see `is_plain`); any `conv` will do.
+
+    `memory="min"` keeps neither the result nor, where it can be computed again, x; see fastres/nn/memory.py.
 
     Returns:
         y: [N, K, P, Q].
@@ -115,7 +119,7 @@ def conv_bn_act(
                 return conv_then(x, *found, residual, conv.stride, conv.padding, conv.dilation, conv.groups, act)
         elif _folds:
             _folds.pop(bn, None)
-    return bn_step(conv(x), bn, residual, act, backend)
+    return bn_step(call_reading(conv, x, memory), bn, residual, act, backend, memory)
 
 
 def conv_norm_act(
@@ -125,6 +129,7 @@ def conv_norm_act(
     act: nn.Module | None = None,
     residual: Tensor | None = None,  # [N, K, P, Q]
     backend: str = AUTO,
+    memory: str = "default",
 ) -> Tensor:
     """act(norm(conv(x)) [+ residual]), fused as far as the modules are stock and bare; see `norm_act`.
 
@@ -141,8 +146,8 @@ def conv_norm_act(
         torch.Size([2, 4, 4, 4])
     """
     if is_plain(norm, nn.BatchNorm2d) and (act is None or is_plain(act, nn.ReLU)):
-        return conv_bn_act(x, conv, norm, residual, "none" if act is None else "relu", backend)
-    return norm_act(conv(x), norm, act, residual, backend)
+        return conv_bn_act(x, conv, norm, residual, "none" if act is None else "relu", backend, memory)
+    return norm_act(call_reading(conv, x, memory), norm, act, residual, backend, memory)
 
 
 def folded(x: Any, conv: nn.Conv2d, bn: nn.BatchNorm2d, residual: Any = None) -> Folded | None:
@@ -178,7 +183,7 @@ def folded(x: Any, conv: nn.Conv2d, bn: nn.BatchNorm2d, residual: Any = None) ->
     return found.folded
 
 
-def run_sequence(modules: Iterable[nn.Module], x: Any, backend: str = "auto") -> Any:
+def run_sequence(modules: Iterable[nn.Module], x: Any, backend: str = "auto", memory: str = "default") -> Any:
     """`nn.Sequential`'s forward, each plain BatchNorm2d fused with its plain neighbours: Conv2d before, ReLU behind."""
     chain = tuple(modules)
     last = len(chain) - 1
@@ -188,12 +193,15 @@ def run_sequence(modules: Iterable[nn.Module], x: Any, backend: str = "auto") ->
         conv = module if index < last and type(module) is nn.Conv2d else None
         norm = module if conv is None else chain[index + 1]
         if not is_plain(norm, nn.BatchNorm2d):
-            x = module(x)
+            x = call_reading(module, x, memory)
             index += 1
             continue
         index += 1 if conv is None else 2
         relu = index <= last and is_plain(chain[index], nn.ReLU)
         act = "relu" if relu else "none"
-        x = bn_step(x, norm, None, act, backend) if conv is None else conv_bn_act(x, conv, norm, None, act, backend)
+        if conv is None:
+            x = bn_step(x, norm, None, act, backend, memory)
+        else:
+            x = conv_bn_act(x, conv, norm, None, act, backend, memory)
         index += relu
     return x

@@ -20,6 +20,7 @@ torch.fx.wrap("fused_add_relu")
 
 class _BNAct(nn.Module):
     backend: str = "auto"
+    memory: str = "default"
 
     def __init__(
         self,
@@ -54,7 +55,7 @@ class BNReLU(_BNAct):
 
     def forward(self, x: Tensor) -> Tensor:
         if is_plain(self.bn, nn.BatchNorm2d):
-            return bn_step(x, self.bn, None, "relu", self.backend)
+            return bn_step(x, self.bn, None, "relu", self.backend, self.memory)
         return torch.relu(self.bn(x))
 
 
@@ -78,7 +79,7 @@ class BNAddReLU(_BNAct):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         if is_plain(self.bn, nn.BatchNorm2d):
-            return bn_step(x, self.bn, residual, "relu", self.backend)
+            return bn_step(x, self.bn, residual, "relu", self.backend, self.memory)
         return torch.relu(self.bn(x) + residual)
 
 
@@ -119,6 +120,7 @@ class ConvBNReLU(ForgetsFolds, nn.Sequential):
     """
 
     backend: str = "auto"
+    memory: str = "default"
 
     def __init__(
         self,
@@ -151,5 +153,5 @@ class ConvBNReLU(ForgetsFolds, nn.Sequential):
         self.out_channels = out_channels
 
     def forward(self, input: Tensor) -> Tensor:
-        y: Tensor = run_sequence(self, input, self.backend)
+        y: Tensor = run_sequence(self, input, self.backend, self.memory)
         return y

@@ -15,6 +15,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastres.nn.memory import may_recompute
 from fastres.ops._conv_backends import ACTIVATIONS, output_size, pair
 from fastres.ops.add_relu import add_relu
 from fastres.ops.bn_act import batch_norm_arguments, bn_act
@@ -53,7 +54,7 @@ def fused_bn_act(x: Tensor, residual: Tensor | None, act: str, backend: str, **b
         residual: broadcastable to x's shape, any dtype that eager adds to x's.
         act: "relu" or "none".
         backend: as for `fastres.functional.bn_act`.
-        batch_norm: what `batch_norm_arguments` returns.
+        batch_norm: what `batch_norm_arguments` returns, and `recompute`.
 
     Returns:
         y: [N, C, H, W], x's dtype.
@@ -115,13 +116,22 @@ def bn_step(
     residual: Tensor | None = None,  # [N, C, H, W]
     act: str = "relu",
     backend: str = "auto",
+    memory: str = "default",
 ) -> Tensor:
     """act(bn(x) [+ residual]) as one operator call, by `bn`'s own flags. `bn` must be plain (see `is_plain`).
+
+    Args:
+        memory: "min" computes y again in backward instead of keeping it; see fastres/nn/memory.py.
 
     Returns:
         y: [N, C, H, W].
     """
-    return fused_bn_act(x, residual, act, backend, **batch_norm_arguments(bn))
+    arguments = batch_norm_arguments(bn)
+    if memory == "min" and may_recompute():
+        weight = arguments["weight"]
+        # frozen, it keeps y and not x: as little, and nothing to compute
+        arguments["recompute"] = arguments["training"] or (weight is not None and weight.requires_grad)
+    return fused_bn_act(x, residual, act, backend, **arguments)
 
 
 def norm_act(
@@ -130,8 +140,11 @@ def norm_act(
     act: nn.Module | None = None,
     residual: Tensor | None = None,  # [N, C, H, W]
     backend: str = "auto",
+    memory: str = "default",
 ) -> Tensor:
     """act(norm(x) [+ residual]), fused when `norm` is a plain BatchNorm2d and `act` a plain ReLU or None.
+
+    `memory="min"` computes the result again in backward instead of keeping it for that.
 
     Returns:
         y: [N, C, H, W].
@@ -144,7 +157,7 @@ def norm_act(
         torch.Size([2, 3, 4, 4])
     """
     if is_plain(norm, nn.BatchNorm2d) and (act is None or is_plain(act, nn.ReLU)):
-        return bn_step(x, norm, residual, "none" if act is None else "relu", backend)
+        return bn_step(x, norm, residual, "none" if act is None else "relu", backend, memory)
     x = norm(x)
     if residual is not None:
         x = x + residual

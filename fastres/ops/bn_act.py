@@ -13,8 +13,8 @@
     update     running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 
 Statistics and per-channel arithmetic are float32 whatever the activations are (float64 for float64). Saved for
-backward: x, mean, var and y for its sign; no normalised copy. The statistics are returned, and the running ones updated
-after the operator, in the public function: nothing has moved when a call raises.
+backward: x, mean, var, and y where the sign needs it; no normalised copy (ops/_bn_autograd.py). The statistics are
+returned, and the running ones updated after the operator, in the public function: nothing has moved when a call raises.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
 from fastres.ops import _bn_autograd, _bn_reference
 from fastres.ops._autograd import goes_straight, leave_to_the_general_way, register_autograd
-from fastres.ops._bn_autograd import Call, call_direct
+from fastres.ops._bn_autograd import Call, call_direct, update_running
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -62,8 +62,9 @@ _LIB.define(
     "-> (Tensor?, Tensor?, Tensor?)"
 )
 _LIB.define(
-    "_bn_act_backward_direct_native(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, "
-    "bool training, float eps, bool relu, int needs) -> (Tensor?, Tensor?, Tensor?, Tensor?)"
+    "_bn_act_backward_direct_native(Tensor(a!) dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor var, bool training, float eps, bool relu, int needs, bool reuse_dy) "
+    "-> (Tensor?, Tensor?, Tensor?, Tensor?)"
 )
 _LIB.define(
     "_bn_act_backward_native(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, Tensor(a!)? dx, "
@@ -306,6 +307,7 @@ for _backend, _why_not in (("cpu", why_not_cpu), ("cuda", why_not_cuda)):
             _native_backward,
             torch.ops.fastres._bn_act_direct_native.default,
             torch.ops.fastres._bn_act_backward_direct_native.default,
+            signs_from_x=_backend == "cpu",
         )
     )
 OPERATOR.add(Backend("triton", why_not_triton, _triton_forward, _triton_backward))
@@ -328,6 +330,7 @@ def bn_act(
     eps: float = 1e-5,
     num_batches_tracked: Tensor | None = None,
     backend: str = AUTO,
+    recompute: bool = False,
 ) -> Tensor:
     """y = act(batch_norm(x) [+ residual]), in one pass over each tensor after the statistics.
 
@@ -346,6 +349,8 @@ def bn_act(
         eps: added to the variance.
         num_batches_tracked: int64 scalar, incremented in training.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
+        recompute: do not keep y for backward: compute it there again, from x. Ignored where the call is traced,
+            compiled or transformed.
 
     Returns:
         y: [N, C, H, W], x's dtype, with the strides that eager's batch_norm, add and relu give.
@@ -370,45 +375,19 @@ def bn_act(
         raise TypeError(f"bn_act: x: got {type(x).__name__}, expected a Tensor")
     if momentum is None and training and running_mean is not None and num_batches_tracked is None:
         raise ValueError("bn_act: num_batches_tracked: got None, expected a scalar tensor when momentum is None")
-    if momentum is not None and act in ACTS and goes_straight(x, weight, bias, running_mean, running_var, residual):
+    tensors = weight, bias, running_mean, running_var, residual
+    if act in ACTS and (momentum is not None or recompute) and goes_straight(x, *tensors):
         chosen = choose(OPERATOR, backend, x)
-        if chosen.direct is not None:
-            call = Call(running_mean, running_var, num_batches_tracked, training, momentum, eps, act, chosen)
+        if chosen.direct is not None or recompute:
+            call = Call(running_mean, running_var, num_batches_tracked, training, momentum, eps, act, chosen, recompute)
             straight = call_direct(x, weight, bias, residual, call)
             if straight is not None:
                 return straight
     y, mean, var = _OP(x, weight, bias, running_mean, running_var, residual, training, eps, act, backend)
     if training and not _is_empty(x):
-        _update_running(running_mean, running_var, num_batches_tracked, mean, var, momentum, x)
+        update_running(running_mean, running_var, num_batches_tracked, mean, var, momentum, x)
     out: Tensor = y
     return out
-
-
-def _update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float | None,
-    x: Tensor,
-) -> None:
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    n = x.shape[0] * x.shape[2] * x.shape[3]
-    unbiased = n / (n - 1)
-    if momentum is None:  # the counter stays on its device: no synchronisation
-        assert num_batches_tracked is not None
-        factor = 1.0 / num_batches_tracked.to(mean.dtype)
-        if running_mean is not None:
-            running_mean.lerp_(mean.to(running_mean.dtype), factor.to(running_mean.dtype))
-        if running_var is not None:
-            running_var.lerp_((var * unbiased).to(running_var.dtype), factor.to(running_var.dtype))
-        return
-    if running_mean is not None:
-        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    if running_var is not None:
-        running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
 
 
 def bn_act_module(

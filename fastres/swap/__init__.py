@@ -20,14 +20,18 @@ from typing import Any
 from torch import nn
 
 from fastres._dispatch import check_name
+from fastres.nn.memory import MEMORY
 from fastres.swap.adapters import BlockAdapter, register_block
-from fastres.swap.fused import convert, restore
+from fastres.swap.fused import Options, convert, restore
 from fastres.swap.match import Filter, find_blocks
 from fastres.swap.report import SwapReport, SwapRow
 
 __all__ = ["BlockAdapter", "SwapReport", "SwapRow", "register_block", "swap", "swapped", "unswap"]
 
 logger = logging.getLogger("fastres")
+
+FUSION = ("block",)
+CHECKPOINT_BN = ("torch", "once")
 
 
 def swap(
@@ -39,6 +43,9 @@ def swap(
     verify: Any = None,
     dry_run: bool = False,
     strict: bool = False,
+    fusion: str = "block",
+    memory: str = "default",
+    checkpoint_bn: str = "torch",
 ) -> SwapReport:
     """Makes the blocks of `model` run the fused operators, in place.
 
@@ -61,13 +68,23 @@ def swap(
             the model, its statistics, its gradients and the random state stay as they are.
         dry_run: change nothing and report what would happen.
         strict: raise instead of warning when nothing can be swapped.
+        fusion: how far it goes. "block", all there is so far: each BN with its residual and ReLU, the convolutions
+            PyTorch's own.
+        memory: "min" trains in less memory: what the convolutions and the pool of a block read, and block outputs, are
+            not kept for backward but computed there again from the convolutions' outputs, one pass over each. The
+            gradients are the same, and the statistics move once. Ignored inside activation checkpointing and
+            torch.compile, which choose for themselves. "default" keeps what PyTorch's own convolutions save.
+        checkpoint_bn: "once" moves the running statistics once per step also under `torch.utils.checkpoint`, reentrant
+            or not, by leaving them alone in every forward that runs inside a backward; "torch", as PyTorch does, moves
+            them in both runs of a checkpointed block. See also `fastres.nn.bn_once`.
 
     Returns:
         The report: rows, `revert()`, `to_dict()`; print it for a table.
 
     Raises:
         TypeError: `model` is not a Module, a filter is of another type.
-        ValueError: unknown backend; nothing to swap with `strict=True`; `verify` does not run through the model.
+        ValueError: unknown backend, fusion, memory or checkpoint_bn; nothing to swap with `strict=True`; `verify` does
+            not run through the model.
 
     Example:
         >>> import torch, fastres
@@ -80,6 +97,14 @@ def swap(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     check_name(backend)
+    for argument, got, known in (
+        ("fusion", fusion, FUSION),
+        ("memory", memory, MEMORY),
+        ("checkpoint_bn", checkpoint_bn, CHECKPOINT_BN),
+    ):
+        if got not in known:
+            raise ValueError(f"{argument}: got {got!r}, expected one of {known}")
+    options = Options(backend, memory, checkpoint_bn)
     matches = find_blocks(model, include, exclude)
     chosen = [match for match in matches if match.refusal is None]
     ratios: dict[str, float] = {}
@@ -87,7 +112,7 @@ def swap(
     if verify is not None and chosen:
         from fastres.swap.measure import measure
 
-        ratios, failures = measure(model, chosen, verify, backend)
+        ratios, failures = measure(model, chosen, verify, options)
     rows = []
     for match in matches:
         refusal, ratio = match.refusal, ratios.get(match.name) if match.refusal is None else None
@@ -99,13 +124,13 @@ def swap(
             )
         else:
             rows.append(SwapRow(match.name, match.pattern, "swapped", error_ratio=ratio))
-    report = SwapReport(type(model).__name__, rows, backend, dry_run)
+    report = SwapReport(type(model).__name__, rows, options, dry_run)
     if strict:
         report.raise_if_none()
     if not dry_run:
         for match in chosen:
             if match.name not in failures:
-                report.remember(match.name, match.block, convert(match.block, backend))
+                report.remember(match.name, match.block, convert(match.block, options))
     _log(report)
     return report
 
@@ -128,6 +153,9 @@ def swapped(
     verify: Any = None,
     dry_run: bool = False,
     strict: bool = False,
+    fusion: str = "block",
+    memory: str = "default",
+    checkpoint_bn: str = "torch",
 ) -> Iterator[SwapReport]:
     """`swap` for the length of a `with` block: reverted on exit, by an exception too. Arguments and errors as `swap`.
 
@@ -140,7 +168,16 @@ def swapped(
         'Sequential'
     """
     report = swap(
-        model, include=include, exclude=exclude, backend=backend, verify=verify, dry_run=dry_run, strict=strict
+        model,
+        include=include,
+        exclude=exclude,
+        backend=backend,
+        verify=verify,
+        dry_run=dry_run,
+        strict=strict,
+        fusion=fusion,
+        memory=memory,
+        checkpoint_bn=checkpoint_bn,
     )
     try:
         yield report

@@ -82,7 +82,8 @@ class BlockAdapter:
     Args:
         forward: the fused forward, called with the block and its inputs; it runs shortcuts as the modules they are,
             each convolution and BN with `fastres.nn.conv_norm_act(x, block.conv, block.bn, block.relu, residual,
-            block.fastres_backend)`, and a BN without a convolution before it with `fastres.nn.norm_act(x, ...)`.
+            block.fastres_backend, block.fastres_memory)`, and a BN without a convolution before it with
+            `fastres.nn.norm_act(x, ...)`.
         norms: children that must be plain BatchNorm2d for that (others make the block run its stock forward).
         acts: children that must be plain ReLU.
         absent: optional children that must be None or Identity.
@@ -100,7 +101,8 @@ class BlockAdapter:
         ...     def forward(self, x):
         ...         return self.act(self.norm(self.conv(x)) + x)
         >>> def fused(block, x):
-        ...     return fastres.nn.conv_norm_act(x, block.conv, block.norm, block.act, x, block.fastres_backend)
+        ...     how = block.fastres_backend, block.fastres_memory
+        ...     return fastres.nn.conv_norm_act(x, block.conv, block.norm, block.act, x, *how)
         >>> fastres.register_block(Unit, BlockAdapter(fused, norms=("norm",), acts=("act",)))
         >>> fastres.swap(torch.nn.Sequential(Unit())).rows[0].status
         'swapped'

@@ -11,10 +11,11 @@ import importlib
 import sys
 from collections.abc import Callable
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from fastres.nn.checkpoint import moving_once
 from fastres.nn.conv_steps import forget
 from fastres.swap import library as _library  # noqa: F401  (registers the known classes)
 from fastres.swap.adapters import find_adapter, inherits_method
@@ -43,7 +44,7 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
             "__qualname__": _spell(stock),
             "__doc__": f"{stock.__name__}, run by fused operators (fastres.swap).",
             "fastres_stock": stock,
-            "fastres_backend": "auto",
+            **{f"fastres_{name}": value for name, value in Options()._asdict().items()},
             adapter.method: _method(stock, adapter.method),
             "train": _train(stock),
         }
@@ -53,19 +54,34 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
     return made
 
 
-def convert(block: nn.Module, backend: str) -> type[nn.Module]:
+class Options(NamedTuple):
+    """What a swap asks of its blocks: attributes `fastres_<name>` of the class, of a block where it asks for more."""
+
+    backend: str = "auto"
+    memory: str = "default"
+    checkpoint_bn: str = "torch"
+
+
+def convert(block: nn.Module, options: Options) -> type[nn.Module]:
     """Gives `block` its fused class, and returns that."""
     fused = fused_class(type(block))
     block.__class__ = fused
-    if backend != "auto":
-        block.fastres_backend = backend  # type: ignore[assignment]
+    for (name, value), default in zip(options._asdict().items(), Options(), strict=True):
+        if value != default:
+            setattr(block, f"fastres_{name}", value)
     return fused
+
+
+def options_of(block: Any) -> Options:
+    """What the swap of `block` asked for."""
+    return Options(*(getattr(block, f"fastres_{name}") for name in Options._fields))
 
 
 def restore(block: Any) -> None:
     """Gives a swapped block its stock class back."""
     block.__class__ = block.fastres_stock
-    block.__dict__.pop("fastres_backend", None)
+    for name in Options._fields:
+        block.__dict__.pop(f"fastres_{name}", None)
 
 
 def _train(stock: type[nn.Module]) -> Callable[..., Any]:
@@ -86,24 +102,26 @@ def _method(stock: type[nn.Module], name: str) -> Callable[..., Any]:
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             adapter = self.fastres_adapter
-            if adapter.ready(self):
-                return adapter.forward(self, *args, **kwargs)
-            return stock_method(self, *args, **kwargs)
+            run = adapter.forward if adapter.ready(self) else stock_method
+            if self.fastres_checkpoint_bn == "once":
+                return moving_once(self, run, *args, **kwargs)
+            return run(self, *args, **kwargs)
 
         return method
     names = ", ".join(p.name for p in parameters)
     source = (
-        f"def make(stock_method):\n"
+        f"def make(stock_method, moving_once):\n"
         f"    def {name}(self, {names}):\n"
         f"        adapter = self.fastres_adapter\n"
-        f"        if adapter.ready(self):\n"
-        f"            return adapter.forward(self, {names})\n"
-        f"        return stock_method(self, {names})\n"
+        f"        run = adapter.forward if adapter.ready(self) else stock_method\n"
+        f"        if self.fastres_checkpoint_bn == 'once':\n"
+        f"            return moving_once(self, run, {names})\n"
+        f"        return run(self, {names})\n"
         f"    return {name}\n"
     )
     scope: dict[str, Any] = {}
     exec(source, scope)
-    made: Callable[..., Any] = scope["make"](stock_method)
+    made: Callable[..., Any] = scope["make"](stock_method, moving_once)
     return made
 
 

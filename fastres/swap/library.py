@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn.conv_steps import conv_bn_act, run_sequence
+from fastres.nn.memory import call_reading
 from fastres.nn.steps import is_bare, is_plain
 from fastres.swap.adapters import (
     BlockAdapter,
@@ -24,6 +25,12 @@ from fastres.swap.adapters import (
 )
 
 HF = "transformers.models.resnet.modeling_resnet"
+
+
+def _how(block: Any) -> tuple[str, str]:
+    """The last arguments of every step."""
+    return block.fastres_backend, block.fastres_memory
+
 
 # ---- sequences -------------------------------------------------------------------------------------------------------
 
@@ -59,25 +66,25 @@ class SequenceAdapter(BlockAdapter):
 
 
 def _sequence(block: Any, input: Any) -> Any:
-    return run_sequence(block, input, block.fastres_backend)
+    return run_sequence(block, input, *_how(block))
 
 
 # ---- residual blocks: torchvision, timm ------------------------------------------------------------------------------
 
 
 def _basic(block: Any, x: Tensor) -> Tensor:
-    backend = block.fastres_backend
-    out = conv_bn_act(x, block.conv1, block.bn1, None, "relu", backend)  # [N, planes, H/s, W/s]
+    how = _how(block)
+    out = conv_bn_act(x, block.conv1, block.bn1, None, "relu", *how)  # [N, planes, H/s, W/s]
     residual = x if block.downsample is None else block.downsample(x)
-    return conv_bn_act(out, block.conv2, block.bn2, residual, "relu", backend)
+    return conv_bn_act(out, block.conv2, block.bn2, residual, "relu", *how)
 
 
 def _bottleneck(block: Any, x: Tensor) -> Tensor:
-    backend = block.fastres_backend
-    out = conv_bn_act(x, block.conv1, block.bn1, None, "relu", backend)  # [N, width, H, W]
-    out = conv_bn_act(out, block.conv2, block.bn2, None, "relu", backend)  # [N, width, H/s, W/s]
+    how = _how(block)
+    out = conv_bn_act(x, block.conv1, block.bn1, None, "relu", *how)  # [N, width, H, W]
+    out = conv_bn_act(out, block.conv2, block.bn2, None, "relu", *how)  # [N, width, H/s, W/s]
     residual = x if block.downsample is None else block.downsample(x)  # [N, planes * 4, H/s, W/s]
-    return conv_bn_act(out, block.conv3, block.bn3, residual, "relu", backend)
+    return conv_bn_act(out, block.conv3, block.bn3, residual, "relu", *how)
 
 
 # ---- stems -----------------------------------------------------------------------------------------------------------
@@ -96,8 +103,8 @@ class StemAdapter(BlockAdapter):
 
 
 def _stem(net: Any, x: Tensor) -> Tensor:
-    x = conv_bn_act(x, net.conv1, net.bn1, None, "relu", net.fastres_backend)  # [N, 64, H/2, W/2]
-    x = net.maxpool(x)  # [N, 64, H/4, W/4]
+    x = conv_bn_act(x, net.conv1, net.bn1, None, "relu", *_how(net))  # [N, 64, H/2, W/2]
+    x = call_reading(net.maxpool, x, net.fastres_memory)  # [N, 64, H/4, W/4]
     return net.layer4(net.layer3(net.layer2(net.layer1(x))))  # type: ignore[no-any-return]
 
 
@@ -129,11 +136,11 @@ class HFConvAdapter(BlockAdapter):
 
 def _hf_conv(block: Any, hidden_state: Tensor) -> Tensor:
     act = "relu" if type(block.activation) is nn.ReLU else "none"
-    return conv_bn_act(hidden_state, block.convolution, block.normalization, None, act, block.fastres_backend)
+    return conv_bn_act(hidden_state, block.convolution, block.normalization, None, act, *_how(block))
 
 
 def _hf_shortcut(block: Any, input: Tensor) -> Tensor:
-    return conv_bn_act(input, block.convolution, block.normalization, None, "none", block.fastres_backend)
+    return conv_bn_act(input, block.convolution, block.normalization, None, "none", *_how(block))
 
 
 def _is_hf_conv(module: nn.Module) -> bool:
@@ -177,7 +184,7 @@ def _hf_residual(block: Any, hidden_state: Tensor) -> Tensor:
     for module in head:
         out = module(out)
     residual = block.shortcut(hidden_state)  # [N, C, H/s, W/s]
-    return conv_bn_act(out, last.convolution, last.normalization, residual, "relu", block.fastres_backend)
+    return conv_bn_act(out, last.convolution, last.normalization, residual, "relu", *_how(block))
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

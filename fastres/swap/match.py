@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastres import nn as fused_nn
 from fastres.swap.adapters import BlockAdapter, Refusal, find_adapter, inherits_method, stock_class
+from fastres.swap.fused import options_of
 from fastres.swap.library import SequenceAdapter
 
 Filter: TypeAlias = "str | Sequence[str] | Callable[[str, nn.Module], bool] | None"
@@ -84,8 +85,9 @@ def _match(name: str, block: nn.Module) -> Match | None:
     cls = type(block)
     if stock_class(cls) is not cls:
         fused: Any = block
-        pattern, backend = fused.fastres_adapter.pattern or stock_class(cls).__name__, fused.fastres_backend
-        return Match(name, block, pattern, None, Refusal("ALREADY", f"swapped before, backend {backend!r}"))
+        pattern = fused.fastres_adapter.pattern or stock_class(cls).__name__
+        asked = ", ".join(f"{option} {value!r}" for option, value in options_of(fused)._asdict().items())
+        return Match(name, block, pattern, None, Refusal("ALREADY", f"swapped before, {asked}"))
     if isinstance(block, _OURS):
         return Match(name, block, cls.__name__, None, Refusal("ALREADY", "calls the fused operators itself"))
     found = find_adapter(cls)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastres.swap.fused import convert
+from fastres.swap.fused import Options, convert
 from fastres.swap.match import Match
 
 Inputs = dict[str, tuple[Any, ...]]
@@ -24,7 +24,7 @@ WAYS = (("eval mode", False, True), ("training mode", True, True), ("inference",
 
 
 def measure(
-    model: nn.Module, matches: list[Match], example: Any, backend: str
+    model: nn.Module, matches: list[Match], example: Any, options: Options
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Error ratios of all blocks, and messages for those that fail, by name.
 
@@ -45,7 +45,7 @@ def measure(
         recorded = {training: _record(stock, probes, example, training) for training in (False, True)}
         for name, probe in probes.items():
             fused = copy.deepcopy(probe)
-            convert(fused, backend)
+            convert(fused, options)
             for mode, training, backward in WAYS:
                 inputs = recorded[training]
                 if name not in inputs:

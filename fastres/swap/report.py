@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from fastres.swap.adapters import ReasonCode
-from fastres.swap.fused import restore
+from fastres.swap.fused import Options, restore
 
 Status = Literal["swapped", "skipped", "rolled_back"]
 
@@ -40,15 +40,15 @@ class SwapReport:
 
     Attributes:
         rows: the blocks in the model's order.
-        backend: the backend asked for.
+        backend, memory, checkpoint_bn: what was asked for.
         dry_run: whether nothing was changed.
         reverted: whether `revert` has run.
     """
 
-    def __init__(self, model: str, rows: list[SwapRow], backend: str, dry_run: bool) -> None:
+    def __init__(self, model: str, rows: list[SwapRow], options: Options, dry_run: bool) -> None:
         self.model = model
         self.rows = rows
-        self.backend = backend
+        self.backend, self.memory, self.checkpoint_bn = options
         self.dry_run = dry_run
         self.reverted = False
         self._undo: list[tuple[str, weakref.ref[nn.Module], type[nn.Module]]] = []
@@ -100,6 +100,8 @@ class SwapReport:
         return {
             "model": self.model,
             "backend": self.backend,
+            "memory": self.memory,
+            "checkpoint_bn": self.checkpoint_bn,
             "dry_run": self.dry_run,
             "reverted": self.reverted,
             "swapped": len(self.swapped),

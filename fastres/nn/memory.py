@@ -1,0 +1,63 @@
+"""memory="min": what a module reads is not kept for backward where its values can be computed there again.
+
+`bn_act(..., recompute=True)` makes outputs whose values can be had again from the BN's input (ops/_bn_autograd.py).
+The modules that read such an output, a convolution or a pool, save it for their own backward by themselves; a hook on
+saved tensors (torch.autograd.graph.saved_tensors_hooks) puts the node that made it in its place. Kept of a block are
+then the convolutions' outputs alone: half of the activations.
+
+Nothing is replaced under hooks of somebody else (activation checkpointing, save_on_cpu), whose memory it would be, nor
+of an output that was changed in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from fastres.ops._bn_autograd import is_recomputed, output_of
+
+Memory = Literal["default", "min"]
+MEMORY: tuple[Memory, ...] = ("default", "min")
+
+_top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
+_hooks_forbidden: Any = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
+
+
+def may_recompute() -> bool:
+    """Whether saved tensors are PyTorch's own business here: no hooks on them, and none forbidden."""
+    return not torch.compiler.is_compiling() and _hooks_forbidden() is None and _top_hooks(True) is None
+
+
+class _Again:
+    """Stands for a saved tensor: the output of this node."""
+
+    __slots__ = ("node",)
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+
+
+def call_reading(module: nn.Module, x: Any, memory: str = "min") -> Any:
+    """`module(x)`; where x is an output that can be computed again, backward does that instead of keeping x.
+
+    Args:
+        module: a convolution, a pool: a module without children that reads x and saves it.
+        x: [N, C, H, W].
+        memory: "default" changes nothing.
+    """
+    if memory == "default" or type(x) is not Tensor or module._modules or not is_recomputed(x) or not may_recompute():
+        return module(x)
+    node, storage, layout = x.grad_fn, x.data_ptr(), (x.dtype, x.shape, x.stride())
+
+    def pack(t: Tensor) -> Tensor | _Again:
+        is_x = t.data_ptr() == storage and (t.dtype, t.shape, t.stride()) == layout
+        return _Again(node) if is_x else t
+
+    def unpack(kept: Tensor | _Again) -> Tensor:
+        return output_of(kept.node) if isinstance(kept, _Again) else kept
+
+    with saved_tensors_hooks(pack, unpack):
+        return module(x)

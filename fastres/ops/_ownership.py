@@ -1,0 +1,93 @@
+"""Whether a backward holds the only reference to the gradient it was given, so that it may write over it.
+
+PyTorch's engine adds gradients in place by the same rule: one owner of the tensor, one of its storage
+(torch/csrc/autograd/input_buffer.cpp). From Python there are three counts: of the Python object, of the tensor and of
+the storage, and how many of them the engine itself makes up is learnt from two small backward passes: what nobody else
+holds, and the same held once more. Where the counts do not tell the two apart, no gradient is ever written over. Too
+low a count learnt costs speed alone; one that is too high would be an error, so nothing is learnt where frames may hold
+references of their own: in a debugger, or inside another backward.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from sys import getrefcount
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Counts = tuple[int, int, int]
+
+_use_count: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
+_storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+
+_REPEATS = 32  # beyond what the interpreter takes to specialise the code that counts
+_unshared: Counts | None = None
+_learnt = False
+
+
+def _counts(t: Tensor) -> Counts:
+    assert _use_count is not None and _storage_use_count is not None
+    return getrefcount(t), _use_count(t), _storage_use_count(t.untyped_storage()._cdata)
+
+
+def _seen_from_backward(dy: Tensor) -> Counts:
+    return _counts(dy)
+
+
+def is_unshared(dy: Tensor) -> bool:
+    """Whether `dy`, the argument of the calling backward, is held by nobody but the engine."""
+    return _unshared is not None and _counts(dy) == _unshared
+
+
+class _Look(torch.autograd.Function):
+    """Counts its gradient's references, through as many frames as a backward that asks `is_unshared`."""
+
+    seen: list[Counts]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        _Look.seen.append(_seen_from_backward(dy))
+        return dy.clone()
+
+
+def _learn() -> None:
+    """Counts of a gradient that the engine alone holds; None where one reference more does not show in each way."""
+    global _unshared, _learnt
+    if sys.gettrace() is not None or torch._C._current_graph_task_id() != -1:
+        return  # another forward will do
+    _learnt = True
+    if _use_count is None or _storage_use_count is None or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return
+    look: Callable[..., Tensor] = _Look.apply
+    held: list[Any] = []
+    ways: tuple[Callable[[Tensor], None] | None, ...] = (
+        None,
+        held.append,  # the same object
+        lambda g: held.append(g.detach()),  # another tensor on its storage
+    )
+    found: list[set[Counts]] = []
+    with torch.enable_grad(), torch.inference_mode(False):
+        for hook in ways:
+            _Look.seen = []
+            for _ in range(_REPEATS):
+                y = look(torch.zeros(2, requires_grad=True))
+                if hook is not None:
+                    y.register_hook(hook)
+                (y * 2.0).sum().backward()
+            found.append(set(_Look.seen))
+    alone, *shared = found
+    if len(alone) == 1 and not any(alone & counted for counted in shared):
+        (_unshared,) = alone
+
+
+def learn() -> None:
+    """Called by a forward whose backward will ask `is_unshared`: the first call takes some milliseconds."""
+    if not _learnt:
+        _learn()
