@@ -132,8 +132,8 @@ EXACT, GUIDE = "float64", "eager fp32"  # the referee; the run whose states all 
 DTYPES = ("fp32", "bf16")
 
 
-def swapped(dtype: str) -> Way:
-    return Way(dtype, lambda net: fastres.swap(net, strict=True))
+def swapped(dtype: str, **options: str) -> Way:
+    return Way(dtype, lambda net: fastres.swap(net, strict=True, **options))
 
 
 WAYS: dict[str, Way] = {

@@ -16,7 +16,7 @@ pytest.importorskip("sklearn")
 import convergence  # noqa: E402
 import convergence_report as report  # noqa: E402
 import fastres  # noqa: E402
-from convergence import EXACT, WAYS, Recipe, StockCifarResNet, Way, train_together  # noqa: E402
+from convergence import EXACT, GUIDE, WAYS, Recipe, StockCifarResNet, Way, train_together  # noqa: E402
 
 RESULT = ROOT / "benchmarks" / "results" / "convergence-cpu-torch2.11.0.json"
 STEPS = 12
@@ -57,6 +57,15 @@ def test_the_first_steps_are_the_same(short):
     assert swapped["distances"]["parameters"][0] <= 2 * eager["distances"]["parameters"][0] < 1e-6
     assert swapped["distances"]["statistics"][0] <= 2 * eager["distances"]["statistics"][0] < 1e-6
     torch.testing.assert_close(swapped["loss"][:2], eager["loss"][:2], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", report.DTYPES)
+def test_less_memory_changes_no_bit(tiny, short, dtype):
+    name = f"swapped {dtype}"
+    ways = {way: WAYS[way] for way in (EXACT, GUIDE, f"eager {dtype}")}
+    again = run(tiny, ways=ways | {name: convergence.swapped(dtype, memory="min")})
+    assert not failed([again], (dtype,))
+    assert again["ways"][name] == short["ways"][name]
 
 
 def test_the_same_seed_gives_the_same_run(tiny):
