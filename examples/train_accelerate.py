@@ -1,6 +1,6 @@
 """Hugging Face Accelerate with swapped blocks: ResNet-18 on handwritten digits, bf16, gradients of two batches a step.
 
-    pip install "fastres[train]" accelerate
+    pip install "fastres[loops]"            # torchvision, scikit-learn, accelerate, lightning, transformers
     python examples/train_accelerate.py     # or: accelerate launch examples/train_accelerate.py
 
 Swap before `accelerator.prepare`, which may wrap the model for several GPUs.

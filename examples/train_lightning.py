@@ -1,6 +1,6 @@
 """Lightning with swapped blocks: ResNet-18 on handwritten digits, bf16.
 
-    pip install "fastres[train]" lightning
+    pip install "fastres[loops]"            # torchvision, scikit-learn, accelerate, lightning, transformers
     python examples/train_lightning.py
 
 Swap where the module makes its network: Lightning wraps it for several GPUs later.

@@ -1,6 +1,6 @@
 """Hugging Face's Trainer with swapped blocks: a ResNet for image classification, made from a configuration.
 
-    pip install "fastres[train]" transformers accelerate
+    pip install "fastres[loops]"        # torchvision, scikit-learn, accelerate, lightning, transformers
     python examples/train_trainer.py
 
 With weights: ResNetForImageClassification.from_pretrained("microsoft/resnet-18"), and the rest stays.
