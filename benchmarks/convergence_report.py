@@ -271,11 +271,13 @@ def draw(data: dict[str, Any], path: Path) -> None:
                 series = zip(*(run["ways"][way][kind][of] for run in runs), strict=True)
                 axes.plot(looks, [statistics.median(at) for at in series], **style)
         titles = (
-            f"{name}: training loss, mean of {len(runs)} seeds over {SMOOTH} steps",
-            "Whole runs: relative distance of the parameters to float64's run",
-            "One step from the same state: relative error of the gradient",
+            f"{name}: training loss, {len(runs)} seeds, {SMOOTH}-step mean",
+            "Whole runs: the parameters' distance to float64",
+            "One step from the same state: the gradient's error",
         )
-        for axes, title, label in zip(row, titles, ("cross-entropy", "relative L2", "relative L2"), strict=True):
+        for axes, title, label in zip(
+            row, titles, ("cross-entropy", *("relative L2 distance to float64",) * 2), strict=True
+        ):
             axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
             axes.set_yscale("log")
             axes.set_xlabel("step", fontsize=9)
@@ -284,6 +286,8 @@ def draw(data: dict[str, Any], path: Path) -> None:
             axes.grid(True, color="#e3e3e3", linewidth=0.7)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
+        row[1].set_xscale("log")  # it is decided in the first steps
+        row[1].xaxis.set_major_formatter("{x:g}")
     figure.legend(
         handles=list(handles.values()),
         labels=["float64 (loss alone)", *list(handles)[1:]],
