@@ -21,7 +21,7 @@ from types import ModuleType
 import torch  # loads the shared libraries that the extension modules link to
 
 # Raised by one whenever a schema of an `_<op>_native` operator changes; csrc/module.cpp carries the same number.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 REBUILD = "pip install --no-build-isolation ."
 

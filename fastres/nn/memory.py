@@ -48,16 +48,25 @@ def call_reading(module: nn.Module, x: Any, memory: str = "min") -> Any:
         x: [N, C, H, W].
         memory: "default" changes nothing.
     """
-    if memory == "default" or type(x) is not Tensor or module._modules or not is_recomputed(x) or not may_recompute():
+    if memory == "default" or not may_recompute() or type(x) is not Tensor or module._modules or not is_recomputed(x):
         return module(x)
-    node, storage, layout = x.grad_fn, x.data_ptr(), (x.dtype, x.shape, x.stride())
+    node, storage, layout = x.grad_fn, x.data_ptr(), (x._version, x.dtype, x.shape, x.stride())
 
-    def pack(t: Tensor) -> Tensor | _Again:
-        is_x = t.data_ptr() == storage and (t.dtype, t.shape, t.stride()) == layout
-        return _Again(node) if is_x else t
+    def pack(t: Tensor) -> _Again | tuple[Tensor, int]:
+        # of another version: written to by the module itself, or by a hook on it
+        is_x = t.data_ptr() == storage and (t._version, t.dtype, t.shape, t.stride()) == layout
+        return _Again(node) if is_x else (t, t._version)
 
-    def unpack(kept: Tensor | _Again) -> Tensor:
-        return output_of(kept.node) if isinstance(kept, _Again) else kept
+    def unpack(kept: _Again | tuple[Tensor, int]) -> Tensor:
+        if isinstance(kept, _Again):
+            return output_of(kept.node)
+        t, version = kept
+        if t._version != version:  # PyTorch checks the tensors that go through no hooks
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"{list(t.shape)} is at version {t._version}; expected version {version} instead"
+            )
+        return t
 
     with saved_tensors_hooks(pack, unpack):
         return module(x)

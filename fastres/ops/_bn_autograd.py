@@ -149,6 +149,8 @@ def update_running(
     """Moves the running statistics towards those of the batch x; momentum None: their cumulative average."""
     if num_batches_tracked is not None:
         num_batches_tracked.add_(1)
+    if running_mean is None and running_var is None:
+        return
     n = x.shape[0] * x.shape[2] * x.shape[3]
     unbiased = n / (n - 1)
     if momentum is None:  # the counter stays on its device: no synchronisation
@@ -265,12 +267,13 @@ def output_of(node: Any, saved: Saved | None = None) -> Tensor:
     Raises:
         RuntimeError: PyTorch's own, where the node's tensors are gone or were changed in place since.
     """
-    chain = [node]
-    while chain[-1].again is None and chain[-1].residual_node is not None:
-        chain.append(chain[-1].residual_node)
-    y: Tensor | None = chain[-1].again
-    if y is not None:
-        chain.pop()
+    chain, link = [], node
+    while link is not None:
+        y: Tensor | None = link.again  # read once: another thread may drop it
+        if y is not None:
+            break
+        chain.append(link)
+        link = link.residual_node
     with torch.no_grad():
         for link in reversed(chain):
             its = saved if link is node and saved is not None else Saved(*link.saved_tensors)

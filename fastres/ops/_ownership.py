@@ -1,7 +1,8 @@
 """Whether a backward holds the only reference to the gradient it was given, so that it may write over it.
 
 PyTorch's engine adds gradients in place by the same rule: one owner of the tensor, one of its storage
-(torch/csrc/autograd/input_buffer.cpp). From Python there are three counts: of the Python object, of the tensor and of
+(torch/csrc/autograd/input_buffer.cpp). As there, memory that a storage has only borrowed (a backward that returns
+torch.from_numpy of an array it keeps) has an owner that no count shows. From Python there are three counts: of the Python object, of the tensor and of
 the storage, and how many of them the engine itself makes up is learnt from two small backward passes: what nobody else
 holds, and the same held once more. Where the counts do not tell the two apart, no gradient is ever written over. Too
 low a count learnt costs speed alone; one that is too high would be an error, so nothing is learnt where frames may hold
@@ -22,6 +23,8 @@ Counts = tuple[int, int, int]
 
 _use_count: Callable[[Tensor], int] | None = getattr(Tensor, "_use_count", None)
 _storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Use_Count", None)
+# Not Tensor.untyped_storage(), whose Python object stays with the storage as another owner.
+_storage_address: Callable[[Tensor], int] | None = getattr(torch._C, "_storage_address", None)
 
 _REPEATS = 32  # beyond what the interpreter takes to specialise the code that counts
 _unshared: Counts | None = None
@@ -29,8 +32,8 @@ _learnt = False
 
 
 def _counts(t: Tensor) -> Counts:
-    assert _use_count is not None and _storage_use_count is not None
-    return getrefcount(t), _use_count(t), _storage_use_count(t.untyped_storage()._cdata)
+    assert _use_count is not None and _storage_use_count is not None and _storage_address is not None
+    return getrefcount(t), _use_count(t), _storage_use_count(_storage_address(t))
 
 
 def _seen_from_backward(dy: Tensor) -> Counts:
@@ -63,7 +66,8 @@ def _learn() -> None:
     if sys.gettrace() is not None or torch._C._current_graph_task_id() != -1:
         return  # another forward will do
     _learnt = True
-    if _use_count is None or _storage_use_count is None or not getattr(sys, "_is_gil_enabled", lambda: True)():
+    known = None not in (_use_count, _storage_use_count, _storage_address)
+    if not known or not getattr(sys, "_is_gil_enabled", lambda: True)():
         return
     look: Callable[..., Tensor] = _Look.apply
     held: list[Any] = []

@@ -1,0 +1,162 @@
+"""Swapped blocks under torch.utils.checkpoint: as PyTorch has it, and with swap(checkpoint_bn="once")."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
+
+from fastres.swap import swap
+from swap_cases import assert_same, images
+from train_cases import (
+    BLOCKS,
+    BUILDS,
+    TOLERANCES,
+    assert_bitwise,
+    batch_norms,
+    block_input,
+    block_twins,
+    every_block,
+    every_build,
+    every_option,
+    every_precision,
+    gradients,
+    run,
+    stage,
+    state,
+    tiny_twins,
+    twins,
+)
+
+# ---- as PyTorch has it -----------------------------------------------------------------------------------------------
+
+
+def checkpointed(model, x, reentrant):
+    with set_checkpoint_early_stop(False):
+        return checkpoint(model, x, use_reentrant=reentrant)
+
+
+@every_option
+@every_precision
+@every_block
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_row26_gradients_under_checkpoint_are_the_plain_ones_bit_for_bit(options, dtype, name, reentrant):
+    """And statistics move in the recomputation again, as the stock block's do. float64 is bitwise where nothing of the
+    plain run is computed again either."""
+    block, stock = block_twins(name, dtype, options)
+    plain, x, found = copy.deepcopy(block), block_input(dtype), []
+    for model, enabled in ((block, True), (stock, True), (plain, False)):
+        leaf = x.clone().requires_grad_()
+        y = checkpointed(model, leaf, reentrant) if enabled else model(leaf)
+        y.square().sum().backward()
+        found.append(gradients(model, x=leaf))
+    if dtype is torch.float64 and options:
+        assert_same(found[0], found[2], 1e-12)
+    else:
+        assert_bitwise(found[0], found[2])
+    assert_same(state(block), state(stock), TOLERANCES[dtype])
+    assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {2}
+
+
+@every_option
+def test_row26_checkpoint_sequential_under_autocast(options):
+    """The recomputation runs under the forward's autocast, so its gradients are the plain run's."""
+    net, _ = tiny_twins(torch.float32, options)
+    plain, x, found = copy.deepcopy(net), images(dtype=torch.float32), []
+    for model in (net, plain):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = leaf
+            if model is net:
+                y = checkpoint_sequential(list(model.children())[:3], 2, y, use_reentrant=False)
+            else:
+                for child in list(model.children())[:3]:
+                    y = child(y)
+        y.float().square().mean().backward()
+        found.append(gradients(model, x=leaf))
+    assert_bitwise(*found)
+
+
+# ---- checkpoint_bn="once" --------------------------------------------------------------------------------------------
+
+
+ONCE = [{"checkpoint_bn": "once"}, {"checkpoint_bn": "once", "memory": "min"}]
+
+
+@every_build
+@pytest.mark.parametrize("options", ONCE, ids=["default", "min"])
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+def test_row26_once_equals_a_run_without_checkpoint(name, options, reentrant, cast):
+    """Output, gradients and statistics, over two steps."""
+    once, plain = twins(BUILDS[name], torch.float32, options)
+    swap(plain, strict=True)
+    for _ in range(2):
+        x = block_input()
+        assert_bitwise(run(partial_checkpoint(once, reentrant), x, cast=cast), run(plain, x, cast=cast))
+    assert {int(bn.num_batches_tracked) for bn in batch_norms(once)} == {2}
+
+
+def partial_checkpoint(block, reentrant):
+    class Checkpointed(nn.Module):
+        """`block` under checkpoint, with the block's own names."""
+
+        def forward(self, x):
+            return checkpoint(block, x, use_reentrant=reentrant)
+
+        named_parameters, state_dict = block.named_parameters, block.state_dict
+
+    return Checkpointed()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_row26_nested_checkpoints_and_momentum_none(reentrant):
+    once, plain = twins(stage, torch.float32, ONCE[0])
+    for model in (once, plain):
+        for bn in batch_norms(model):
+            bn.momentum = None
+
+    def inner(x):
+        return checkpoint(once[2], checkpoint(once[1], x, use_reentrant=reentrant), use_reentrant=reentrant)
+
+    x, found = block_input(), []
+    for model in (once, plain):
+        for _ in range(3):
+            leaf = x.clone().requires_grad_()
+            y = model[0](leaf)
+            y = checkpoint(inner, y, use_reentrant=reentrant) if model is once else model[2](model[1](y))
+            model[3](y).square().sum().backward()
+        found.append(gradients(model, x=leaf) | state(model))
+    assert_same(*found, tolerance=10 * TOLERANCES[torch.float32])
+    assert {int(bn.num_batches_tracked) for bn in batch_norms(once)} == {3}
+
+
+def test_row26_once_leaves_ordinary_steps_alone_and_torch_moves_twice():
+    for value, moved in (("once", 1), ("torch", 2)):
+        block, _ = twins(BLOCKS["bottleneck"], torch.float32, {"checkpoint_bn": value})
+        run(block, block_input())
+        assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {1}
+        block.zero_grad()
+        run(partial_checkpoint(block, True), block_input())
+        assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {1 + moved}
+
+
+def test_row26_once_when_the_recomputation_raises():
+    """The statistics that were put aside come back."""
+    block, _ = twins(BLOCKS["basic"], torch.float32, ONCE[0])
+    calls = []
+
+    def fail(module, args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise LookupError("planted")
+
+    block.conv2.register_forward_pre_hook(fail)
+    buffers = dict(block.named_buffers())
+    y = checkpoint(block, block_input().requires_grad_(), use_reentrant=True)
+    moved = state(block)
+    with pytest.raises(LookupError, match="planted"):
+        y.sum().backward()
+    assert_bitwise(state(block), moved)
+    assert all(t is buffers[name] for name, t in block.named_buffers())

@@ -1,0 +1,387 @@
+"""swap(memory="min"): the default's results bit for bit, in every way of training.
+
+What holds for it as for the default is tested in the other test_train_*.py, over train_cases.OPTIONS. Bitwise is asked
+of the cpu backend in float32 and below it; float64 goes through the reference, and is the same to its rounding.
+"""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
+from fastres.swap import swap, unswap
+from referee import LAYOUTS, layout
+from swap_cases import assert_same, fused_calls, images, tiny
+from train_cases import (
+    BLOCKS,
+    BUILDS,
+    TOLERANCES,
+    assert_bitwise,
+    batch_norms,
+    block_input,
+    every_build,
+    gradients,
+    run,
+    stage,
+    state,
+    twins,
+    vision,
+)
+
+MIN = {"memory": "min"}
+CASTS = [None, torch.bfloat16, torch.float16]
+
+
+def lean_and_default(build, dtype=torch.float32):
+    """(a block swapped with memory="min", the same swapped with the default)."""
+    lean, stock = twins(build, dtype, MIN)
+    swap(stock, strict=True)
+    return lean, stock
+
+
+# ---- the same results ------------------------------------------------------------------------------------------------
+
+
+@every_build
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("train", [True, False])
+def test_results_are_the_defaults_bit_for_bit(name, cast, train):
+    for kind in LAYOUTS:
+        lean, default = lean_and_default(BUILDS[name])
+        x = layout(block_input(n=4, size=7), kind)
+        assert_bitwise(run(lean.train(train), x, cast=cast), run(default.train(train), x, cast=cast))
+
+
+@every_build
+@pytest.mark.parametrize("momentum", [None, 0.0, 1.0])
+def test_momentum_and_untracked_statistics(name, momentum):
+    lean, default = lean_and_default(BUILDS[name])
+    for model in (lean, default):
+        for bn in batch_norms(model)[::2]:
+            bn.momentum = momentum
+        if momentum is not None:
+            batch_norms(model)[-1].track_running_stats = False
+    for _ in range(2):
+        x = block_input()
+        assert_bitwise(run(lean, x), run(default, x))
+
+
+def test_float64_runs_through_the_reference():
+    lean, default = lean_and_default(stage, torch.float64)
+    x = block_input(torch.float64)
+    assert_same(run(lean, x, lambda y: y.square().sum()), run(default, x, lambda y: y.square().sum()), 1e-12)
+
+
+@every_build
+def test_second_derivatives_are_the_defaults(name):
+    found = []
+    x = block_input()
+    for model in lean_and_default(BUILDS[name]):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        (dx,) = torch.autograd.grad(y.square().mean(), leaf, create_graph=True)
+        (dx.square().sum() + y.mean()).backward()
+        found.append({"dx": dx.detach()} | gradients(model, x=leaf) | state(model))
+    assert_bitwise(*found)
+
+
+FREEZES = {
+    "norms in eval": lambda net: [bn.eval() for bn in batch_norms(net)],
+    "norms in eval, no gradients": lambda net: [bn.eval().requires_grad_(False) for bn in batch_norms(net)],
+    "every second norm in eval": lambda net: [bn.eval() for bn in batch_norms(net)[::2]],
+    "norms without gradients": lambda net: [bn.requires_grad_(False) for bn in batch_norms(net)],
+    "convolutions": lambda net: [m.requires_grad_(False) for m in net.modules() if isinstance(m, nn.Conv2d)],
+    "all parameters": lambda net: net.requires_grad_(False),
+    "biases": lambda net: [bn.bias.requires_grad_(False) for bn in batch_norms(net)],
+}
+
+
+@every_build
+@pytest.mark.parametrize(
+    ("kind", "needs_x"), [(k, n) for k in FREEZES for n in (True, False) if n or k != "all parameters"]
+)
+def test_frozen_parts(name, kind, needs_x):
+    found, x = [], block_input()
+    for model in lean_and_default(BUILDS[name]):
+        FREEZES[kind](model)
+        leaf = x.clone().requires_grad_(needs_x)
+        y = model(leaf)
+        y.square().sum().backward()
+        found.append({"y": y.detach()} | (gradients(model, x=leaf) if needs_x else gradients(model)) | state(model))
+    assert_bitwise(*found)
+
+
+# ---- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["basic", "bottleneck", "timm", "hugging face", "stage"])
+def test_what_the_convolutions_inside_read_is_not_kept(name):
+    """By the storages that are alive after the forward: this is the point of it, and shows that it is no no-op."""
+    kept = []
+    for model in lean_and_default(BUILDS[name]):
+        read = []
+        for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+            conv.register_forward_pre_hook(
+                lambda m, args, read=read: read.append(StorageWeakRef(args[0].untyped_storage()))
+            )
+        x = block_input()
+        y = model(x)
+        kept.append([not reference.expired() for reference in read if reference.cdata != x.untyped_storage()._cdata])
+        y.sum().backward()
+    assert all(kept[1]) and len(kept[1]) > 0
+    assert not any(kept[0])
+
+
+def test_a_network_without_gradients_is_left_alone():
+    lean, default = lean_and_default(tiny)
+    x = images(dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(lean(x), default(x)) and torch.equal(lean.eval()(x), default.eval()(x))
+
+
+# ---- ways to train ---------------------------------------------------------------------------------------------------
+
+
+@every_build
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_under_checkpoint(name, reentrant):
+    x, found = block_input(), []
+    for model in lean_and_default(BUILDS[name]):
+        leaf = x.clone().requires_grad_()
+        y = checkpoint(model, leaf, use_reentrant=reentrant)
+        y.square().sum().backward()
+        found.append({"y": y.detach()} | gradients(model, x=leaf) | state(model))
+    assert_bitwise(*found)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_some_blocks_under_checkpoint(reentrant):
+    """A block that keeps nothing of its output in front of one that is run again, and behind it."""
+    x, found = block_input(), []
+    for model in lean_and_default(stage):
+        leaf = x.clone().requires_grad_()
+        y = checkpoint(model[1], model[0](leaf), use_reentrant=reentrant)
+        y = model[3](checkpoint(model[2], y, use_reentrant=reentrant))
+        y.square().sum().backward()
+        found.append({"y": y.detach()} | gradients(model, x=leaf) | state(model))
+    assert_bitwise(*found)
+
+
+@every_build
+def test_under_hooks_on_saved_tensors(name):
+    """Somebody else's memory: save_on_cpu and hooks that copy see what the default saves, and results are the same."""
+    for hooks in (save_on_cpu, partial(saved_tensors_hooks, lambda t: t.clone(), lambda t: t)):
+        lean, default = lean_and_default(BUILDS[name])
+        x = block_input()
+        assert_bitwise(run(lean, x, around=hooks), run(default, x, around=hooks))
+
+
+def test_backward_under_other_hooks_than_the_forward():
+    lean, default = lean_and_default(stage)
+    found, x = [], block_input()
+    for model in (lean, default):
+        leaf = x.clone().requires_grad_()
+        y = model(leaf)
+        with save_on_cpu():
+            y.square().sum().backward()
+        found.append(gradients(model, x=leaf))
+    assert_bitwise(*found)
+
+
+@pytest.mark.parametrize("cast", [None, torch.bfloat16])
+def test_under_compile(cast):
+    """Ignored there; equal to the default compiled the same way."""
+    found, x = [], block_input()
+    for model in lean_and_default(stage):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        results = run(compiled, x, cast=cast)
+        found.append({name.replace("_orig_mod.", ""): t for name, t in results.items()})
+    assert_bitwise(*found)
+    torch._dynamo.reset()
+
+
+def test_copies_pickles_and_revert():
+    lean, default = lean_and_default(tiny)
+    for twin in (copy.deepcopy(lean), pickle.loads(pickle.dumps(lean))):
+        assert {b.fastres_memory for b in twin.modules() if hasattr(b, "fastres_memory")} == {"min"}
+        assert not {id(p) for p in twin.parameters()} & {id(p) for p in lean.parameters()}
+    x = images(dtype=torch.float32)
+    wanted = run(copy.deepcopy(default), x)
+    assert_bitwise(run(copy.deepcopy(lean), x), wanted)
+    assert_bitwise(run(pickle.loads(pickle.dumps(lean)), x), wanted)
+    assert list(lean.state_dict()) == list(tiny().state_dict())
+    unswap(lean)
+    assert not any("fastres" in name for m in lean.modules() for name in vars(m))
+    assert fused_calls(lean, x) == 0
+
+
+def test_copied_while_a_graph_is_alive():
+    lean, _ = lean_and_default(stage)
+    x = block_input().requires_grad_()
+    y = lean(x)
+    twin = copy.deepcopy(lean)
+    pickle.dumps(lean)
+    assert_bitwise(run(twin, x), run(copy.deepcopy(lean), x))
+    y.sum().backward()
+
+
+# ---- hooks and modules that write to what they read ------------------------------------------------------------------
+
+
+def square():
+    """A bottleneck whose convolutions' outputs have the shape of their inputs."""
+    block = vision.Bottleneck(8, 2, downsample=nn.Identity())
+    block.conv1, block.conv3 = nn.Conv2d(8, 8, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False)
+    block.conv2, block.bn1, block.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+    return block
+
+
+def double_(module, args):
+    return (args[0].mul_(2.0),)
+
+
+def double(module, args):
+    return (args[0] * 2.0,)
+
+
+def times_(module, args, y):
+    return y * args[0].mul_(2.0)
+
+
+def times(module, args, y):
+    return y * (args[0] * 2.0)
+
+
+@pytest.mark.parametrize("conv", ["conv2", "conv3"])
+@pytest.mark.parametrize(("hook", "pure", "kind"), [(double_, double, "forward_pre"), (times_, times, "forward")])
+def test_a_hook_that_writes_to_the_activation_is_noticed_or_followed(conv, hook, pure, kind):
+    """What the convolution reads is then not the norm's output any more, and must not be computed again from it."""
+    lean, stock = twins(square, torch.float32, MIN)
+    getattr(stock.get_submodule(conv), f"register_{kind}_hook")(pure)
+    getattr(lean.get_submodule(conv), f"register_{kind}_hook")(hook)
+    x = block_input()
+    wanted = run(stock, x)
+    try:
+        found = run(lean, x)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+    else:
+        assert_same(found, wanted, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        nn.ELU(inplace=True),
+        nn.CELU(inplace=True),
+        nn.SELU(inplace=True),
+        nn.LeakyReLU(inplace=True),
+        nn.SiLU(inplace=True),
+        nn.Hardswish(inplace=True),
+        nn.ReLU6(inplace=True),
+        nn.Dropout(0.3, inplace=True),
+        nn.ELU(),
+        nn.Tanh(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.AvgPool2d(2),
+        nn.Upsample(scale_factor=2),
+    ],
+    ids=str,
+)
+def test_the_module_behind_a_norm_in_a_sequence(act):
+    """In-place activations save what they wrote, where the norm's output lay."""
+
+    def build():
+        return nn.Sequential(
+            nn.Conv2d(8, 6, 3, padding=1, bias=False),
+            nn.BatchNorm2d(6),
+            act,
+            nn.Conv2d(6, 4, 1, bias=False),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+        )
+
+    lean, stock = twins(build, torch.float32, MIN)
+    x, found = block_input(), []
+    for model in (lean, stock):
+        torch.manual_seed(4)
+        found.append(run(model, x))
+    for results in found:  # behind a linear module, a bias in front of a convolution and a norm: 0, but for rounding
+        if isinstance(act, nn.AvgPool2d | nn.Upsample | nn.MaxPool2d):
+            assert results.pop("grad 1.bias").abs().max() < 1e-4
+    assert_same(*found, tolerance=TOLERANCES[torch.float32])
+
+
+# ---- parts of graphs -------------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_some_inputs_alone():
+    lean, default = lean_and_default(stage)
+    names = [name for name, _ in default.named_parameters()]
+    x, found = block_input(), []
+    for model in (lean, default):
+        y = model(x)
+        each = {}
+        for name in names:
+            (each[name],) = torch.autograd.grad(y.square().sum(), model.get_parameter(name), retain_graph=True)
+        found.append(each)
+    assert_bitwise(*found)
+
+
+def test_two_heads_on_one_trunk():
+    """Backward through both at once, or one by one with the graph retained; freed, the trunk's output is gone."""
+    found, x = [], block_input()
+    for options in (MIN, {}):
+        trunk, left, right = (twins(BLOCKS["basic"], torch.float32, options)[0] for _ in range(3))
+        y = trunk(x)
+        losses = left(y).square().sum(), right(y * 1).sum(), right(y).square().mean()
+        losses[0].backward(retain_graph=True)
+        losses[1].backward(retain_graph=True)
+        losses[2].backward()
+        found.append(
+            {
+                f"{label} {n}": t
+                for label, m in zip("tlr", (trunk, left, right), strict=True)
+                for n, t in gradients(m).items()
+            }
+        )
+    assert_bitwise(*found)
+    trunk, left, right = (twins(BLOCKS["basic"], torch.float32, MIN)[0] for _ in range(3))
+    y = trunk(x)
+    losses = left(y).sum(), right(y).sum()
+    losses[0].backward()
+    with pytest.raises(RuntimeError, match="second time"):  # what the default keeps for this call, min has not kept
+        losses[1].backward(inputs=list(right.parameters()))
+
+
+def test_a_block_output_read_by_other_modules():
+    """A detached view, a sum, a concatenation, a pool of somebody else's: each keeps what it needs by itself."""
+    found, x = [], block_input()
+    for model in lean_and_default(stage):
+        leaf = x.clone().requires_grad_()
+        inner = model[0](leaf)
+        y = model[1](inner)
+        z = torch.cat([y, inner, y.detach() * inner], 1).square().sum() + nn.functional.max_pool2d(y, 2).sum()
+        (z + model[3](model[2](y)).square().sum()).backward()
+        found.append(gradients(model, x=leaf))
+    assert_bitwise(*found)
+
+
+# ---- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argument", "got"), [("memory", "max"), ("checkpoint_bn", "twice"), ("fusion", "conv"), ("memory", None)]
+)
+def test_unknown_settings_are_refused_by_name(argument, got):
+    net = tiny()
+    with pytest.raises(ValueError, match=f"{argument}: got {got!r}, expected one of"):
+        swap(net, **{argument: got})
+    assert not any("fastres_stock" in type(m).__dict__ for m in net.modules())
