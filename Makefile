@@ -11,6 +11,7 @@ VENV ?= .venv
 PYTHON ?= python3.11
 LOCK := requirements/dev.lock
 BENCH_LOCK := requirements/bench.lock
+LOOPS_LOCK := requirements/loops.lock
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check -q
 
@@ -23,6 +24,7 @@ PYTEST := OMP_NUM_THREADS=1 $(ONE_ARCHITECTURE) $(VPY) -m pytest -q -n $(WORKERS
 STAMP_PYTHON := $(VENV)/.stamp-python
 STAMP_LOCK := $(VENV)/.stamp-lock
 STAMP_BENCH := $(VENV)/.stamp-bench
+STAMP_LOOPS := $(VENV)/.stamp-loops
 STAMP_PACKAGE := $(VENV)/.stamp-package
 STAMP_EXTENSION := $(VENV)/.stamp-extension
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -51,7 +53,7 @@ demo: $(STAMP_EXTENSION)  ## train on real digits, freeze, and compare ResNet-50
 test: $(STAMP_EXTENSION)  ## the default tests (ARGS="tests/test_bn_act.py" to choose)
 	$(PYTEST) $(ARGS)
 
-test-full: $(STAMP_EXTENSION)  ## every test, also those that take minutes or build and install packages
+test-full: $(STAMP_EXTENSION) $(STAMP_LOOPS)  ## every test, also those that take minutes or build and install packages
 	$(PYTEST) -m "full or not full" $(ARGS)
 
 bench: $(STAMP_EXTENSION) $(STAMP_BENCH)  ## the benchmarks beside every engine (15 to 20 minutes; ARGS="-k networks")
@@ -110,6 +112,12 @@ $(STAMP_BENCH): $(BENCH_LOCK) $(STAMP_LOCK)
 	$(call say,installing $(BENCH_LOCK) (ONNX Runtime and OpenVINO))
 	@if ! $(PIP) install -r $(LOCK) -r $(BENCH_LOCK) >$(LOCK_LOG) 2>&1; then \
 	  tail -n 40 $(LOCK_LOG) >&2; echo 'fastres: $(BENCH_LOCK) was not installed ($(LOCK_LOG))' >&2; exit 1; fi
+	@touch $@
+
+$(STAMP_LOOPS): $(LOOPS_LOCK) $(STAMP_LOCK)
+	$(call say,installing $(LOOPS_LOCK) (Accelerate and Lightning))
+	@if ! $(PIP) install -r $(LOCK) -r $(LOOPS_LOCK) >$(LOCK_LOG) 2>&1; then \
+	  tail -n 40 $(LOCK_LOG) >&2; echo 'fastres: $(LOOPS_LOCK) was not installed ($(LOCK_LOG))' >&2; exit 1; fi
 	@touch $@
 
 # The package is mapped in place; the extension is built apart, so that an edit recompiles only what it touches.

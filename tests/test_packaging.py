@@ -412,7 +412,7 @@ class TestInstalled:
         shutil.unpack_archive(sdist, tmp_path)
         (unpacked,) = tmp_path.glob("fastres-*")
         there = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
-        folders = ("fastres", "kernels", "csrc", "tests", "docs", "requirements", "benchmarks")
+        folders = ("fastres", "kernels", "csrc", "tests", "docs", "requirements", "benchmarks", "examples")
         files = [path for folder in folders for path in (tree / folder).rglob("*") if path.is_file()]
         built = {str(path.relative_to(tree)) for path in files if path.suffix in (".so", ".pyc")}
         wanted = {str(path.relative_to(tree)) for path in files if "results" not in path.parts} - built

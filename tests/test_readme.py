@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands: every block, in order, in one namespace."""
+"""The Python of the README and of docs/training.md runs as it stands: every block, in order, in one namespace."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ import pytest
 README = Path(__file__).resolve().parent.parent / "README.md"
 if not README.exists():
     pytest.skip("the tests lie outside a source tree", allow_module_level=True)
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+TRAINING = README.parent / "docs" / "training.md"
+
+
+def python(page):
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.M | re.S)
+
+
+BLOCKS = python(README)
 
 
 def run(blocks):
@@ -21,7 +28,7 @@ def run(blocks):
             pytest.importorskip(package)
     scope = {"__name__": "readme"}
     for block in blocks:
-        exec(compile(block, str(README), "exec"), scope)
+        exec(compile(block, "a page", "exec"), scope)
     return scope
 
 
@@ -42,6 +49,23 @@ def test_the_pipeline(capsys):
     assert "not supported" not in out + err
     assert re.fullmatch(r"\[\[\{'label': 'LABEL_\d+', 'score': [\d.e-]+\}\](, .*)?\]\n", out), out
     assert frozen.report.folded == 20 and frozen.report.verification
+
+
+def test_training(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # it saves a file
+    scope = run(python(TRAINING))
+    assert len(scope["report"].swapped) == 12
+    fused, stock = type(scope["ema"].module), type(scope["plain"])
+    assert issubclass(fused, stock) and fused is not stock
+    assert (tmp_path / "weights.pt").is_file()
+
+
+def test_links():
+    """Files that the pages name are there."""
+    for page in (README, TRAINING):
+        for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text()):
+            path = page.parent / link
+            assert path.exists() or "benchmarks/results" in link, f"{page.name}: {link}"  # no results in an sdist
 
 
 @pytest.mark.full
