@@ -280,7 +280,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
         else:
-            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
             self._profile.__enter__()
 
     def end(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fastres
 from gpu_device import DEVICE, DRY, needs_device, needs_gpus, on_gpu_alone
+from measure import Meter
 from swap_cases import fused_calls, hugging_face_resnet, scramble, torchvision
 
 pytestmark = [pytest.mark.gpu, needs_device]
@@ -65,9 +66,9 @@ def images(n=4, layout="nhwc"):
     return torch.randn(n, 3, SIZE, SIZE, device=DEVICE).contiguous(memory_format=LAYOUTS[layout])
 
 
-def swapped(stock):
+def swapped(stock, memory="default"):
     net = copy.deepcopy(stock)
-    fastres.swap(net, strict=True)
+    fastres.swap(net, strict=True, memory=memory)
     return net
 
 
@@ -161,6 +162,28 @@ def test_row45_twenty_training_steps_of_blocks_are_bitwise_equal():
         torch.backends.cudnn.deterministic = deterministic
 
 
+@every_layout
+@pytest.mark.parametrize("name", ["torchvision-bottleneck", "hugging face"])
+def test_memory_min_is_the_default_in_less_memory(name, layout):
+    stock, x, found = build(name, layout), images(8, layout), {}
+    deterministic = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        for memory in ("default", "min"):
+            net = swapped(stock, memory).train()
+            meter = Meter(DEVICE)
+            loss = net(x).square().mean()
+            kept, _ = meter.end()
+            loss.backward()
+            found[memory] = kept, [p.grad for p in net.parameters()], list(net.state_dict().values())
+    finally:
+        torch.backends.cudnn.deterministic = deterministic
+    (kept, *default), (kept_min, *least) = found["default"], found["min"]
+    assert kept_min < 0.75 * kept
+    for a, b in zip(default, least, strict=True):
+        assert all(torch.equal(s, t) for s, t in zip(a, b, strict=True))
+
+
 # ---- streams, graphs, devices ----------------------------------------------------------------------------------------
 
 
@@ -179,13 +202,14 @@ def test_row30_a_block_runs_on_the_current_stream():
 
 
 @on_gpu_alone
-def test_a_whole_training_step_is_captured_and_replayed_a_hundred_times():
+@pytest.mark.parametrize("memory", ["default", "min"])
+def test_a_whole_training_step_is_captured_and_replayed_a_hundred_times(memory):
     """Forward, loss, backward and optimizer in one graph; the same steps run eagerly give the same losses."""
     stock = build("torchvision-basic")
     batches = [(images(8), torch.randint(7, (8,), device=DEVICE)) for _ in range(4)]
     losses = []
     for captured in (True, False):
-        net = swapped(stock).train()
+        net = swapped(stock, memory).train()
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
         x, labels = (t.clone() for t in batches[0])
 

@@ -175,7 +175,7 @@ def call_direct(
 ) -> Tensor | None:
     """y, the running statistics moved; None, and nothing done, where the kernel leaves the call to the general way."""
     if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
-        if x.numel() >= REUSE_FROM:
+        if x.is_cpu and x.numel() >= REUSE_FROM:
             _ownership.learn()
         y: Tensor | None = _apply(x, weight, bias, residual, call)
         if y is not None and call.recompute:
@@ -233,7 +233,8 @@ class _Direct(torch.autograd.Function):
             if x is None:  # not read: only its layout is asked for
                 x = dy.contiguous(memory_format=ctx.format) if y is None else y
             if goes_straight(dy, x, y, weight, bias):
-                reuse = dy.numel() >= REUSE_FROM and (relu or not needs[3]) and _ownership.is_unshared(dy)
+                large = dy.is_cpu and dy.numel() >= REUSE_FROM
+                reuse = large and (relu or not needs[3]) and _ownership.is_unshared(dy)
                 bits = needs[0] | needs[1] << 1 | needs[2] << 2 | (needs[3] and relu) << 3
                 dx, dweight, dbias, dresidual = kernel(
                     dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, relu, bits, reuse
