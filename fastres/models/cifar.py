@@ -4,6 +4,7 @@
     global average pooling; fc
 
 n = 3, 5, 7, 9, 18, 200 give the 20, 32, 44, 56, 110 and 1202 layers of Table 6; the paper uses shortcut A throughout.
+The residual function of a block has two layers; one and three can be tried (section 3.2) with `layers_per_block`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,21 @@ from torch import Tensor, nn
 from fastres.nn import BasicBlock, conv_norm_act
 from fastres.nn.conv_steps import ForgetsFolds
 
-from .shortcut import Block, Init, PlainBlock, Shortcut, Zeros, initialise, make_stage, one_of, positive
+from .shortcut import (
+    Block,
+    Init,
+    PlainBlock,
+    Shortcut,
+    SingleLayerBlock,
+    ThreeLayerBlock,
+    Zeros,
+    initialise,
+    make_stage,
+    one_of,
+    positive,
+)
+
+_BLOCKS: dict[int, Block] = {1: SingleLayerBlock, 2: BasicBlock, 3: ThreeLayerBlock}
 
 
 class CifarResNet(ForgetsFolds):
@@ -25,6 +40,9 @@ class CifarResNet(ForgetsFolds):
     Args:
         block: ``fastres.nn.BasicBlock`` or ``fastres.models.PlainBlock``.
         depth: 6n + 2 layers: 20, 32, 44, 56, 110, 1202, or any other n >= 1.
+        layers_per_block: 3x3 layers between a shortcut's ends: 2 in the paper; 1 and 3 replace ``BasicBlock`` by
+            :class:`SingleLayerBlock` and :class:`ThreeLayerBlock`, and ``depth`` is then 3n + 2 and 9n + 2 (20, 56
+            and 110 are all of these).
         shortcut, num_classes, in_channels, zero_init_residual, zeros, init: as in :class:`fastres.models.ResNet`.
 
     Raises:
@@ -42,6 +60,7 @@ class CifarResNet(ForgetsFolds):
         zero_init_residual: bool = False,
         zeros: Zeros = "end",
         init: Init = "fan_out",
+        layers_per_block: int = 2,
     ) -> None:
         super().__init__()
         one_of("shortcut", shortcut, ("A", "B", "C"))
@@ -49,9 +68,17 @@ class CifarResNet(ForgetsFolds):
         positive("depth", depth)
         positive("num_classes", num_classes)
         positive("in_channels", in_channels)
-        n, rest = divmod(depth - 2, 6)
+        positive("layers_per_block", layers_per_block)
+        if layers_per_block not in _BLOCKS:
+            raise ValueError(f"layers_per_block: got {layers_per_block}, expected 1, 2 or 3")
+        if layers_per_block != 2:
+            if block is not BasicBlock:
+                raise ValueError(f"layers_per_block: got {layers_per_block}, expected 2 for {block.__name__}")
+            block = _BLOCKS[layers_per_block]
+        n, rest = divmod(depth - 2, 3 * layers_per_block)
         if rest or n < 1:
-            raise ValueError(f"depth: got {depth}, expected 6n + 2 with n >= 1, such as 20, 32, 44, 56 or 110")
+            such = "20, 32, 44, 56 or 110" if layers_per_block < 3 else "11, 20, 29, 56 or 110"
+            raise ValueError(f"depth: got {depth}, expected {3 * layers_per_block}n + 2 with n >= 1, such as {such}")
         self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU(inplace=True)
@@ -81,7 +108,7 @@ def cifar_resnet(
         depth: 20, 32, 44, 56, 110, 1202, or any 6n + 2.
         shortcut: ``"A"`` (the paper's), ``"B"`` or ``"C"``.
         num_classes, in_channels: of the data.
-        options: ``zeros``, ``init``, ``zero_init_residual`` as in :class:`CifarResNet`.
+        options: ``zeros``, ``init``, ``zero_init_residual``, ``layers_per_block`` as in :class:`CifarResNet`.
 
     Example:
         >>> import fastres.models

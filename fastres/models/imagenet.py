@@ -35,6 +35,8 @@ class ResNet(ForgetsFolds):
         zero_init_residual: start every residual block as the identity (last BN weight 0).
         zeros: where shortcut A's zeros go, ``"end"`` or ``"both"``.
         init: fan of the He initialisation, ``"fan_out"`` or ``"fan_in"``.
+        conv1_bias: the stem's convolution has a bias, as in the authors' Caffe ResNet-50.
+        ceil_pool: the stem's pooling has no padding and rounds its size up, as in Caffe; 56x56 at 224x224 either way.
 
     Raises:
         TypeError, ValueError: naming the argument, before anything is built.
@@ -58,6 +60,8 @@ class ResNet(ForgetsFolds):
         zero_init_residual: bool = False,
         zeros: Zeros = "end",
         init: Init = "fan_out",
+        conv1_bias: bool = False,
+        ceil_pool: bool = False,
     ) -> None:
         super().__init__()
         one_of("shortcut", shortcut, ("A", "B", "C"))
@@ -68,10 +72,10 @@ class ResNet(ForgetsFolds):
             raise ValueError(f"layers: got {len(layers)} stages, expected 4")
         if stride_in_1x1 and not issubclass(block, Bottleneck):
             raise ValueError(f"stride_in_1x1: got True, expected False for {block.__name__}: it has no 1x1")
-        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=conv1_bias)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.maxpool = nn.MaxPool2d(3, 2, 0 if ceil_pool else 1, ceil_mode=ceil_pool)
         stages = []
         planes = 64
         for stage, blocks in enumerate(layers):

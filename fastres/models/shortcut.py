@@ -104,7 +104,62 @@ class PlainBlock(ForgetsFolds):
         return conv_norm_act(x, self.conv2, self.bn2, self.relu)
 
 
-Block = type[BasicBlock] | type[Bottleneck] | type[PlainBlock]
+class ChainBlock(ForgetsFolds):
+    """A residual block whose function F is a chain of ``layers`` 3x3 layers: ``relu(F(x) + shortcut(x))``.
+
+        layers = 1    relu(bn1(conv1(x)) + shortcut(x))
+        layers = 3    relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))
+
+    Section 3.2: "The form of the residual function F is flexible. [...] if F has only a single layer, Eqn.(1) is similar
+    to a linear layer: y = W1 x + x, for which we have not observed advantages." Two layers are ``fastres.nn.BasicBlock``.
+    Use :class:`SingleLayerBlock` or :class:`ThreeLayerBlock`.
+
+    ``x [N, inplanes, H, W] -> [N, planes, H / stride, W / stride]``; the first convolution has the stride.
+
+    Example:
+        >>> import torch
+        >>> ThreeLayerBlock(8, 8)(torch.ones(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
+    expansion: int = 1
+    layers: int
+    backend: str = "auto"
+    memory: str = "default"
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None) -> None:
+        super().__init__()
+        for index in range(1, self.layers + 1):
+            first = index == 1
+            conv = nn.Conv2d(inplanes if first else planes, planes, 3, stride if first else 1, 1, bias=False)
+            self.add_module(f"conv{index}", conv)
+            self.add_module(f"bn{index}", nn.BatchNorm2d(planes))
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x if self.downsample is None else self.downsample(x)  # [N, planes, H / stride, W / stride]
+        for index in range(1, self.layers + 1):
+            conv, bn = getattr(self, f"conv{index}"), getattr(self, f"bn{index}")
+            added = residual if index == self.layers else None
+            x = conv_norm_act(x, conv, bn, self.relu, added, self.backend, self.memory)
+        return x
+
+
+class SingleLayerBlock(ChainBlock):
+    """:class:`ChainBlock` of one layer: ``relu(bn1(conv1(x)) + shortcut(x))``."""
+
+    layers = 1
+
+
+class ThreeLayerBlock(ChainBlock):
+    """:class:`ChainBlock` of three layers, all 3x3."""
+
+    layers = 3
+
+
+Block = type[BasicBlock] | type[Bottleneck] | type[PlainBlock] | type[ChainBlock]
 
 
 def make_stage(
@@ -141,6 +196,8 @@ def initialise(model: nn.Module, init: Init, zero_init_residual: bool) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=init, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -148,6 +205,6 @@ def initialise(model: nn.Module, init: Init, zero_init_residual: bool) -> None:
             nn.init.zeros_(module.bias)
     if zero_init_residual:
         for module in model.modules():
-            if isinstance(module, BasicBlock | Bottleneck):
-                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-                nn.init.zeros_(last.get_parameter("weight"))
+            if isinstance(module, BasicBlock | Bottleneck | ChainBlock):
+                last = max(name for name, _ in module.named_children() if name.startswith("bn"))
+                nn.init.zeros_(module.get_parameter(f"{last}.weight"))
