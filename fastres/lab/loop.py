@@ -13,16 +13,13 @@ splits its batch by `bn_batch`. Running statistics are those of the joined batch
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
 import shlex
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +43,14 @@ from fastres.lab.loop_state import (
     read_checkpoint,
     write_checkpoint,
 )
-from fastres.lab.processes import Place, place
+from fastres.lab.processes import Place, interrupts, place
 from fastres.lab.recipes import TrainRecipe
-from fastres.lab.results import environment, prepare_folder, write_json
+from fastres.lab.results import environment, write_json
+from fastres.lab.run_folder import RUN, alone, begin, read_json
 from fastres.lab.train import Step
 
 __all__ = ["Point", "RunResult", "RunSpec", "run", "trained"]
 
-RUN = "fastres.run/1"
-_FILES = ["spec.json", "checkpoint.pt", "log.csv", "result.json"]
 _TEST_BATCH = 500
 _CHECKPOINT_S = 30.0  # between two checkpoints
 
@@ -98,13 +94,13 @@ def run(
         >>> run(spec, Path(tempfile.mkdtemp()), device="cpu", stop_after=2).iterations
         2
     """
-    with place(device) as here, _alone(folder, here):
-        finished = _begin(spec, folder, here)
+    with place(device) as here, alone(folder, here):
+        finished = begin(spec, folder, here)
         if finished is not None:
             return finished
         data = datasets.load(spec.data, data_root, workers)
         cuda = [here.device] if here.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=cuda), _interrupts(here) as interrupted:
+        with torch.random.fork_rng(devices=cuda), interrupts(here) as interrupted:
             training = _Training(spec, folder, data, here, checkpoint_every)
             try:
                 training.go(on_step, stop_after or spec.recipe.iterations, interrupted)
@@ -124,7 +120,7 @@ def trained(folder: Path, data_root: Path | None = None) -> nn.Module:
 
     Raises LabError for a folder without a run or with a damaged one.
     """
-    spec = RunSpec.from_dict(_read(folder / "spec.json"))
+    spec = RunSpec.from_dict(read_json(folder / "spec.json"))
     model = _network(spec, datasets.load(spec.data, data_root))
     _, states = read_checkpoint(folder / "checkpoint.pt", spec, model)
     model.load_state_dict(states["model"])
@@ -147,8 +143,8 @@ class _Training:
         self.model = _network(spec, data).to(here.device)
         self.norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         self.optimizer = torch.optim.SGD(_groups(self.model, recipe), recipe.lr, recipe.momentum)
-        self.scaler = torch.amp.GradScaler(here.device.type, enabled=spec.dtype == "fp16")
-        self.saved = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
+        self.scaler = torch.amp.grad_scaler.GradScaler(here.device.type, enabled=spec.dtype == "fp16")
+        self.saved: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.progress = Progress(warmed_up=recipe.warmup_lr is None)
         if (folder / "checkpoint.pt").exists():
             self.progress, states = read_checkpoint(folder / "checkpoint.pt", spec, self.model)
@@ -309,78 +305,3 @@ def _groups(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
     plain = [p for p in model.parameters() if recipe.decay != "all" and p.dim() != 4]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _begin(spec: RunSpec, folder: Path, here: Place) -> RunResult | None:
-    """Writes spec.json, or compares with the one that is there; the result of a run that is done."""
-    if (folder / "spec.json").exists():
-        differences = spec.differences(_read(folder / "spec.json"))
-        if differences:
-            raise RunError(
-                f"output folder {folder}: holds another run: {'; '.join(differences)}; give another folder, or delete"
-                " this one"
-            )
-    here.wait()
-    if here.first:
-        write_json(folder / "spec.json", spec.to_dict())
-    if (folder / "result.json").exists():
-        data = _read(folder / "result.json")
-        if data.get("schema") == RUN:
-            return RunResult.from_dict(data)
-        raise RunError(f"output file {folder / 'result.json'}: got {data.get('schema')!r}, expected {RUN!r}")
-    return None
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"run file {path}: cannot be read: {error}; expected what fastres train wrote") from error
-    if not isinstance(data, dict):
-        raise RunError(f"run file {path}: got a {type(data).__name__}, expected an object")
-    return data
-
-
-@contextmanager
-def _alone(folder: Path, here: Place) -> Iterator[None]:
-    """The folder, made, and held against a second run in it; a killed run's data workers live on for some seconds."""
-    if not here.first:
-        here.wait()
-        yield
-        return
-    prepare_folder(folder, _FILES)
-    with open(folder / ".lock", "w") as lock:
-        for attempt in range(100, -1, -1):
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError as error:
-                if attempt == 0:
-                    raise RunError(f"output folder {folder}: another process is training in it") from error
-                time.sleep(0.1)
-        here.wait()
-        yield
-
-
-@contextmanager
-def _interrupts(here: Place) -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that the iteration ends and is saved; a second one interrupts at once.
-
-    Several processes would stop at several iterations and wait for one another: there it interrupts at once, and the
-    run goes on from the last checkpoint. So it does in a thread, which cannot set handlers.
-    """
-    event = threading.Event()
-    if here.part.of > 1 or threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def handle(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(number, signal.default_int_handler)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

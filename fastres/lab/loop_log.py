@@ -1,4 +1,4 @@
-"""The log of a run: log.csv, cut back to where a resumed run goes on, and TensorBoard's events where it is installed."""
+"""The log of a run: log.csv, cut back to where a resumed run goes on; TensorBoard's events where it is installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run is, what it leaves, and its checkpoint: written whole or not at all, checked before it is used."""
+"""What a training run is, what it leaves, and its checkpoint: written whole or not at all, checked before use."""
 
 from __future__ import annotations
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,3 +76,27 @@ def place(device: str) -> Iterator[Place]:
     finally:
         if joins:
             dist.destroy_process_group()
+
+
+@contextmanager
+def interrupts(here: Place) -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that the iteration ends and is saved; a second one interrupts at once.
+
+    Several processes would stop at several iterations and wait for one another: there it interrupts at once, and the
+    run goes on from the last checkpoint. So it does in a thread, which cannot set handlers.
+    """
+    event = threading.Event()
+    if here.part.of > 1 or threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
