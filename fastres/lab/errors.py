@@ -29,3 +29,19 @@ class AccuracyError(LabError, RuntimeError):
 
 class RefereeError(LabError, RuntimeError):
     """The referee found answers that are wrong; what was measured has been written all the same."""
+
+
+class RecipeError(LabError, ValueError):
+    """A recipe's name or one of its values cannot be used."""
+
+
+class DataError(LabError, ValueError):
+    """A data set is unknown, missing, incomplete or corrupt; the message says what belongs where."""
+
+
+class RunError(LabError, ValueError):
+    """A training run cannot begin or go on as asked."""
+
+
+class DivergedError(LabError, RuntimeError):
+    """The training loss is no longer a number."""

@@ -1,0 +1,115 @@
+"""The paper's preprocessing and augmentation as batched tensor work, and its test-time views.
+
+    cifar     pad 4 with zeros (which is the mean: it has been subtracted), crop at random, flip     (section 4.2)
+    digits    move by up to one pixel, the edge repeated
+    imagenet  colours moved along the principal axes of RGB, as AlexNet's (section 3.4); the scale in [256, 480], the
+              224 crop and the flip are made while an image is decoded, see :mod:`fastres.lab.folders`
+
+First `draw`, on the CPU, for the joined batch; then `augmented`, for a process's part of it, wherever that is. So the
+images are the same on every device and for every number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.lab.recipes import Augment
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB in 0..1
+SCALES = (224, 256, 384, 480, 640)  # shorter sides of multi-scale testing
+
+# Square roots of the eigenvalues, and the eigenvectors, of ImageNet's RGB covariance in 0..1 (as in fb.resnet.torch).
+_SPREAD = (0.2175, 0.0188, 0.0045)
+_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
+_SHIFT = {"cifar": 4, "digits": 1}
+
+
+def draw(kind: Augment, count: int, rng: torch.Generator) -> Tensor:
+    """The random numbers that augment `count` images.
+
+    Returns:
+        "cifar" and "digits": [count, 3] int64: rows and columns to move by, flipped or not. "imagenet": [count, 3]
+        floats, one for each axis of colour. "none": [count, 0].
+    """
+    if kind == "imagenet":
+        return 0.1 * torch.randn(count, 3, generator=rng)
+    if kind == "none":
+        return torch.empty(count, 0)
+    moves = torch.randint(0, 2 * _SHIFT[kind] + 1, (count, 2), generator=rng)
+    flips = torch.randint(0, 2, (count, 1), generator=rng) if kind == "cifar" else torch.zeros(count, 1).long()
+    return torch.cat((moves, flips), 1)  # [count, 3]
+
+
+def augmented(images: Tensor, kind: Augment, drawn: Tensor) -> Tensor:
+    """`images` [n, C, H, W], floats whose mean has been subtracted, changed as `drawn` [n, ...] says.
+
+    Returns:
+        [n, C, H, W], the same dtype and device; in channels_last order for "cifar" and "digits".
+
+    Example:
+        >>> drawn = draw("cifar", 2, torch.Generator().manual_seed(0))
+        >>> augmented(torch.zeros(2, 3, 32, 32), "cifar", drawn).shape
+        torch.Size([2, 3, 32, 32])
+    """
+    if kind == "none":
+        return images
+    if kind == "imagenet":
+        tints = drawn * drawn.new_tensor(_SPREAD) @ drawn.new_tensor(_AXES).T / drawn.new_tensor(DEVIATION)  # [n, 3]
+        return images + tints.to(images)[:, :, None, None]
+    n, _, height, width = images.shape
+    shift = _SHIFT[kind]
+    padded = F.pad(images, (shift,) * 4, mode="constant" if kind == "cifar" else "replicate")  # [n, C, H+2s, W+2s]
+    down, right, flip = drawn.to(images.device).unbind(1)  # [n] each
+    rows = down[:, None] + torch.arange(height, device=images.device)  # [n, H]
+    columns = torch.arange(width, device=images.device).expand(n, width)
+    columns = right[:, None] + torch.where(flip[:, None] == 1, width - 1 - columns, columns)  # [n, W]
+    image = torch.arange(n, device=images.device)[:, None, None]
+    moved = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]  # [n, H, W, C]
+    return moved.permute(0, 3, 1, 2)  # [n, C, H, W]
+
+
+def ten_crops(images: Tensor, size: int) -> Tensor:
+    """AlexNet's ten views: four corners and the middle, and their mirror images.
+
+    Args:
+        images: [N, C, H, W], H and W at least `size`.
+
+    Returns:
+        [10, N, C, size, size]; a prediction is the mean over the first axis of the softmax.
+
+    Raises:
+        ValueError: an image smaller than `size`.
+
+    Example:
+        >>> ten_crops(torch.zeros(2, 3, 256, 300), 224).shape
+        torch.Size([10, 2, 3, 224, 224])
+    """
+    height, width = images.shape[2:]
+    if size > min(height, width):
+        raise ValueError(f"size: got {size}, expected at most the images' shorter side, {min(height, width)}")
+    down, right = height - size, width - size
+    corners = ((0, 0), (0, right), (down, 0), (down, right), (down // 2, right // 2))
+    crops = [images[:, :, y : y + size, x : x + size] for y, x in corners]
+    return torch.stack([*crops, *(crop.flip(3) for crop in crops)])
+
+
+def multi_scale(images: Tensor, scales: Iterable[int] = SCALES) -> list[Tensor]:
+    """The views of the paper's multi-scale test: `images` [N, C, H, W] with their shorter side at each of `scales`.
+
+    A network that ends in global average pooling and one linear layer, as the paper's do, is fully convolutional: its
+    answer for a larger view is the mean of the scores over all places. The prediction is the mean over the views.
+
+    Example:
+        >>> [tuple(view.shape[2:]) for view in multi_scale(torch.zeros(1, 3, 480, 640), (240, 480))]
+        [(240, 320), (480, 640)]
+    """
+    height, width = images.shape[2:]
+    sizes = [(round(height * s / min(height, width)), round(width * s / min(height, width))) for s in scales]
+    return [
+        images if size == (height, width) else F.interpolate(images, size, mode="bilinear", antialias=True)
+        for size in sizes
+    ]
