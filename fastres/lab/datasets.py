@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastres.lab.augment import augmented, draw
 from fastres.lab.data import digits
-from fastres.lab.errors import DataError, MissingExtra
+from fastres.lab.errors import DataError, MissingExtra, RecipeError
 from fastres.lab.recipes import TrainRecipe
 
 NAMES = ("digits", "digits8", "cifar10", "imagenet")
@@ -42,7 +42,8 @@ class DataSet(ABC):
     """Images and labels to train and to test on.
 
     Attributes:
-        name: as for :func:`load`; classes, channels: of the network; size: pixels a side; train_size, test_size: images.
+        name: as for :func:`load`; classes, channels: of the network; size: pixels a side; train_size, test_size: how
+            many images.
     """
 
     name: str
@@ -114,9 +115,10 @@ class InMemory(DataSet):
         self._train, self._test = train, test
         self.channels, self.size = train[0].shape[1], train[0].shape[2]
         self.train_size, self.test_size = len(train[1]), len(test[1])
-        pixels = train[0].double()
-        self.mean = pixels.mean(0).float()  # [C, S, S]
-        self.deviation = float((pixels - self.mean).std())
+        parts: Any = train[0].split(4096)  # a part at a time: CIFAR-10 in float64 is 1.2 GB
+        mean = sum(part.double().sum(0) for part in parts) / self.train_size  # [C, S, S]
+        variance = sum(float((part.double() - mean).square().sum()) for part in parts) / train[0].numel()
+        self.mean, self.deviation = mean.float(), variance**0.5
 
     def train(self) -> tuple[Tensor, Tensor]:
         """(images [N, C, S, S], centred, fp32; labels [N]) of the training set."""
@@ -129,6 +131,8 @@ class InMemory(DataSet):
     def batches(
         self, recipe: TrainRecipe, seed: int, start: int, part: Part, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
+        if recipe.augment == "imagenet" and self.channels != 3:
+            raise RecipeError(f"augment: got 'imagenet', expected another one for {self.channels}-channel images")
         images, labels = (t.to(device) for t in self._train)
         rows = part.rows(recipe.batch_size)
         for iteration in range(start, recipe.iterations):
@@ -144,7 +148,8 @@ class InMemory(DataSet):
             yield self._centred(images[rows].to(device)), labels[rows].to(device)
 
     def _centred(self, images: Tensor) -> Tensor:
-        return (images.float() - self.mean.to(images.device)) / self.deviation
+        centred: Tensor = (images.float() - self.mean.to(images.device)) / self.deviation
+        return centred
 
 
 def load(name: str, root: Path | None = None, workers: int = 4) -> DataSet:

@@ -82,7 +82,7 @@ class TrainRecipe:
         """The learning rate of `iteration`, from 0; `warmed_up`: whether the training error has been low enough."""
         if self.warmup_lr is not None and not warmed_up:
             return self.warmup_lr
-        return self.lr / 10 ** sum(milestone <= iteration for milestone in self.milestones)
+        return self.lr / 10.0 ** sum(milestone <= iteration for milestone in self.milestones)
 
 
 _CIFAR10 = TrainRecipe("cifar10", 128, 64_000, 0.1, (32_000, 48_000), augment="cifar", test_every=1000)

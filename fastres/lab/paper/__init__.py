@@ -1,1 +1,1 @@
-"""The paper's experiments: published numbers, the runs of each experiment, its tables and plot, and one report of all."""
+"""The paper's experiments: published numbers, each one's runs, tables and plot, and one report of all."""

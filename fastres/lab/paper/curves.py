@@ -62,7 +62,7 @@ def gradient_norms(results: Sequence[RunResult], first: float = 0.0, last: float
     for r in results:
         end = r.history[-1].iteration
         found = [p.gradient_norm for p in r.history if first * end <= p.iteration <= last * end]
-        norms.append(statistics.median(found))
+        norms.append(statistics.median(norm for norm in found if norm is not None))
     return norms
 
 

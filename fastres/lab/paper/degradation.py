@@ -1,7 +1,7 @@
 """Experiment 1, the degradation problem (Figs. 1 and 6): plain against residual networks, by depth.
 
-    plain      training error rises with depth: not overfitting, since the deeper network holds the shallower one
-    residual   y = F(x) + x (Eqn. 1): training and test error fall with depth
+plain      training error rises with depth: not overfitting, since the deeper network holds the shallower one
+residual   y = F(x) + x (Eqn. 1): training and test error fall with depth
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def outcome(context: Context) -> Outcome:
         for kind in KINDS:
             results = found[f"{kind}{depth}"]
             paper = find(f"{kind}{depth}", source="Table 6")
-            said = percent(paper[0].top1) if paper else "> 60, not displayed" if kind + str(depth) == "plain110" else "-"
+            said = (
+                percent(paper[0].top1) if paper else "> 60, not displayed" if kind + str(depth) == "plain110" else "-"
+            )
             rows.append(
                 (
                     f"{kind}-{depth}",

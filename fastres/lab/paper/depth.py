@@ -29,7 +29,7 @@ def specs(preset: Preset) -> list[RunSpec]:
 def one_step(network: str, preset: Preset, device_name: str) -> dict[str, Any]:
     """Builds a network, takes one training step of a whole batch on random images, and measures time and memory.
 
-    On a CPU the memory is the growth of the process's resident set at its highest, so this runs in a process of its own.
+    On a CPU the memory is the growth of the process's highest resident set, so this runs in a process of its own.
 
     Example:
         >>> from fastres.lab.paper.presets import preset
@@ -148,7 +148,9 @@ def outcome(context: Context) -> Outcome:
             percent=True,
         ),
     )
-    return Outcome((table, memory), tuple(lines), panels, {"step": step, "test_error": dict(zip(depths, values, strict=True))})
+    return Outcome(
+        (table, memory), tuple(lines), panels, {"step": step, "test_error": dict(zip(depths, values, strict=True))}
+    )
 
 
 EXPERIMENT = Experiment(4, "depth", "Depth", "Table 6", specs, outcome)

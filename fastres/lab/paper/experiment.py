@@ -20,8 +20,6 @@ class Evaluation:
     weights: Path | None = None
     shortcut: str | None = None
     views: tuple[str, ...] = ("1-crop", "10-crop", "multi-scale")
-    batch_size: int = 64
-    limit: int | None = None
 
 
 @dataclass(frozen=True)

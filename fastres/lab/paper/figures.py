@@ -35,7 +35,9 @@ def draw(panels: Sequence[Panel], path: Path, title: str, footnote: str) -> None
         _panel(axes, panel)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
-    top = max((max(c.high or c.y, default=0.0) for p in panels if p.percent and not p.points for c in p.curves), default=0)
+    top = max(
+        (max(c.high or c.y, default=0.0) for p in panels if p.percent and not p.points for c in p.curves), default=0
+    )
     for axes, panel in zip(grid.flat, panels, strict=False):
         if panel.percent and not panel.points:
             axes.set_ylim(0, 103 * min(1.0, top))  # alike, to compare panels
@@ -69,7 +71,9 @@ def _curve(axes: Any, curve: Curve, scale: float, points: bool) -> None:
     line = "--" if curve.style == "dashed" else "-"
     width = curve.width * (0.6 if curve.style == "dashed" else 1.0)
     y = [scale * value for value in curve.y]
-    axes.plot(curve.x, y, line, color=colour, linewidth=width, label=curve.label, marker="o" if points else None, markersize=4)
+    axes.plot(
+        curve.x, y, line, color=colour, linewidth=width, label=curve.label, marker="o" if points else None, markersize=4
+    )
     if curve.low and curve.low != curve.high:
         low, high = ([scale * value for value in values] for values in (curve.low, curve.high))
         axes.fill_between(curve.x, low, high, color=colour, alpha=0.13, linewidth=0)

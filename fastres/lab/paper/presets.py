@@ -1,4 +1,4 @@
-"""The protocols: which data, recipe, seeds and depths an experiment runs with. Fixed before any run, and not per result.
+"""The protocols: which data, recipe, seeds and depths an experiment runs with. Fixed before any run.
 
 **digits** stands in for CIFAR-10 where there is no GPU and no download. What differs from the paper:
 
@@ -10,7 +10,7 @@
                 that 0.1 also works.) One schedule for all, so that depth and shortcuts are all that differs.
     augmentation  shifts by up to one pixel instead of four, no mirror images (a mirrored digit is another one)
     depths      20, 56, 110; the paper also has 32 and 44, and its plain networks end at 56
-    seeds       three, mean and spread of all of them; the paper: one run, for 110 layers the best of five and the spread
+    seeds       three, mean and spread of all; the paper: one run, for 110 layers the best of five and their spread
 
 Momentum 0.9, weight decay 1e-4 on all parameters, He initialisation, BN, shortcut A and no dropout are the paper's.
 Gradient norms are logged with every point (the paper's argument against vanishing gradients, section 4.1).
@@ -83,7 +83,9 @@ PRESETS: dict[str, Preset] = {
             "digits8",
             8,
             1,
-            replace(DIGITS, name="digits-ci", batch_size=32, iterations=6, milestones=(3, 5), test_every=3, log_every=3),
+            replace(
+                DIGITS, name="digits-ci", batch_size=32, iterations=6, milestones=(3, 5), test_every=3, log_every=3
+            ),
             depths=(8, 20),
             more_depths=(8, 20),
             skip_depths=(20,),

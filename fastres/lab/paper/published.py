@@ -33,7 +33,9 @@ class Published:
     note: str = ""
 
 
-def _imagenet(network: str, source: str, protocol: str, top1: float, top5: float | None, shortcut: str | None) -> Published:
+def _imagenet(
+    network: str, source: str, protocol: str, top1: float, top5: float | None, shortcut: str | None
+) -> Published:
     fractions = round(top1 / 100, 6), None if top5 is None else round(top5 / 100, 6)
     return Published(network, source, "imagenet", protocol, *fractions, shortcut)
 
@@ -108,7 +110,9 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "imagenet": (),
 }
 
-PARAMETERS: dict[str, tuple[int, int, int]] = {  # shortcut A (and plain), B, C: CIFAR with 3 channels, ImageNet with 1000
+PARAMETERS: dict[
+    str, tuple[int, int, int]
+] = {  # shortcut A (and plain), B, C: CIFAR with 3 channels, ImageNet with 1000
     "resnet20": (269_722, 272_474, 283_962),
     "resnet32": (464_154, 466_906, 489_594),
     "resnet44": (658_586, 661_338, 695_226),

@@ -6,8 +6,8 @@ from fastres.lab.loop_state import RunSpec
 from fastres.lab.paper import degradation, depth, imagenet, responses, shortcuts, skips
 from fastres.lab.paper.experiment import Experiment
 from fastres.lab.paper.presets import PRESETS, PaperError, Preset, preset
-from fastres.lab.paper.runs import layers
 from fastres.lab.paper.published import PUBLISHED, Published
+from fastres.lab.paper.runs import layers
 from fastres.models import counts
 
 EXPERIMENTS: dict[str, Experiment] = {

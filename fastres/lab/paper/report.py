@@ -1,9 +1,9 @@
 """Result files of experiments, and one page of all that exist.
 
-    OUT/paper-NAME-PRESET.json   numbers, tables, findings, environment
-    OUT/paper-NAME-PRESET.md     tables and findings
-    OUT/paper-NAME-PRESET.png    the plot
-    OUT/report.md, report.html   all of them, in the paper's order
+OUT/paper-NAME-PRESET.json   numbers, tables, findings, environment
+OUT/paper-NAME-PRESET.md     tables and findings
+OUT/paper-NAME-PRESET.png    the plot
+OUT/report.md, report.html   all of them, in the paper's order
 """
 
 from __future__ import annotations

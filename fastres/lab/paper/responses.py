@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.lab import datasets, networks
-from fastres.lab.devices import channels_last, pick_device
-from fastres.lab.loop_state import RunSpec, read_checkpoint
+from fastres.lab import datasets, loop
+from fastres.lab.devices import pick_device
+from fastres.lab.loop_state import RunSpec
 from fastres.lab.paper.curves import by_depth
 from fastres.lab.paper.degradation import KINDS, specs
 from fastres.lab.paper.experiment import Context, Experiment
@@ -97,10 +97,7 @@ def of_run(context: Context, spec: RunSpec) -> dict[str, float]:
     """The responses of a finished run's network on the test images."""
     data = datasets.load(spec.data, context.place.data_root)
     device = pick_device(context.place.device)
-    model = networks.build(spec.network, data.classes, data.channels, **dict(spec.options))
-    _, states = read_checkpoint(folder(context.place.out, spec) / "checkpoint.pt", spec, model)
-    model.load_state_dict(states["model"])
-    model = channels_last(model.to(device))
+    model = loop.trained(folder(context.place.out, spec), context.place.data_root).to(device)
     return responses(model, (images for images, _ in data.test_batches(128, datasets.Part(), device)))
 
 

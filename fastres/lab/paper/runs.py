@@ -96,9 +96,7 @@ def execute(specs: Sequence[RunSpec], place: Place, report: Report | None = None
 
 
 def _run(spec: RunSpec, place: Place, on_step: Callable[[Any], None] | None) -> RunResult:
-    return loop.run(
-        spec, folder(place.out, spec), data_root=place.data_root, device=place.device, on_step=on_step
-    )
+    return loop.run(spec, folder(place.out, spec), data_root=place.data_root, device=place.device, on_step=on_step)
 
 
 class _Meter:

@@ -98,7 +98,9 @@ def outcome(context: Context) -> Outcome:
     paper = []
     for kind in ("plain", *KINDS):
         parameters, multiply_adds = _counts("plain34" if kind == "plain" else "resnet34", kind, 1000, 3, 224)
-        error = find("plain34" if kind == "plain" else "resnet34", source="Table 3", shortcut=None if kind == "plain" else kind)[0]
+        error = find(
+            "plain34" if kind == "plain" else "resnet34", source="Table 3", shortcut=None if kind == "plain" else kind
+        )[0]
         paper.append((kind, f"{parameters:,}", f"{multiply_adds / 1e9:.3f}", percent(error.top1), percent(error.top5)))
     published = Table(
         "ResNet-34 on ImageNet: cost counted here, errors published (Table 3, 10-crop)",

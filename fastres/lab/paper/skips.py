@@ -57,7 +57,7 @@ def outcome(context: Context) -> Outcome:
         ("layers", "shortcut", "parameters", "training error %", "training loss", "test error %"),
         rows,
         (
-            f"Mean +- sample deviation of {len(preset.seeds)} seeds at the end of the runs. The paper gives no numbers: "
+            f"Mean +- sample deviation of {len(preset.seeds)} seeds at the end of the runs. The paper has no numbers: "
             "section 3.2 says that no advantage of a single layer was observed.",
         ),
     )

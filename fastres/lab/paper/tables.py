@@ -108,7 +108,9 @@ def spread(values: Sequence[float], scale: float = 100.0, digits: int = 2) -> st
     return mean if len(values) < 2 else f"{mean} +- {scale * statistics.stdev(values):.{digits}f}"
 
 
-def compare(name_a: str, a: Sequence[float], name_b: str, b: Sequence[float], scale: float = 100.0, unit: str = " %") -> str:
+def compare(
+    name_a: str, a: Sequence[float], name_b: str, b: Sequence[float], scale: float = 100.0, unit: str = " %"
+) -> str:
     """One sentence: b against a, means and whether the difference is larger than its standard error times two.
 
     >>> compare("plain-20", [0.01, 0.01], "plain-56", [0.05, 0.05])
@@ -123,6 +125,4 @@ def compare(name_a: str, a: Sequence[float], name_b: str, b: Sequence[float], sc
     if difference and abs(difference) <= 2 * error:
         word += ", within two standard errors"
     digits = 2 if scale == 100 else 3
-    return (
-        f"{name_b} {scale * means[1]:.{digits}f}{unit} against {name_a} {scale * means[0]:.{digits}f}{unit}: {word}"
-    )
+    return f"{name_b} {scale * means[1]:.{digits}f}{unit} against {name_a} {scale * means[0]:.{digits}f}{unit}: {word}"
