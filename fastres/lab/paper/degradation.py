@@ -6,14 +6,12 @@ residual   y = F(x) + x (Eqn. 1): training and test error fall with depth
 
 from __future__ import annotations
 
-import statistics
-
-from fastres.lab.loop_state import RunSpec
+from fastres.lab.loop_state import RunResult, RunSpec
 from fastres.lab.paper import curves
 from fastres.lab.paper.experiment import Context, Experiment
 from fastres.lab.paper.presets import Preset
 from fastres.lab.paper.published import find
-from fastres.lab.paper.tables import Outcome, Panel, Table, compare, percent, spread
+from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table, percent, spread
 
 KINDS = ("plain", "resnet")
 
@@ -62,7 +60,7 @@ def outcome(context: Context) -> Outcome:
         (*head, "paper, CIFAR-10 test error %"),
         tuple(rows),
         (
-            f"Mean +- sample deviation of {len(preset.seeds)} seeds, at the end of {preset.recipe.iterations:,} "
+            f"Mean ± sample deviation of {len(preset.seeds)} seeds, at the end of {preset.recipe.iterations:,} "
             "iterations. Training error and loss: the last tenth of the iterations, on augmented batches. Gradient "
             "norm: all parameters, the median over the last nine tenths of the iterations.",
             "The paper's plain networks of 20 to 56 layers are curves in Fig. 6, without numbers.",
@@ -115,24 +113,29 @@ def outcome(context: Context) -> Outcome:
     return Outcome((table,), tuple(findings(context, found)), tuple(panels), data(found))
 
 
-def findings(context: Context, found: dict[str, list[curves.RunResult]]) -> list[str]:
+def findings(context: Context, found: dict[str, list[RunResult]]) -> list[str]:
     """Each claim of section 4.2 against what was measured."""
     depths, lines = context.preset.depths, []
     for what, value in (("training", curves.train_errors), ("test", curves.test_errors)):
-        for kind, claim in (("plain", "rises with depth"), ("resnet", "falls with depth")):
-            values = [value(found[f"{kind}{depth}"]) for depth in depths]
-            means = [statistics.fmean(each) for each in values]
-            steps = list(zip(means, means[1:], strict=False))
-            holds = all(a < b for a, b in steps) if kind == "plain" else all(a > b for a, b in steps)
-            ends = compare(f"{kind}-{depths[0]}", values[0], f"{kind}-{depths[-1]}", values[-1])
-            lines.append(f"{kind}: {what} error {claim} (paper) - {'yes' if holds else 'no'} here: {ends}")
-    deepest = depths[-1]
-    both = [curves.test_errors(found[f"{kind}{deepest}"]) for kind in KINDS]
-    lines.append(f"at {deepest} layers, test: {compare(f'plain-{deepest}', both[0], f'resnet-{deepest}', both[1])}")
+        for kind, rises in (("plain", True), ("resnet", False)):
+            first, last = f"{kind}{depths[0]}", f"{kind}{depths[-1]}"
+            ends = Comparison(_name(first), value(found[first]), _name(last), value(found[last]))
+            claim = f"{'plain' if rises else 'residual'}: {what} error {'rises' if rises else 'falls'} with depth"
+            lines.append(f"{claim} - {ends.holds(rises)}: {ends}")
+    for depth in depths:
+        both = [f"{kind}{depth}" for kind in KINDS]
+        for what, value in (("training", curves.train_errors), ("test", curves.test_errors)):
+            ends = Comparison(_name(both[0]), value(found[both[0]]), _name(both[1]), value(found[both[1]]))
+            lines.append(f"{depth} layers: residual has the lower {what} error - {ends.holds(False)}: {ends}")
     return lines
 
 
-def data(found: dict[str, list[curves.RunResult]]) -> dict[str, object]:
+def _name(network: str) -> str:
+    kind = network.rstrip("0123456789")
+    return f"{kind}-{network.removeprefix(kind)}"
+
+
+def data(found: dict[str, list[RunResult]]) -> dict[str, object]:
     """Every seed's numbers, for the JSON."""
     return {
         network: {

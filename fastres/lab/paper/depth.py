@@ -18,7 +18,7 @@ from fastres.lab.paper import curves
 from fastres.lab.paper.experiment import Context, Experiment
 from fastres.lab.paper.presets import Preset
 from fastres.lab.paper.published import PARAMETERS, find
-from fastres.lab.paper.tables import Outcome, Panel, Table, compare, percent, spread
+from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table, percent, spread
 
 
 def specs(preset: Preset) -> list[RunSpec]:
@@ -97,7 +97,7 @@ def outcome(context: Context) -> Outcome:
         f"Residual networks by depth: {preset.title}",
         (*head, "Table 6, CIFAR-10 test error %", "other reproductions %"),
         tuple(rows),
-        (f"Mean +- sample deviation of {len(preset.seeds)} seeds at the end of the runs, not the best of them.",),
+        (f"Mean ± sample deviation of {len(preset.seeds)} seeds at the end of the runs, not the best of them.",),
     )
     deepest = f"resnet{preset.deepest}"
     context.tell(f"one step of {deepest}")
@@ -123,9 +123,9 @@ def outcome(context: Context) -> Outcome:
     )
     depths = list(found)
     values = [curves.test_errors(found[depth]) for depth in depths]
+    ends = Comparison(f"resnet-{depths[0]}", values[0], f"resnet-{depths[-1]}", values[-1])
     lines = [
-        f"test error falls with depth (paper) - here: "
-        f"{compare(f'resnet-{depths[0]}', values[0], f'resnet-{depths[-1]}', values[-1])}",
+        f"test error falls with depth - {ends.holds(False)}: {ends}",
         f"{deepest} builds and takes a step: loss {step['loss']:.3f}, {step['memory_bytes'] / 2**20:,.0f} MiB",
     ]
     panels = (

@@ -58,7 +58,7 @@ def outcome(context: Context) -> Outcome:
     shortcut = None if plain else asked.shortcut or "B"
     rows, lines = [], []
     for view, errors in measured.items():
-        published = rows_for(asked.network, view, shortcut)
+        published: list[Published | None] = [*rows_for(asked.network, view, shortcut)]
         for each in published or [None]:
             source = each.source if each else "not published"
             theirs = (each.top1, each.top5) if each else (None, None)

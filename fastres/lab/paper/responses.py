@@ -24,7 +24,7 @@ from fastres.lab.paper.curves import by_depth
 from fastres.lab.paper.degradation import KINDS, specs
 from fastres.lab.paper.experiment import Context, Experiment
 from fastres.lab.paper.runs import folder
-from fastres.lab.paper.tables import Curve, Outcome, Panel, Table, compare, spread
+from fastres.lab.paper.tables import Comparison, Curve, Outcome, Panel, Table, spread
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -73,8 +73,8 @@ def responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
     def hook(name: str) -> Any:
         def add(module: nn.Module, _: Any, y: Tensor) -> None:
             y = y.double()
-            for i, value in enumerate((y.numel(), y.sum(), y.square().sum())):
-                sums[name][i] += float(value)
+            for i, value in enumerate((float(y.numel()), float(y.sum()), float(y.square().sum()))):
+                sums[name][i] += value
 
         return add
 
@@ -124,20 +124,19 @@ def outcome(context: Context) -> Outcome:
         ("network", "3x3 layers", "mean", "median", "largest"),
         rows,
         (
-            f"Mean +- sample deviation of {len(preset.seeds)} seeds. After BN, before ReLU and addition; over the test "
+            f"Mean ± sample deviation of {len(preset.seeds)} seeds. After BN, before ReLU and addition; over the test "
             "images, positions and channels; evaluation mode. Fig. 7 has curves and no numbers.",
         ),
     )
     lines = []
     for depth in preset.depths:
         both = (f"plain{depth}", f"resnet{depth}")
-        holds = statistics.fmean(means[both[1]]) < statistics.fmean(means[both[0]])
-        sentence = compare(both[0], means[both[0]], both[1], means[both[1]], 1, "")
-        lines.append(f"residual responses are smaller than plain ones (paper) - {_yes(holds)} here: {sentence}")
+        ends = Comparison(both[0], means[both[0]], both[1], means[both[1]], 1)
+        lines.append(f"{depth} layers: residual responses are smaller than plain ones - {ends.holds(False)}: {ends}")
     chain = [statistics.fmean(means[f"resnet{depth}"]) for depth in preset.depths]
     holds = all(a > b for a, b in zip(chain, chain[1:], strict=False))
     text = ", ".join(f"resnet-{d} {m:.3f}" for d, m in zip(preset.depths, chain, strict=True))
-    lines.append(f"deeper residual networks have smaller responses (paper) - {_yes(holds)} here: {text}")
+    lines.append(f"deeper residual networks have smaller responses - {'yes' if holds else 'no'}: {text}")
     panels = tuple(
         Panel(title, "layer", "standard deviation", tuple(_curves(stds, preset.depths, order)))
         for title, order in (("in the order of the network", False), ("sorted", True))
@@ -151,10 +150,6 @@ def _curves(stds: dict[str, list[list[float]]], depths: tuple[int, ...], order: 
             seeds = [sorted(layers, reverse=True) if order else layers for layers in stds[f"{kind}{depth}"]]
             groups = [(index + 1, values) for index, values in enumerate(zip(*seeds, strict=True))]
             yield by_depth(groups, f"{kind}-{depth}", colour, "dashed" if kind == "plain" else "solid")
-
-
-def _yes(holds: bool) -> str:
-    return "yes" if holds else "no"
 
 
 EXPERIMENT = Experiment(

@@ -118,13 +118,13 @@ class _Meter:
 
 
 def _teller(spec: RunSpec, tell: Callable[[int], None]) -> Callable[[Any], None]:
-    """An `on_step` that passes on the iteration, about every second."""
+    """An `on_step` that passes on the iteration, about every second, up to the last one."""
     last = time.monotonic()
 
     def on_step(step: Any) -> None:
         nonlocal last
         now = time.monotonic()
-        if now - last >= 1 or step.step == spec.recipe.iterations:
+        if now - last >= 1 and step.step < spec.recipe.iterations:
             last = now
             tell(step.step)
 

@@ -23,7 +23,7 @@ from fastres.lab.paper import curves
 from fastres.lab.paper.experiment import Context, Experiment
 from fastres.lab.paper.presets import Preset
 from fastres.lab.paper.published import find
-from fastres.lab.paper.tables import Outcome, Panel, Table, compare, percent, spread
+from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table, percent, spread
 from fastres.lab.timing import interleave, paired_ratio, timer_for
 from fastres.models import counts
 
@@ -91,7 +91,7 @@ def outcome(context: Context) -> Outcome:
         (*head, "training error %", "test error %"),
         tuple(rows),
         (
-            f"Mean +- sample deviation of {len(preset.seeds)} seeds. Time: forward and backward of a batch of "
+            f"Mean ± sample deviation of {len(preset.seeds)} seeds. Time: forward and backward of a batch of "
             f"{preset.recipe.batch_size}, the median of interleaved rounds, and of their ratios.",
         ),
     )
@@ -110,7 +110,8 @@ def outcome(context: Context) -> Outcome:
     lines = []
     for a, b in (("plain", "A"), ("A", "B"), ("B", "C")):
         values = curves.test_errors(found[a]), curves.test_errors(found[b])
-        lines.append(f"test: {compare(a, values[0], b, values[1])} (paper, ResNet-34: lower)")
+        ends = Comparison(a, values[0], b, values[1])
+        lines.append(f"test error is lower with {b} than {a} - {ends.holds(False)}: {ends}")
     panels = (
         Panel(
             "test error",

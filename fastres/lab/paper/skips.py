@@ -13,7 +13,7 @@ from fastres.lab.loop_state import RunResult, RunSpec
 from fastres.lab.paper import curves
 from fastres.lab.paper.experiment import Context, Experiment
 from fastres.lab.paper.presets import Preset
-from fastres.lab.paper.tables import Outcome, Panel, Table, compare, spread
+from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table, spread
 
 WAYS: dict[str, tuple[str, dict[str, int]]] = {  # what it is called, the network's kind and options
     "no shortcut": ("plain", {}),
@@ -57,7 +57,7 @@ def outcome(context: Context) -> Outcome:
         ("layers", "shortcut", "parameters", "training error %", "training loss", "test error %"),
         rows,
         (
-            f"Mean +- sample deviation of {len(preset.seeds)} seeds at the end of the runs. The paper has no numbers: "
+            f"Mean ± sample deviation of {len(preset.seeds)} seeds at the end of the runs. The paper has no numbers: "
             "section 3.2 says that no advantage of a single layer was observed.",
         ),
     )
@@ -65,7 +65,7 @@ def outcome(context: Context) -> Outcome:
     for depth in preset.skip_depths:
         for base in ("no shortcut", "over two layers"):
             values = [curves.test_errors(found[depth, way]) for way in (base, "over one layer")]
-            lines.append(f"{depth} layers, test: {compare(base, values[0], 'over one layer', values[1])}")
+            lines.append(f"{depth} layers, test: {Comparison(base, values[0], 'over one layer', values[1])}")
     panels = tuple(
         Panel(
             f"{depth} layers: training loss",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -97,32 +98,54 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def spread(values: Sequence[float], scale: float = 100.0, digits: int = 2) -> str:
-    """Mean +- sample standard deviation, scaled; the value alone where there is one.
+    """Mean ± sample standard deviation, scaled; the value alone where there is one.
 
     >>> spread([0.08, 0.10])
-    '9.00 +- 1.41'
+    '9.00 ± 1.41'
     """
     if not values:
         return "-"
     mean = f"{scale * statistics.fmean(values):.{digits}f}"
-    return mean if len(values) < 2 else f"{mean} +- {scale * statistics.stdev(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
 
 
-def compare(
-    name_a: str, a: Sequence[float], name_b: str, b: Sequence[float], scale: float = 100.0, unit: str = " %"
-) -> str:
-    """One sentence: b against a, means and whether the difference is larger than its standard error times two.
+@dataclass(frozen=True)
+class Comparison:
+    """The mean of `b` against the mean of `a`, two samples of a value; clear beyond two standard errors.
 
-    >>> compare("plain-20", [0.01, 0.01], "plain-56", [0.05, 0.05])
-    'plain-56 5.00 % against plain-20 1.00 %: higher'
+    >>> print(Comparison("plain-20", (0.01, 0.01), "plain-56", (0.05, 0.05)))
+    plain-56 5.00 % against plain-20 1.00 %: higher
+    >>> print(Comparison("A", (0.01, 0.03), "B", (0.03, 0.02)))
+    B 2.50 % against A 2.00 %: higher, within two standard errors
     """
-    means = statistics.fmean(a), statistics.fmean(b)
-    error = 0.0
-    if len(a) > 1 and len(b) > 1:
-        error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
-    difference = means[1] - means[0]
-    word = "higher" if difference > 0 else "lower" if difference < 0 else "equal"
-    if difference and abs(difference) <= 2 * error:
-        word += ", within two standard errors"
-    digits = 2 if scale == 100 else 3
-    return f"{name_b} {scale * means[1]:.{digits}f}{unit} against {name_a} {scale * means[0]:.{digits}f}{unit}: {word}"
+
+    name_a: str
+    a: Sequence[float]
+    name_b: str
+    b: Sequence[float]
+    scale: float = 100.0
+
+    @property
+    def difference(self) -> float:
+        return statistics.fmean(self.b) - statistics.fmean(self.a)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the difference is larger than two of its standard errors; of single values, whether there is one."""
+        error = 0.0
+        if len(self.a) > 1 and len(self.b) > 1:
+            error = math.sqrt(sum(statistics.variance(each) / len(each) for each in (self.a, self.b)))
+        return abs(self.difference) > 2 * error
+
+    def holds(self, higher: bool) -> str:
+        """Whether `b` is higher (or lower): "yes", "no", or "not decided" within two standard errors."""
+        if not self.clear:
+            return "not decided"
+        return "yes" if (self.difference > 0) == higher else "no"
+
+    def __str__(self) -> str:
+        word = "higher" if self.difference > 0 else "lower" if self.difference < 0 else "equal"
+        near = "" if self.clear or not self.difference else ", within two standard errors"
+        unit, digits = (" %", 2) if self.scale == 100 else ("", 3)
+        values = [f"{self.scale * statistics.fmean(each):.{digits}f}{unit}" for each in (self.a, self.b)]
+        return f"{self.name_b} {values[1]} against {self.name_a} {values[0]}: {word}{near}"
