@@ -1,4 +1,4 @@
-"""The command line: fastres demo | freeze | paper | info | bench. Needs typer and rich; `main` says so where missing.
+"""The command line: fastres demo | train | paper | freeze | info | bench. Needs typer and rich; `main` says so if not.
 
 Exit codes: 0 done, 1 a result short of what it must be, 2 bad input, 130 interrupted.
 """
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs `fastres` with `arguments` (default: the process's) and returns its exit code; one line per user error."""
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] in (["demo"], ["freeze"], ["paper"]):
+        if arguments[:1] in (["demo"], ["train"], ["paper"], ["freeze"]):
             _wait_passively_when_busy()
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
@@ -119,6 +119,50 @@ def _app(arguments: list[str]) -> "Typer":
         from fastres.lab.demo import run
 
         run(Console(highlight=False), out, weights, device, threads, quick, shlex.join(["fastres", *arguments]))
+
+    @app.command()
+    def train(
+        network: Annotated[
+            str, typer.Argument(metavar="NETWORK", help="resnet20, plain56, resnet50-v1 ...", show_default=False)
+        ],
+        data: Annotated[str, typer.Option(help="digits, cifar10 or imagenet.")] = "digits",
+        recipe: Annotated[
+            str | None,
+            typer.Option(help="cifar10, cifar10-110, imagenet, digits, digits-quick; by the data."),
+        ] = None,
+        out: Annotated[Path | None, typer.Option(help="The run's folder; out/train/... without it.")] = None,
+        seed: Annotated[int, typer.Option(help="Of weights, order and augmentation.")] = 0,
+        option: Annotated[list[str] | None, typer.Option(help="Of the network, such as shortcut=B.")] = None,
+        iterations: Annotated[int | None, typer.Option(help="Instead of the recipe's, with its drops.")] = None,
+        batch_size: Annotated[int | None, typer.Option(help="Of all processes together.")] = None,
+        bn_batch: Annotated[int | None, typer.Option(help="Images that share BN statistics.")] = None,
+        lr: Annotated[float | None, typer.Option(help="The first learning rate.")] = None,
+        decay: Annotated[str | None, typer.Option(help="Weight decay on: all or convolutions.")] = None,
+        dtype: Annotated[str, typer.Option(help="fp32, or autocast's bf16 or fp16.")] = "fp32",
+        channels_last: Annotated[bool, typer.Option("--channels-last/--nchw", help="The layout.")] = True,
+        swap: Annotated[bool, typer.Option("--swap/--no-swap", help="Fused blocks, or PyTorch's own.")] = True,
+        data_root: Annotated[Path | None, typer.Option(help="The folder of CIFAR-10 or ImageNet.")] = None,
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+        threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice without it.")] = None,
+        workers: Annotated[int, typer.Option(help="Processes that decode ImageNet.")] = 4,
+        stop_after: Annotated[int | None, typer.Option(help="Iterations after which to stop for now.")] = None,
+        checkpoint_every: Annotated[int | None, typer.Option(help="In iterations; every 30 s without it.")] = None,
+    ) -> None:
+        """Train one of the paper's networks by one of its recipes; the same command again goes on.
+
+        The folder holds checkpoint.pt, log.csv, TensorBoard's events where that is installed, and result.json.
+        Several processes: torchrun --nproc-per-node 2 -m fastres train ...
+        """
+        from rich.console import Console
+
+        from fastres.lab.train_command import Request, run
+
+        # in Request's order
+        asked = Request(
+            *(network, data, recipe, out, seed, tuple(option or ()), iterations, batch_size, bn_batch, lr, decay),
+            *(dtype, channels_last, swap, data_root, device, threads, workers, stop_after, checkpoint_every),
+        )
+        run(Console(highlight=False, emoji=False), asked, shlex.join(["fastres", *arguments]))
 
     @app.command()
     def freeze(

@@ -190,7 +190,7 @@ def test_demo_bad_weights(no_work, tmp_path, capsys, make, message):
         (["demo", "--threads", "two"], "--threads"),
         (["demo", "--fast"], "--fast"),
         (["demo", "extra"], "extra"),
-        (["train"], "train"),
+        (["train"], "NETWORK"),
         (["info", "--yaml"], "--yaml"),
     ],
 )
@@ -233,8 +233,9 @@ def test_help_lists_what_exists(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         assert cli.main(arguments) == 0
         text = capsys.readouterr().out
-        assert all(name in text for name in ("demo", "info", "bench")) and max(map(len, text.splitlines())) <= 80
-        assert " train " not in text and " paper " not in text
+        assert all(name in text for name in ("demo", "train", "info", "bench"))
+        assert max(map(len, text.splitlines())) <= 80
+        assert " paper " not in text
     assert cli.main(["demo", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(option in text for option in ("--out", "--weights", "--quick", "--device", "--threads"))
@@ -306,7 +307,7 @@ def test_interrupt_is_one_line_and_130(tmp_path):
         (9.0, {"GOMP_SPINCOUNT": "9"}, False),
     ],
 )
-@pytest.mark.parametrize("command", ["demo", "freeze"])
+@pytest.mark.parametrize("command", ["demo", "train", "freeze"])
 def test_on_busy_cores_it_starts_over_with_waiting_threads(monkeypatch, load, env, again, command):
     from fastres import _info
 

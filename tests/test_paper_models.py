@@ -27,7 +27,7 @@ def cifar_arithmetic(n, shortcut, size=32):
     width = 16
     for stage, out in enumerate((16, 32, 64)):
         pixels = (size >> stage) ** 2
-        for block in range(n):
+        for _ in range(n):
             parameters += 9 * width * out + 9 * out * out + 4 * out
             macs += (9 * width * out + 9 * out * out) * pixels
             if shortcut == "C" or (shortcut == "B" and width != out):

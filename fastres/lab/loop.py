@@ -46,7 +46,7 @@ from fastres.lab.loop_state import (
 from fastres.lab.processes import Place, interrupts, place
 from fastres.lab.recipes import TrainRecipe
 from fastres.lab.results import environment, write_json
-from fastres.lab.run_folder import RUN, alone, begin, read_json
+from fastres.lab.run_folder import RUN, alone, read_json, result_in
 from fastres.lab.train import Step
 
 __all__ = ["Point", "RunResult", "RunSpec", "run", "trained"]
@@ -94,11 +94,11 @@ def run(
         >>> run(spec, Path(tempfile.mkdtemp()), device="cpu", stop_after=2).iterations
         2
     """
-    with place(device) as here, alone(folder, here):
-        finished = begin(spec, folder, here)
-        if finished is not None:
-            return finished
-        data = datasets.load(spec.data, data_root, workers)
+    finished = result_in(folder, spec)
+    if finished is not None:
+        return finished
+    data = datasets.load(spec.data, data_root, workers)
+    with place(device) as here, alone(folder, spec, here):
         cuda = [here.device] if here.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), interrupts(here) as interrupted:
             training = _Training(spec, folder, data, here, checkpoint_every)

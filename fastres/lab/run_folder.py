@@ -19,39 +19,34 @@ RUN = "fastres.run/1"
 _FILES = ["spec.json", "checkpoint.pt", "log.csv", "result.json"]
 
 
-def begin(spec: RunSpec, folder: Path, here: Place) -> RunResult | None:
-    """Writes spec.json, or compares with the one that is there; the result of a run that is done."""
-    if (folder / "spec.json").exists():
-        differences = spec.differences(read_json(folder / "spec.json"))
-        if differences:
-            raise RunError(
-                f"output folder {folder}: holds another run: {'; '.join(differences)}; give another folder, or delete"
-                " this one"
-            )
-    here.wait()
-    if here.first:
-        write_json(folder / "spec.json", spec.to_dict())
-    if (folder / "result.json").exists():
-        data = read_json(folder / "result.json")
-        if data.get("schema") == RUN:
-            return RunResult.from_dict(data)
+def result_in(folder: Path, spec: RunSpec) -> RunResult | None:
+    """The result of a run that is done in `folder`, None for one that is not; reads alone.
+
+    Raises RunError where the folder holds another run than `spec`, or a damaged one.
+    """
+    if not (folder / "spec.json").exists():
+        return None
+    differences = spec.differences(read_json(folder / "spec.json"))
+    if differences:
+        raise RunError(
+            f"output folder {folder}: holds another run: {'; '.join(differences)}; give another folder, or delete this"
+        )
+    if not (folder / "result.json").exists():
+        return None
+    data = read_json(folder / "result.json")
+    if data.get("schema") != RUN:
         raise RunError(f"output file {folder / 'result.json'}: got {data.get('schema')!r}, expected {RUN!r}")
-    return None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"run file {path}: cannot be read: {error}; expected what fastres train wrote") from error
-    if not isinstance(data, dict):
-        raise RunError(f"run file {path}: got a {type(data).__name__}, expected an object")
-    return data
+    return RunResult.from_dict(data)
 
 
 @contextmanager
-def alone(folder: Path, here: Place) -> Iterator[None]:
-    """The folder, made, and held against a second run in it; a killed run's data workers live on for some seconds."""
+def alone(folder: Path, spec: RunSpec, here: Place) -> Iterator[None]:
+    """The folder, made, with spec.json in it, and held against a second run.
+
+    A killed run's data workers hold it for some seconds more.
+
+    Raises OutputError where it cannot be written, RunError where another process holds it or it holds another run.
+    """
     if not here.first:
         here.wait()
         yield
@@ -66,5 +61,18 @@ def alone(folder: Path, here: Place) -> Iterator[None]:
                 if attempt == 0:
                     raise RunError(f"output folder {folder}: another process is training in it") from error
                 time.sleep(0.1)
+        result_in(folder, spec)  # nobody else has begun another run in the meantime
+        write_json(folder / "spec.json", spec.to_dict())
         here.wait()
         yield
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of the run; raises RunError."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"run file {path}: cannot be read: {error}; expected what fastres train wrote") from error
+    if not isinstance(data, dict):
+        raise RunError(f"run file {path}: got a {type(data).__name__}, expected an object")
+    return data
