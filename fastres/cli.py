@@ -1,4 +1,4 @@
-"""The command line: fastres demo | train | freeze | info | bench. Needs typer and rich; `main` says so without them.
+"""The command line: fastres demo | train | paper | freeze | info | bench. Needs typer and rich; `main` says so if not.
 
 Exit codes: 0 done, 1 a result short of what it must be, 2 bad input, 130 interrupted.
 """
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs `fastres` with `arguments` (default: the process's) and returns its exit code; one line per user error."""
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] in (["demo"], ["train"], ["freeze"]):
+        if arguments[:1] in (["demo"], ["train"], ["paper"], ["freeze"]):
             _wait_passively_when_busy()
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
@@ -196,6 +196,41 @@ def _app(arguments: list[str]) -> "Typer":
         from fastres.lab.freeze_command import Request, run
 
         asked = Request(model, report, image_size, batch, dtype, channels, weights, device, tune, save, json_file)
+        run(Console(highlight=False, emoji=False), asked, shlex.join(["fastres", *arguments]))
+
+    @app.command()
+    def paper(
+        experiment: Annotated[
+            str | None,
+            typer.Argument(
+                metavar="EXPERIMENT",
+                help="degradation, shortcuts, responses, depth, skips, imagenet; or report.",
+                show_default=False,
+            ),
+        ] = None,
+        listing: Annotated[bool, typer.Option("--list", help="Experiments, published numbers, costs.")] = False,
+        preset: Annotated[str, typer.Option(help="digits, cifar10 or ci.")] = "digits",
+        out: Annotated[Path, typer.Option(help="Folder for runs, tables, plots.")] = Path("out/paper"),
+        device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+        workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time; on a CPU one a core.")] = None,
+        data_root: Annotated[Path | None, typer.Option(help="Folder of CIFAR-10 or ImageNet.")] = None,
+        page: Annotated[str, typer.Option("--format", help="Of report: md or html.")] = "md",
+        network: Annotated[str | None, typer.Option(help="imagenet: resnet50, resnet50-v1, plain34 ...")] = None,
+        weights: Annotated[Path | None, typer.Option(help="imagenet: a state_dict, torchvision's too.")] = None,
+        shortcut: Annotated[str | None, typer.Option(help="imagenet: A, B or C; B without it.")] = None,
+        views: Annotated[str, typer.Option(help="imagenet: which evaluations.")] = "1-crop,10-crop,multi-scale",
+    ) -> None:
+        """Run an experiment of the ResNet paper: its table beside the published one, a plot, a JSON.
+
+        Stopped, it goes on when called again with the same --out.
+        """
+        from rich.console import Console
+
+        from fastres.lab.paper.experiment import Evaluation
+        from fastres.lab.paper_command import Request, run
+
+        evaluation = Evaluation(network, weights, shortcut, tuple(view for view in views.split(",") if view))
+        asked = Request(experiment, listing, preset, out, device, workers, data_root, page, evaluation)
         run(Console(highlight=False, emoji=False), asked, shlex.join(["fastres", *arguments]))
 
     @app.command()

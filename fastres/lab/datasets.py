@@ -22,7 +22,7 @@ from fastres.lab.data import digits
 from fastres.lab.errors import DataError, MissingExtra, RecipeError
 from fastres.lab.recipes import TrainRecipe
 
-NAMES = ("digits", "cifar10", "imagenet")
+NAMES = ("digits", "digits8", "cifar10", "imagenet")
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 
 
@@ -156,7 +156,7 @@ def load(name: str, root: Path | None = None, workers: int = 4) -> DataSet:
     """The data set called `name`.
 
     Args:
-        name: "digits", "cifar10" or "imagenet".
+        name: "digits" (16x16), "digits8" (the 8x8 that they come in), "cifar10" or "imagenet".
         root: the folder that holds cifar-10-batches-py/, or train/ and val/; needed for all but the digits.
         workers: processes that decode images; the digits and CIFAR-10 need none.
 
@@ -170,9 +170,9 @@ def load(name: str, root: Path | None = None, workers: int = 4) -> DataSet:
         >>> data.train_size, data.test_size, data.channels, data.size
         (1437, 360, 1, 16)
     """
-    if name == "digits":
-        split = digits()
-        return InMemory("digits", 10, (split.train_images, split.train_labels), (split.test_images, split.test_labels))
+    if name in ("digits", "digits8"):
+        split = digits(8 if name == "digits8" else 16)
+        return InMemory(name, 10, (split.train_images, split.train_labels), (split.test_images, split.test_labels))
     if name == "cifar10":
         return _cifar10(root)
     if name == "imagenet":

@@ -110,9 +110,9 @@ class ChainBlock(ForgetsFolds):
         layers = 1    relu(bn1(conv1(x)) + shortcut(x))
         layers = 3    relu(bn3(conv3(relu(bn2(conv2(relu(bn1(conv1(x)))))))) + shortcut(x))
 
-    Section 3.2: "The form of the residual function F is flexible. [...] if F has only a single layer, Eqn.(1) is similar
-    to a linear layer: y = W1 x + x, for which we have not observed advantages." Two layers are ``fastres.nn.BasicBlock``.
-    Use :class:`SingleLayerBlock` or :class:`ThreeLayerBlock`.
+    Section 3.2: "if F has only a single layer, Eqn.(1) is similar to a linear layer: y = W1 x + x, for which we have
+    not observed advantages." Two layers are ``fastres.nn.BasicBlock``; use :class:`SingleLayerBlock` or
+    :class:`ThreeLayerBlock`.
 
     ``x [N, inplanes, H, W] -> [N, planes, H / stride, W / stride]``; the first convolution has the stride.
 

@@ -1,0 +1,138 @@
+"""The protocols: which data, recipe, seeds and depths an experiment runs with. Fixed before any run.
+
+**digits** stands in for CIFAR-10 where there is no GPU and no download. What differs from the paper:
+
+    data        scikit-learn's handwritten digits, 1,437 to train and 360 to test, 8x8 pixels, one channel; the paper:
+                CIFAR-10, 50,000 and 10,000, 32x32, three. Stages work on 8x8, 4x4 and 2x2 instead of 32, 16 and 8.
+    schedule    640 iterations of batch 128, learning rate 0.1, a tenth at 320 and at 480: the paper's 64k with drops at
+                32k and 48k, a hundredth of it in every place. 57 epochs instead of 164.
+    110 layers  the same schedule as all others; the paper begins its 110-layer network at 0.01. (Its footnote 5 says
+                that 0.1 also works.) One schedule for all, so that depth and shortcuts are all that differs.
+    augmentation  shifts by up to one pixel instead of four, no mirror images (a mirrored digit is another one)
+    depths      20, 56, 110; the paper also has 32 and 44, and its plain networks end at 56
+    seeds       three, mean and spread of all; the paper: one run, for 110 layers the best of five and their spread
+
+Momentum 0.9, weight decay 1e-4 on all parameters, He initialisation, BN, shortcut A and no dropout are the paper's.
+Gradient norms are logged with every point (the paper's argument against vanishing gradients, section 4.1).
+
+**cifar10** is the paper's protocol on its data, with five seeds for every network. **ci** shows that everything runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fastres.lab.errors import LabError
+from fastres.lab.loop_state import RunSpec
+from fastres.lab.recipes import TrainRecipe, recipe
+
+
+class PaperError(LabError, ValueError):
+    """No such experiment or preset, or one that needs something that was not given."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One protocol.
+
+    Args:
+        name: "ci", "digits" or "cifar10".
+        title: of the data, for tables.
+        data: for :func:`fastres.lab.datasets.load`; size, channels and classes are its images'.
+        recipe: of every run; `recipe_110` of those of 110 layers, where it differs.
+        depths: plain and residual (experiments 1, 3); more_depths: residual only (experiment 4, Table 6).
+        seeds: of every run.
+        deepest: the depth that is built and run for one step.
+        seconds_per_layer: of one iteration on one CPU core, measured; None where only a GPU is sensible.
+    """
+
+    name: str
+    title: str
+    data: str
+    size: int
+    channels: int
+    recipe: TrainRecipe
+    depths: tuple[int, ...]
+    more_depths: tuple[int, ...]
+    skip_depths: tuple[int, ...]
+    seeds: tuple[int, ...]
+    recipe_110: TrainRecipe | None = None
+    deepest: int = 1202
+    classes: int = 10
+    seconds_per_layer: float | None = None
+
+    def spec(self, network: str, seed: int, **options: Any) -> RunSpec:
+        """The run of one network: equal arguments, equal run, so that experiments share theirs."""
+        chosen = self.recipe_110 if self.recipe_110 is not None and network.endswith("110") else self.recipe
+        return RunSpec(network, self.data, chosen, seed, tuple(sorted(options.items())))
+
+    def specs(self, networks: tuple[str, ...], **options: Any) -> list[RunSpec]:
+        """A run for each network and seed."""
+        return [self.spec(network, seed, **options) for network in networks for seed in self.seeds]
+
+
+DIGITS = TrainRecipe("digits-640", 128, 640, 0.1, (320, 480), augment="digits", test_every=20, log_every=10)
+
+PRESETS: dict[str, Preset] = {
+    each.name: each
+    for each in (
+        Preset(
+            "ci",
+            "the digits, a smoke test",
+            "digits8",
+            8,
+            1,
+            replace(
+                DIGITS, name="digits-ci", batch_size=32, iterations=6, milestones=(3, 5), test_every=3, log_every=3
+            ),
+            depths=(8, 20),
+            more_depths=(8, 20),
+            skip_depths=(20,),
+            seeds=(0, 1),
+            deepest=110,
+            seconds_per_layer=0.001,
+        ),
+        Preset(
+            "digits",
+            "scikit-learn's digits at 8x8",
+            "digits8",
+            8,
+            1,
+            DIGITS,
+            depths=(20, 56, 110),
+            more_depths=(20, 32, 44, 56, 110),
+            skip_depths=(20, 56),
+            seeds=(0, 1, 2),
+            seconds_per_layer=0.0018,
+        ),
+        Preset(
+            "cifar10",
+            "CIFAR-10",
+            "cifar10",
+            32,
+            3,
+            recipe("cifar10"),
+            depths=(20, 32, 44, 56, 110),
+            more_depths=(20, 32, 44, 56, 110),
+            skip_depths=(20, 56),
+            seeds=(0, 1, 2, 3, 4),
+            recipe_110=recipe("cifar10-110"),
+        ),
+    )
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset called `name`.
+
+    Raises:
+        PaperError: no such preset; the message lists them.
+
+    Example:
+        >>> preset("digits").recipe.milestones
+        (320, 480)
+    """
+    if name not in PRESETS:
+        raise PaperError(f"preset: got {name!r}, expected {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,154 @@
+"""Result files of experiments, and one page of all that exist.
+
+OUT/paper-NAME-PRESET.json   numbers, tables, findings, environment
+OUT/paper-NAME-PRESET.md     tables and findings
+OUT/paper-NAME-PRESET.png    the plot
+OUT/report.md, report.html   all of them, in the paper's order
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from fastres.lab.errors import OutputError
+from fastres.lab.paper.experiment import Experiment
+from fastres.lab.paper.figures import draw
+from fastres.lab.paper.presets import PaperError, Preset
+from fastres.lab.paper.published import CLAIMS
+from fastres.lab.paper.tables import Outcome, Table
+from fastres.lab.results import write_atomically, write_json
+
+SCHEMA = "fastres.paper/1"
+PAPER = "He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016"
+
+
+def stem(experiment: str, preset: str) -> str:
+    """The name of an experiment's files, without ending."""
+    return f"paper-{experiment}-{preset}"
+
+
+def write(
+    experiment: Experiment, preset: Preset, outcome: Outcome, where: dict[str, Any], out: Path, plot: bool = True
+) -> list[Path]:
+    """Writes JSON, Markdown and, where there is something to draw and matplotlib is installed, the PNG."""
+    name = stem(experiment.name, preset.name)
+    document = {
+        "schema": SCHEMA,
+        "experiment": experiment.name,
+        "number": experiment.number,
+        "title": experiment.title,
+        "source": experiment.source,
+        "preset": preset.name,
+        "environment": where,
+        "claims": list(CLAIMS.get(experiment.name, ())),
+        "plot": f"{name}.png" if outcome.panels and plot else None,
+        **outcome.to_dict(),
+    }
+    paths = [out / f"{name}.json", out / f"{name}.md"]
+    if document["plot"]:
+        paths.append(out / f"{name}.png")
+        footnote = f"line: mean of the seeds, band: least and largest. {machine(where)}"
+        draw(outcome.panels, paths[-1], f"{experiment.title} ({experiment.source}) - {preset.title}", footnote)
+    write_atomically(paths[1], lambda file: file.write((markdown(document, "#") + "\n").encode()))
+    write_json(paths[0], document)  # last: where it is, the others are
+    return paths
+
+
+def machine(where: dict[str, Any]) -> str:
+    """One line: device, versions, commit, day."""
+    device = where["gpu"]["name"] if where["gpu"] else where["cpu"]["model"]
+    commit = where["commit"] or "unknown"
+    return f"{device}; torch {where['versions']['torch']}; commit {commit[:10]}; {where['time'][:10]}"
+
+
+def markdown(document: dict[str, Any], heading: str = "##") -> str:
+    """One experiment as Markdown."""
+    lines = [f"{heading} {document['number']} {document['title']} ({document['source']})", ""]
+    lines += [f"`{document['environment']['command']}`. {machine(document['environment'])}.", ""]
+    if document["claims"]:
+        lines += ["The paper says:", "", *(f"- {claim}" for claim in document["claims"]), ""]
+    for table in document["tables"]:
+        lines += [Table.from_dict(table).markdown(), ""]
+    if document["findings"]:
+        lines += ["Here:", "", *(f"- {finding}" for finding in document["findings"]), ""]
+    if document["plot"]:
+        lines += [f"![{document['title']}]({document['plot']})", ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def documents(out: Path) -> list[dict[str, Any]]:
+    """The results in a folder, in the paper's order.
+
+    Raises:
+        PaperError: there are none, or a file is damaged.
+    """
+    found = []
+    for path in sorted(out.glob("paper-*.json")):
+        try:
+            document = json.loads(path.read_text())
+            if document["schema"] != SCHEMA:
+                raise ValueError(f"schema {document['schema']!r}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PaperError(f"result {path}: got {error}, expected a result of fastres paper") from error
+        found.append(document)
+    if not found:
+        raise PaperError(f"out: got {out}, without results; expected a folder that fastres paper EXPERIMENT wrote to")
+    return sorted(found, key=lambda document: (document["number"], document["preset"]))
+
+
+def page(out: Path, kind: str = "md") -> Path:
+    """Writes report.md or report.html, one page of all results in `out`; the HTML holds its plots.
+
+    Raises:
+        PaperError: nothing to report, or an unknown kind; OutputError: the page cannot be written.
+    """
+    if kind not in ("md", "html"):
+        raise PaperError(f"format: got {kind!r}, expected md or html")
+    found = documents(out)
+    title = "The paper's experiments"
+    if kind == "md":
+        text = "\n".join([f"# {title}", "", f"{PAPER}.", "", *map(markdown, found)])
+    else:
+        text = _STYLE.format(title=title, body=f"<p>{html.escape(PAPER)}</p>" + "".join(_html(d, out) for d in found))
+    path = out / f"report.{kind}"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def _html(document: dict[str, Any], out: Path) -> str:
+    def items(title: str, lines: list[str]) -> str:
+        return f"<p>{title}</p><ul>{''.join(f'<li>{html.escape(x)}</li>' for x in lines)}</ul>" if lines else ""
+
+    where = document["environment"]
+    parts = [
+        f"<h2>{document['number']} {html.escape(document['title'])} ({html.escape(document['source'])})</h2>",
+        f"<p class=note><code>{html.escape(where['command'])}</code>. {html.escape(machine(where))}</p>",
+        items("The paper says:", document["claims"]),
+        *(Table.from_dict(table).html() for table in document["tables"]),
+        items("Here:", document["findings"]),
+    ]
+    if document["plot"]:
+        try:
+            image = base64.b64encode((out / document["plot"]).read_bytes()).decode()
+        except OSError as error:
+            raise OutputError(f"plot {out / document['plot']}: cannot be read: {error.strerror or error}") from error
+        parts.append(f'<img alt="{html.escape(document["title"])}" src="data:image/png;base64,{image}">')
+    return "\n".join(parts)
+
+
+_STYLE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
+th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left; }}
+img {{ max-width: 100%; }} .note {{ color: #555; font-size: .9rem; }}
+</style>
+<h1>{title}</h1>
+{body}
+</html>
+"""

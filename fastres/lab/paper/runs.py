@@ -1,0 +1,171 @@
+"""The runs behind an experiment: cached, resumable, side by side, with progress.
+
+Every run has a folder of its own under ``OUT/runs``, named by what it is and a digest of its spec, so experiments share
+runs: what `degradation` trained, `responses`, `depth` and `skips` find done. A run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import queue
+import signal
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastres.lab import loop
+from fastres.lab.loop_state import RunResult, RunSpec
+
+Report = Callable[[int, int, str], None]  # (iterations done, of all runs, text)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how runs are made.
+
+    Args:
+        out: the experiments' folder.
+        device: for :func:`fastres.lab.loop.run`; several runs side by side need "cpu".
+        workers: runs at a time, each of one thread where there are several.
+        data_root: of data that is not bundled.
+    """
+
+    out: Path
+    device: str = "auto"
+    workers: int = 1
+    data_root: Path | None = None
+
+
+def folder(out: Path, spec: RunSpec) -> Path:
+    """The folder of one run.
+
+    >>> from fastres.lab.paper.presets import preset
+    >>> folder(Path("out"), preset("digits").spec("plain20", seed=1)).name[:-9]
+    'digits8-digits-640-plain20-s1'
+    """
+    options = "".join(f"-{key}={value}" for key, value in spec.options)
+    digest = hashlib.sha256(json.dumps(spec.to_dict(), sort_keys=True).encode()).hexdigest()[:8]
+    return out / "runs" / f"{spec.data}-{spec.recipe.name}-{spec.network}{options}-s{spec.seed}-{digest}"
+
+
+def finished(out: Path, spec: RunSpec) -> bool:
+    """Whether the run has been made to its end."""
+    return (folder(out, spec) / "result.json").is_file()
+
+
+def layers(network: str) -> int:
+    """Of a network's name: 56 of "plain56"."""
+    return int("".join(filter(str.isdigit, network.split("-v")[0])) or 1)
+
+
+def cost(spec: RunSpec) -> int:
+    """What a run costs, next to others: iterations x layers."""
+    return spec.recipe.iterations * layers(spec.network)
+
+
+def execute(specs: Sequence[RunSpec], place: Place, report: Report | None = None) -> dict[RunSpec, RunResult]:
+    """Makes the runs that are not there yet, the longest first, and returns all results.
+
+    Interrupted, it leaves what is done; called again, it goes on from there.
+
+    Args:
+        specs: each may come more than once.
+        report: told of the work done so far, in units of iterations x layers; it is called in this process.
+
+    Raises:
+        LabError: what `loop.run` raises.
+    """
+    unique = list(dict.fromkeys(specs))
+    todo = sorted((spec for spec in unique if not finished(place.out, spec)), key=cost, reverse=True)
+    meter = _Meter(todo, len(unique), report or (lambda done, total, text: None))
+    if place.workers > 1 and len(todo) > 1:
+        _side_by_side(todo, place, meter)
+    else:
+        for spec in todo:
+            tell = _teller(spec, lambda iteration, spec=spec: meter.at(spec, iteration))  # type: ignore[misc]
+            _run(spec, place, tell)
+            meter.end(spec)
+    return {spec: _run(spec, place, None) for spec in unique}  # read from their files
+
+
+def _run(spec: RunSpec, place: Place, on_step: Callable[[Any], None] | None) -> RunResult:
+    return loop.run(spec, folder(place.out, spec), data_root=place.data_root, device=place.device, on_step=on_step)
+
+
+class _Meter:
+    """Adds up what the runs have done."""
+
+    def __init__(self, todo: Sequence[RunSpec], runs: int, report: Report) -> None:
+        self.report, self.runs = report, runs
+        self.total = sum(map(cost, todo))
+        self.done = {spec: 0 for spec in todo}
+        self.ended = runs - len(todo)
+
+    def at(self, spec: RunSpec, iteration: int) -> None:
+        self.done[spec] = iteration * layers(spec.network)
+        self.report(sum(self.done.values()), self.total, f"{self.ended} of {self.runs} runs; {spec.network}")
+
+    def end(self, spec: RunSpec) -> None:
+        self.ended += 1
+        self.at(spec, spec.recipe.iterations)
+
+
+def _teller(spec: RunSpec, tell: Callable[[int], None]) -> Callable[[Any], None]:
+    """An `on_step` that passes on the iteration, about every second, up to the last one."""
+    last = time.monotonic()
+
+    def on_step(step: Any) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= 1 and step.step < spec.recipe.iterations:
+            last = now
+            tell(step.step)
+
+    return on_step
+
+
+def _side_by_side(todo: Sequence[RunSpec], place: Place, meter: _Meter) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        messages = manager.Queue()
+        pool = ProcessPoolExecutor(place.workers, context, _one_thread)
+        try:
+            futures = {pool.submit(_in_worker, spec, place, messages): spec for spec in todo}
+            left = set(futures)
+            while left:
+                ended, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
+                _read(messages, meter)
+                for future in ended:
+                    future.result()
+                    meter.end(futures[future])
+        except BaseException:
+            for process in list((pool._processes or {}).values()):  # they would finish their runs first
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _read(messages: Any, meter: _Meter) -> None:
+    while True:
+        try:
+            spec, iteration = messages.get_nowait()
+        except queue.Empty:
+            return
+        meter.at(spec, iteration)
+
+
+def _one_thread() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends its workers
+    torch.set_num_threads(1)
+
+
+def _in_worker(spec: RunSpec, place: Place, messages: Any) -> None:
+    _run(spec, place, _teller(spec, lambda iteration: messages.put((spec, iteration))))

@@ -1,0 +1,151 @@
+"""Tables and outcomes of experiments, as data: what the terminal, the result files and the report are made of."""
+
+from __future__ import annotations
+
+import html
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, a head, rows of text as long as the head, and notes below."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        """The table as GitHub's Markdown.
+
+        >>> print(Table("Counts", ("net", "layers"), (("resnet20", "20"),)).markdown())
+        ### Counts
+        <BLANKLINE>
+        | net | layers |
+        | --- | --- |
+        | resnet20 | 20 |
+        """
+        lines = [f"### {self.title}", "", _row(self.head), _row(["---"] * len(self.head)), *map(_row, self.rows)]
+        return "\n".join([*lines, *(line for note in self.notes for line in ("", note))])
+
+    def html(self) -> str:
+        """The table as HTML, every text escaped."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
+        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>\n" for row in self.rows)
+        notes = "".join(f"<p class=note>{html.escape(note)}</p>\n" for note in self.notes)
+        return f"<h3>{html.escape(self.title)}</h3>\n<table><tr>{head}</tr>\n{rows}</table>\n{notes}"
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Table:
+        return cls(data["title"], tuple(data["head"]), tuple(map(tuple, data["rows"])), tuple(data["notes"]))
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A line of a plot: mean, least and largest of the seeds at each x."""
+
+    label: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    style: str = "solid"  # or "dashed"
+    colour: int = 0  # curves of one colour belong together
+    width: float = 1.6
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One set of axes."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    curves: tuple[Curve, ...]
+    percent: bool = False
+    log: bool = False
+    points: bool = False  # markers at the values: few and far between
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an experiment found: its tables, one line for each claim of the paper, and what its plot shows."""
+
+    tables: tuple[Table, ...]
+    findings: tuple[str, ...]
+    panels: tuple[Panel, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)  # the numbers behind, for the JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "tables": [asdict(table) for table in self.tables],
+            "findings": list(self.findings),
+            "data": self.data,
+        }
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """A fraction as percent; a dash for None."""
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def spread(values: Sequence[float], scale: float = 100.0, digits: int = 2) -> str:
+    """Mean ± sample standard deviation, scaled; the value alone where there is one.
+
+    >>> spread([0.08, 0.10])
+    '9.00 ± 1.41'
+    """
+    if not values:
+        return "-"
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {scale * statistics.stdev(values):.{digits}f}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The mean of `b` against the mean of `a`, two samples of a value; clear beyond two standard errors.
+
+    >>> print(Comparison("plain-20", (0.01, 0.01), "plain-56", (0.05, 0.05)))
+    plain-56 5.00 % against plain-20 1.00 %: higher
+    >>> print(Comparison("A", (0.01, 0.03), "B", (0.03, 0.02)))
+    B 2.50 % against A 2.00 %: higher, within two standard errors
+    """
+
+    name_a: str
+    a: Sequence[float]
+    name_b: str
+    b: Sequence[float]
+    scale: float = 100.0
+
+    @property
+    def difference(self) -> float:
+        return statistics.fmean(self.b) - statistics.fmean(self.a)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the difference is larger than two of its standard errors; of single values, whether there is one."""
+        error = 0.0
+        if len(self.a) > 1 and len(self.b) > 1:
+            error = math.sqrt(sum(statistics.variance(each) / len(each) for each in (self.a, self.b)))
+        return abs(self.difference) > 2 * error
+
+    def holds(self, higher: bool) -> str:
+        """Whether `b` is higher (or lower): "yes", "no", or "not decided" within two standard errors."""
+        if not self.clear:
+            return "not decided"
+        return "yes" if (self.difference > 0) == higher else "no"
+
+    def __str__(self) -> str:
+        word = "higher" if self.difference > 0 else "lower" if self.difference < 0 else "equal"
+        near = "" if self.clear or not self.difference else ", within two standard errors"
+        unit, digits = (" %", 2) if self.scale == 100 else ("", 3)
+        values = [f"{self.scale * statistics.fmean(each):.{digits}f}{unit}" for each in (self.a, self.b)]
+        return f"{self.name_b} {values[1]} against {self.name_a} {values[0]}: {word}{near}"
