@@ -50,9 +50,8 @@ def compare(name, data, network, recipe, device, count, pipeline_count):
     batch = next(data.batches(recipe, 0, 0, Part(), device))
     steps = rate(itertools.repeat(batch), count, recipe.batch_size, step)
     input_rate = rate(data.batches(recipe, 0, 0, Part(), device), pipeline_count, recipe.batch_size)
-    print(
-        f"| {name} | {input_rate:,.0f} | {network}, batch {recipe.batch_size} | {steps:,.1f} | {input_rate / steps:,.0f}x |"
-    )
+    ratio, batch_size = input_rate / steps, recipe.batch_size
+    print(f"| {name} | {input_rate:,.0f} | {network}, batch {batch_size} | {steps:,.1f} | {ratio:,.0f}x |")
 
 
 def photographs(root, count=64):
