@@ -286,6 +286,7 @@ def test_kill_9_at_any_moment(typer, tmp_path):
         if process.returncode == 0:
             break
     assert process.returncode == 0 and kills >= 2
+    assert not [path.name for path in b.iterdir() if path.name.endswith(".tmp")]  # of writes that were killed
     assert_equal(weights(b), weights(tmp_path / "a"))
     results = [RunResult.from_dict(json.loads((tmp_path / x / "result.json").read_text())) for x in "ab"]
     assert timeless(results[0]) == timeless(results[1])
