@@ -41,6 +41,7 @@ from fastres.lab.loop_state import (
     RunResult,
     RunSpec,
     read_checkpoint,
+    restore,
     write_checkpoint,
 )
 from fastres.lab.processes import Place, interrupts, place
@@ -147,8 +148,7 @@ class _Training:
         self.progress = Progress(warmed_up=recipe.warmup_lr is None)
         if (folder / "checkpoint.pt").exists():
             self.progress, states = read_checkpoint(folder / "checkpoint.pt", spec, self.model)
-            for name, part in self.saved.items():
-                part.load_state_dict(states[name])
+            restore(folder / "checkpoint.pt", states, self.saved)
         self.log = Log(folder, self.progress.log_bytes, self.progress.iteration, here.first)
         # the checkpoint holds the first process's: of several, the others' share of one point is lost
         sums = self.progress.sums if here.first else [0.0] * 3

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastres.lab.errors import RunError
+from fastres.lab.errors import LabError, RunError
 from fastres.lab.loop_state import RunResult, RunSpec
 from fastres.lab.processes import Place
 from fastres.lab.results import prepare_folder, write_json
@@ -36,7 +36,10 @@ def result_in(folder: Path, spec: RunSpec) -> RunResult | None:
     data = read_json(folder / "result.json")
     if data.get("schema") != RUN:
         raise RunError(f"output file {folder / 'result.json'}: got {data.get('schema')!r}, expected {RUN!r}")
-    return RunResult.from_dict(data)
+    try:
+        return RunResult.from_dict(data)
+    except (KeyError, TypeError, AttributeError, LabError) as error:
+        raise RunError(f"output file {folder / 'result.json'}: got no or other {error}, expected a result") from error
 
 
 @contextmanager
