@@ -190,8 +190,7 @@ class _Training:
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Tensor:
         """Leaves the joined batch's mean gradients in the parameters; returns this process's mean loss."""
-        if self.spec.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
+        images = self._laid_out(images)
         self.optimizer.zero_grad(set_to_none=True)
         mean = torch.zeros((), device=images.device)
         for k, (x, y) in enumerate(zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True)):
@@ -242,12 +241,14 @@ class _Training:
         self.model.eval()
         wrong = torch.zeros((), dtype=torch.float64, device=self.here.device)
         for images, labels in self.data.test_batches(_TEST_BATCH, self.here.part, self.here.device):
-            if self.spec.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
             with self._autocast():
-                wrong += (self.model(images).argmax(1) != labels).sum()
+                wrong += (self.model(self._laid_out(images)).argmax(1) != labels).sum()
         self.model.train()
         return float(self.here.total(wrong)) / self.data.test_size
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        layout = torch.channels_last if self.spec.channels_last else torch.contiguous_format
+        return images.contiguous(memory_format=layout)
 
     def _autocast(self) -> torch.autocast:
         on = self.spec.dtype != "fp32"

@@ -1,0 +1,471 @@
+"""fastres.lab.loop: a run in its folder, exact resume, kill -9, two processes, warm-up, precision, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+pytest.importorskip("sklearn")
+
+from fastres.lab import loop  # noqa: E402
+from fastres.lab.datasets import InMemory, Part, load  # noqa: E402
+from fastres.lab.errors import CheckpointError, DivergedError, LabError, OutputError, RunError  # noqa: E402
+from fastres.lab.loop import Point, RunResult, RunSpec, run, trained  # noqa: E402
+from fastres.lab.recipes import TrainRecipe, recipe  # noqa: E402
+
+QUICK = replace(recipe("digits-quick"), batch_size=32, iterations=12, milestones=(8,), test_every=6, log_every=3)
+SPEC = RunSpec("resnet8", "digits", QUICK)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def assert_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    assert [name for name in found if not torch.equal(found[name], wanted[name])] == []
+
+
+def timeless(result):
+    data = result.to_dict()
+    return {**data, "seconds": 0, "history": [{**point, "seconds": 0} for point in data["history"]]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """SPEC run without a break: (result, folder, steps)."""
+    folder, steps = tmp_path_factory.mktemp("whole") / "new" / "run", []
+    torch.set_num_threads(1)
+    return run(SPEC, folder, device="cpu", on_step=steps.append), folder, steps
+
+
+# ---- one run ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_files_and_its_result(whole):
+    result, folder, steps = whole
+    names = {path.name for path in folder.iterdir() if not path.name.startswith("events.out")}
+    assert names == {".lock", "spec.json", "checkpoint.pt", "log.csv", "result.json"}
+    assert [point.iteration for point in result.history] == [3, 6, 9, 12]
+    assert [point.test_error is None for point in result.history] == [True, False, True, False]
+    assert [point.lr for point in result.history] == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert (result.iterations, result.images, result.parameters) == (12, 384, 75_002)
+    assert result.test_error == result.history[-1].test_error and result.train_error == result.history[-1].train_error
+    assert result.best_test_error == min(result.history[1].test_error, result.history[3].test_error)
+    assert [step.step for step in steps] == list(range(1, 13)) and steps[-1].images == 384
+    seconds = [point.seconds for point in result.history]
+    assert seconds == sorted(seconds) and result.seconds >= seconds[-1] > 0
+    rows = (folder / "log.csv").read_text().splitlines()
+    assert rows[0] == "iteration,lr,train_loss,train_error,test_error,gradient_norm,seconds" and len(rows) == 5
+    data = json.loads((folder / "result.json").read_text())
+    assert data["schema"] == "fastres.run/1" and data["versions"]["torch"] and data["cpu"]["model"]
+    assert RunResult.from_dict(data) == result
+
+
+def test_called_again_it_returns_the_result_and_trains_nothing(whole, monkeypatch):
+    result, folder, _ = whole
+    monkeypatch.setattr(loop, "_Training", None)
+    assert run(SPEC, folder, device="cpu") == result
+
+
+def test_the_loop_is_sgd_on_the_data_sets_batches(tmp_path):
+    """The same twelve steps written out in plain PyTorch, with stock modules: the same bits."""
+    spec = replace(SPEC, swap=False, channels_last=False)
+    result = run(spec, tmp_path, device="cpu")
+    data = load("digits")
+    net = loop._network(spec, data)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    losses, norms = [], []
+    for t, (x, y) in enumerate(data.batches(QUICK, 0, 0, Part(), torch.device("cpu"))):
+        optimizer.param_groups[0]["lr"] = 0.1 if t < 8 else 0.1 / 10
+        loss = F.cross_entropy(net(x.contiguous()), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append(float(torch.cat([p.grad.flatten() for p in net.parameters()]).norm()))
+    assert_equal(weights(tmp_path), net.state_dict())
+    for number, point in enumerate(result.history):
+        assert point.train_loss == pytest.approx(sum(losses[3 * number : 3 * number + 3]) / 3)
+        assert point.gradient_norm == pytest.approx(norms[3 * number + 2], rel=1e-5)
+
+
+def test_the_result_is_what_the_trained_network_gives(whole):
+    result, folder, _ = whole
+    images, labels = load("digits").test()
+    net = trained(folder)
+    assert not net.training
+    assert float((net(images).argmax(1) != labels).double().mean()) == pytest.approx(result.test_error, abs=1e-9)
+
+
+def test_another_seed_is_another_run(whole, tmp_path):
+    other = run(replace(SPEC, seed=1), tmp_path, device="cpu", stop_after=3)
+    assert other.history[0].train_loss != whole[0].history[0].train_loss and other.test_error is None
+
+
+def test_the_callers_random_state_is_left_alone(tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    run(SPEC, tmp_path, device="cpu", stop_after=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_stock_modules_give_the_same_run_and_no_fused_call(whole, tmp_path):
+    from swap_cases import fused_calls
+
+    stock = run(replace(SPEC, swap=False), tmp_path, device="cpu")
+    assert stock.history[0].train_loss == pytest.approx(whole[0].history[0].train_loss, rel=1e-3)
+    x = torch.randn(2, 1, 16, 16)
+    assert fused_calls(trained(tmp_path).train(), x) == 0 < fused_calls(trained(whole[1]).train(), x)
+
+
+def test_weight_decay_on_convolutions_alone(tmp_path):
+    net = loop._network(SPEC, load("digits"))
+    decayed, plain = loop._groups(net, replace(QUICK, decay="convolutions"))
+    assert {p.dim() for p in decayed["params"]} == {4} and {p.dim() for p in plain["params"]} == {1, 2}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (1e-4, 0.0)
+    (everything,) = loop._groups(net, QUICK)
+    assert len(everything["params"]) == len(list(net.parameters())) == len(decayed["params"]) + len(plain["params"])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_mixed_precision(whole, tmp_path, dtype):
+    spec = replace(SPEC, dtype=dtype)
+    run(spec, tmp_path / "a", device="cpu", stop_after=7)
+    resumed = run(spec, tmp_path / "a", device="cpu")
+    through = run(spec, tmp_path / "b", device="cpu")
+    assert timeless(resumed) == timeless(through)
+    assert_equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert through.history[0].train_loss == pytest.approx(whole[0].history[0].train_loss, rel=0.02)
+    assert weights(tmp_path / "a")["conv1.weight"].dtype == torch.float32
+    if dtype == "fp16":
+        assert torch.load(tmp_path / "a" / "checkpoint.pt", weights_only=True)["scaler"]["scale"] > 0
+
+
+def test_warm_up_ends_when_the_training_error_is_below_its_bound(tmp_path):
+    warm = replace(QUICK, warmup_lr=0.01, warmup_until_error=0.86, log_every=2, iterations=12, milestones=())
+    spec = replace(SPEC, recipe=warm)
+    result = run(spec, tmp_path / "a", device="cpu")
+    first = next(i for i, point in enumerate(result.history) if point.train_error < 0.86)
+    assert 0 < first < len(result.history) - 1, [point.train_error for point in result.history]
+    assert [point.lr for point in result.history] == [0.01] * (first + 1) + [0.1] * (len(result.history) - first - 1)
+    for stop in (result.history[first].iteration - 1, result.history[first].iteration + 1):  # remembered
+        run(spec, tmp_path / str(stop), device="cpu", stop_after=stop)
+        assert timeless(run(spec, tmp_path / str(stop), device="cpu")) == timeless(result)
+
+
+def test_tensorboard_where_it_is_installed(whole):
+    events = list(whole[1].glob("events.out.*"))
+    if importlib.util.find_spec("tensorboard") is None:
+        assert events == []
+        pytest.skip("tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(whole[1]))
+    found.Reload()
+    losses = [(event.step, event.value) for event in found.Scalars("train_loss")]
+    assert losses == [(p.iteration, pytest.approx(p.train_loss)) for p in whole[0].history]
+    assert "gradient_norm/layer1.0.conv1.weight" in found.Tags()["scalars"]
+
+
+# ---- parts of a batch ------------------------------------------------------------------------------------------------
+
+
+def test_bn_batch_takes_statistics_over_parts(tmp_path):
+    """One iteration with bn_batch 8: the mean of the gradients of four parts; statistics of the first part."""
+    spec = replace(SPEC, recipe=replace(QUICK, bn_batch=8, weight_decay=0.0, momentum=0.0))
+    run(spec, tmp_path, device="cpu", stop_after=1)
+    data = load("digits")
+    net = loop._network(spec, data)
+    x, y = next(data.batches(spec.recipe, 0, 0, Part(), torch.device("cpu")))
+    start = {name: p.detach().clone() for name, p in net.named_parameters()}
+    first = net.bn1.running_mean.clone()
+    for k in range(4):
+        F.cross_entropy(net(x[8 * k : 8 * k + 8]), y[8 * k : 8 * k + 8]).div(4).backward()
+        if k == 0:
+            first = net.bn1.running_mean.clone()
+    found = weights(tmp_path)
+    for name, p in net.named_parameters():
+        assert torch.allclose(found[name], start[name] - 0.1 * p.grad, atol=1e-6), name
+    assert torch.allclose(found["bn1.running_mean"], first, atol=1e-6)
+    assert int(found["bn1.num_batches_tracked"]) == 1
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_stopped_and_resumed_is_the_same_run_bit_for_bit(whole, tmp_path):
+    result, folder, _ = whole
+    for stop in (1, 2, 7, 11):
+        stopped = run(SPEC, tmp_path, device="cpu", stop_after=stop)
+        assert stopped.iterations == stop and not (tmp_path / "result.json").exists()
+    assert timeless(run(SPEC, tmp_path, device="cpu")) == timeless(result)
+    assert_equal(weights(tmp_path), weights(folder))
+
+
+def test_what_was_logged_after_the_checkpoint_is_cut_off(whole, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def die(step):
+        if step.step == 10:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(SPEC, tmp_path, device="cpu", checkpoint_every=4, on_step=die)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4  # 3, 6, 9; the checkpoint is of 8
+    assert timeless(run(SPEC, tmp_path, device="cpu")) == timeless(whole[0])
+    rows = [row.rpartition(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()]
+    assert rows == [row.rpartition(",")[0] for row in (whole[1] / "log.csv").read_text().splitlines()]
+
+
+def test_killed_while_the_checkpoint_is_written(whole, tmp_path, monkeypatch):
+    run(SPEC, tmp_path, device="cpu", stop_after=5)
+
+    def torn(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", torn)
+        with pytest.raises(OutputError, match="checkpoint.pt: cannot be written: No space left"):
+            run(SPEC, tmp_path, device="cpu", checkpoint_every=2)
+    assert timeless(run(SPEC, tmp_path, device="cpu")) == timeless(whole[0])
+
+
+COMMAND = [sys.executable, "-m", "fastres", "train", "resnet8", "--recipe", "digits-quick", "--device", "cpu"]
+COMMAND += ["--threads", "1", "--iterations", "40", "--batch-size", "16", "--checkpoint-every", "1"]
+
+
+@pytest.fixture
+def typer():
+    pytest.importorskip("typer")
+    pytest.importorskip("rich")
+
+
+def test_kill_9_at_any_moment(typer, tmp_path):
+    """Killed again and again, at whatever it was doing, until it is done; the weights are those of a run left alone."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([*COMMAND, "--out", tmp_path / "a"], check=True, capture_output=True, timeout=300, env=env)
+    kills, b = 0, tmp_path / "b"
+    for attempt in range(6):
+        process = subprocess.Popen(
+            [*COMMAND, "--out", b], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
+        )
+        log, before = b / "log.csv", (b / "log.csv").stat().st_size if (b / "log.csv").exists() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.stat().st_size > before + 60 and attempt < 5:
+                time.sleep(0.003 * attempt)
+                process.kill()  # kill -9
+                break
+            time.sleep(0.001)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode in (0, -signal.SIGKILL), err
+        kills += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0 and kills >= 2
+    assert_equal(weights(b), weights(tmp_path / "a"))
+    results = [RunResult.from_dict(json.loads((tmp_path / x / "result.json").read_text())) for x in "ab"]
+    assert timeless(results[0]) == timeless(results[1])
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(whole, tmp_path):
+    def interrupt(step):
+        if step.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(SPEC, tmp_path, device="cpu", on_step=interrupt)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["iteration"] == 5
+    assert timeless(run(SPEC, tmp_path, device="cpu")) == timeless(whole[0])
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one_on_the_joined_batch(typer, tmp_path):
+    """BN takes its statistics over a process's part, so one process must take them over the same parts: bn_batch.
+
+    Bit for bit: the losses are halved exactly, and the sum of two gradients has one order.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = ["train", "resnet8", "--recipe", "digits-quick", "--device", "cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for part, extra in (("first", ["--stop-after", "10"]), ("rest", [])):  # a resumed run, too
+        done = subprocess.run(
+            [*torchrun, "-m", "fastres", *command, "--out", tmp_path / "two", *extra],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=env,
+        )
+        assert done.returncode == 0, (part, done.stderr)
+        assert done.stdout.count("test error") == 1  # one process shows
+    spec = RunSpec("resnet8", "digits", replace(recipe("digits-quick"), bn_batch=32))
+    one = run(spec, tmp_path / "one", device="cpu")
+    assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    two = RunResult.from_dict(json.loads((tmp_path / "two" / "result.json").read_text()))
+    assert two.test_error == one.test_error
+    for mine, theirs in zip(two.history, one.history, strict=True):
+        if mine.iteration != 12:  # the first point after a resume lacks the second process's share before it
+            assert mine.train_loss == pytest.approx(theirs.train_loss, rel=1e-6)
+            assert mine.train_error == theirs.train_error
+        assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-6)
+
+
+def test_norms_in_eval_mode_make_two_processes_equal_one_whole_batch():
+    """The batches' side of it: gradients over the two parts average to the whole batch's where no BN couples images."""
+    data = load("digits")
+    net = loop._network(replace(SPEC, swap=False), data).double().eval()
+
+    def gradients(part):
+        x, y = next(data.batches(QUICK, 0, 0, part, torch.device("cpu")))
+        net.zero_grad()
+        F.cross_entropy(net(x.double()), y).backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    for whole, first, second in zip(*map(gradients, (Part(), Part(0, 2), Part(1, 2))), strict=True):
+        assert torch.allclose(whole, (first + second) / 2, rtol=1e-10, atol=1e-12)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refused(error, message, spec=SPEC, folder=None, **settings):
+    with pytest.raises(error, match=message) as caught:
+        run(spec, folder, **{"device": "cpu", **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_another_run_in_the_folder(whole, tmp_path):
+    folder = whole[1]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused(RunError, "holds another run: seed 0, not 1; give another", replace(SPEC, seed=1), folder)
+    other = replace(SPEC, network="plain8", options=(("init", "fan_in"),), recipe=replace(QUICK, lr=0.2))
+    refused(RunError, "network resnet8, not plain8; recipe.lr 0.1, not 0.2; options.init None, not", other, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def _changed(**changes):
+    def change(path):
+        content = torch.load(path, weights_only=True)
+        content.update(changes)
+        torch.save({name: value for name, value in content.items() if value is not None}, path)
+
+    return change
+
+
+def _model(path):
+    content = torch.load(path, weights_only=True)
+    content["model"]["fc.bias"] = torch.zeros(3)
+    torch.save(content, path)
+
+
+BAD = {
+    "cut off": (lambda path: path.write_bytes(path.read_bytes()[:500]), "cannot be read"),
+    "text": (lambda path: path.write_text("hello"), "cannot be read"),
+    "whole module": (lambda path: torch.save(nn.ReLU(), path), "cannot be read"),
+    "tensor": (lambda path: torch.save(torch.zeros(1), path), "got 'Tensor', expected the schema"),
+    "schema": (_changed(schema="fastres.checkpoint/9"), "got 'fastres.checkpoint/9', expected the schema"),
+    "part missing": (_changed(optimizer=None), "got no or other 'optimizer'"),
+    "progress": (_changed(progress={"iteration": 1, "epoch": 2}), "got no or other"),
+    "iteration": (_changed(progress={"iteration": 99}), "got other tensors or counts"),
+    "shape": (_model, "got other tensors or counts, expected those of resnet8"),
+    "another run": (_changed(spec=replace(SPEC, seed=3).to_dict()), "is of another run: seed 3, not 0"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_checkpoint_is_one_clear_line(tmp_path, case):
+    run(SPEC, tmp_path, device="cpu", stop_after=4)
+    change, message = BAD[case]
+    change(tmp_path / "checkpoint.pt")
+    damaged = (tmp_path / "checkpoint.pt").read_bytes()
+    refused(CheckpointError, f"checkpoint .*: {message}", folder=tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == damaged
+
+
+@pytest.mark.parametrize("damage", ["short", "header", "cell", "gone"])
+def test_a_bad_log_is_one_clear_line(tmp_path, damage):
+    run(SPEC, tmp_path, device="cpu", stop_after=4)
+    log = tmp_path / "log.csv"
+    text = log.read_text()
+    if damage == "gone":
+        log.unlink()
+    else:
+        changed = {"short": text[:40], "header": text.replace("lr", "rl"), "cell": text.replace("0.1,", "x.1,", 1)}
+        log.write_text(changed[damage])
+    refused(CheckpointError, "log .*log.csv: ", folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["spec.json", "result.json"])
+@pytest.mark.parametrize("text", ["", "[1]", "{}"])
+def test_a_bad_run_file_is_one_clear_line(whole, tmp_path, name, text):
+    for file in ("spec.json", "result.json"):
+        (tmp_path / file).write_bytes((whole[1] / file).read_bytes())
+    (tmp_path / name).write_text(text)
+    refused(RunError, str(tmp_path), folder=tmp_path)
+
+
+def test_two_runs_at_once_in_one_folder(tmp_path, monkeypatch):
+    import fcntl
+
+    monkeypatch.setattr("fastres.lab.run_folder.time.sleep", lambda seconds: None)
+    with open(tmp_path / ".lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused(RunError, "another process is training in it", folder=tmp_path)
+
+
+def test_what_cannot_be_used_leaves_no_folder(tmp_path):
+    folder = tmp_path / "run"
+    refused(LabError, "data: got 'mnist'", replace(SPEC, data="mnist"), folder)
+    refused(LabError, "device: got 'tpu'", SPEC, folder, device="tpu")
+    with pytest.raises(RunError, match="dtype: got 'fp8', expected fp32, bf16, fp16"):
+        replace(SPEC, dtype="fp8")
+    assert not folder.exists()
+    (tmp_path / "file").write_text("")
+    refused(OutputError, "cannot be written", folder=tmp_path / "file" / "run")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    images = torch.rand(40, 1, 8, 8)
+    images[7, 0, 3, 3] = float("nan")
+    labels = torch.arange(40) % 2
+    made = InMemory("digits", 2, (images.nan_to_num(), labels), (images[:4].nan_to_num(), labels[:4]))
+    made._train = (images, labels)
+    monkeypatch.setattr(loop.datasets, "load", lambda *arguments: made)
+    spec = replace(SPEC, recipe=TrainRecipe("made", 8, 20, 0.1, (), log_every=1))
+    refused(DivergedError, "iteration [1-6]: the training loss is nan", spec, tmp_path)
+
+
+def test_spec_and_result_go_through_json():
+    spec = RunSpec("resnet50-v1", "imagenet", recipe("imagenet"), 7, (("shortcut", "C"), ("ceil_pool", True)), "bf16")
+    assert RunSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    point = Point(1, 0.1, 2.0, 0.5, None, None, 1.0)
+    result = RunResult(spec, 1, 256, 1.0, 5, None, 0.5, None, [point])
+    assert RunResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    assert dataclasses.asdict(result)["history"][0]["lr"] == 0.1
