@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -91,6 +92,22 @@ def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
         assert message in capsys.readouterr().err
     else:
         assert message in refused(capsys, *arguments)
+
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "paper.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the tests lie outside a source tree")
+def test_the_page_runs_and_names_what_there_is():
+    text = PAGE.read_text()
+    scope = {"__name__": "page"}
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+        exec(compile(block, str(PAGE), "exec"), scope)
+    assert len(scope["stds"]) == 19
+    for name in EXPERIMENTS:
+        assert f"`fastres paper {name}" in text
+    for path in set(re.findall(r"`((?:fastres|tests|docs)/[\w/]+\.\w+)", text)):
+        assert (PAGE.parent.parent / path).is_file(), path
 
 
 @pytest.mark.full
