@@ -131,4 +131,5 @@ def show_list(console: Console) -> None:
             console.print(f"   {each.source}: {line}", highlight=False, markup=False)
         for name in chosen.presets:
             cost = chosen.note if name == "imagenet" else estimate(chosen.name, name)
-            console.print(f"   --preset {name}: {cost}", highlight=False, markup=False)
+            shared = f"; {chosen.note}" if chosen.note and name != "imagenet" else ""
+            console.print(f"   --preset {name}: {cost}{shared}", highlight=False, markup=False)
