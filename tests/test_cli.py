@@ -233,9 +233,8 @@ def test_help_lists_what_exists(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         assert cli.main(arguments) == 0
         text = capsys.readouterr().out
-        assert all(name in text for name in ("demo", "train", "info", "bench"))
+        assert all(name in text for name in ("demo", "train", "paper", "info", "bench"))
         assert max(map(len, text.splitlines())) <= 80
-        assert " paper " not in text
     assert cli.main(["demo", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(option in text for option in ("--out", "--weights", "--quick", "--device", "--threads"))

@@ -97,7 +97,7 @@ def _timm(name: str, channels: int | None, _: bool) -> Named:
 
 def _fastres(name: str, channels: int | None, _: bool) -> Named:
     models = importlib.import_module("fastres.models")
-    makers = [maker for maker in models.__all__ if maker[0].islower()]
+    makers = [maker for maker in models.__all__ if maker.startswith(("resnet", "plain", "cifar"))]
     fixed = [maker for maker in makers if not maker.startswith("cifar")]
     cifar = re.fullmatch("(cifar_[a-z]+?)([0-9]+)", name)
     options = {} if channels is None else {"in_channels": channels}

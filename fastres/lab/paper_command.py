@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -85,8 +86,6 @@ def run_experiment(console: Console, chosen: Experiment, asked: Request, command
 
 def _plan(chosen: Experiment, asked: Request) -> Preset:
     if chosen.presets == ("imagenet",):
-        from dataclasses import replace
-
         return replace(preset("cifar10"), name="imagenet", title="ImageNet")
     if asked.preset not in chosen.presets:
         raise PaperError(f"preset: got {asked.preset!r}, expected {', '.join(chosen.presets)}")
@@ -102,8 +101,6 @@ def _workers(wanted: int | None, device: torch.device) -> int:
 
 
 def _can_draw() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -134,4 +131,5 @@ def show_list(console: Console) -> None:
             console.print(f"   {each.source}: {line}", highlight=False, markup=False)
         for name in chosen.presets:
             cost = chosen.note if name == "imagenet" else estimate(chosen.name, name)
-            console.print(f"   --preset {name}: {cost}", highlight=False, markup=False)
+            shared = f"; {chosen.note}" if chosen.note and name != "imagenet" else ""
+            console.print(f"   --preset {name}: {cost}{shared}", highlight=False, markup=False)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
+import torch
+
+from fastres.lab import networks
 from fastres.lab.loop_state import RunSpec
 from fastres.lab.paper import degradation, depth, imagenet, responses, shortcuts, skips
 from fastres.lab.paper.experiment import Experiment
@@ -68,14 +74,15 @@ def estimate(name: str, preset_name: str) -> str:
 
 def operations(spec: RunSpec, plan: Preset) -> float:
     """Floating-point operations of a run."""
-    import torch
-
-    from fastres.lab import networks
-
-    with torch.device("meta"):
-        model = networks.build(spec.network, plan.classes, plan.channels, **dict(spec.options))
-    multiply_adds = counts(model, plan.size, plan.channels).multiply_adds
+    multiply_adds = _multiply_adds(spec.network, spec.options, plan)
     return 6.0 * multiply_adds * spec.recipe.batch_size * spec.recipe.iterations
+
+
+@functools.cache
+def _multiply_adds(network: str, options: tuple[tuple[str, Any], ...], plan: Preset) -> int:
+    with torch.device("meta"):
+        model = networks.build(network, plan.classes, plan.channels, **dict(options))
+    return counts(model, plan.size, plan.channels).multiply_adds
 
 
 __all__ = ["EXPERIMENTS", "PRESETS", "estimate", "experiment", "numbers"]

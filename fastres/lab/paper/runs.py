@@ -9,19 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import queue
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastres.lab import loop
+from fastres.lab.errors import LabError, RunError
 from fastres.lab.loop_state import RunResult, RunSpec
+
+_PATIENCE_S = 60.0  # for a worker to write its checkpoint
 
 Report = Callable[[int, int, str], None]  # (iterations done, of all runs, text)
 
@@ -131,41 +133,74 @@ def _teller(spec: RunSpec, tell: Callable[[int], None]) -> Callable[[Any], None]
     return on_step
 
 
-def _side_by_side(todo: Sequence[RunSpec], place: Place, meter: _Meter) -> None:
+class _Worker:
+    """A process of one thread that makes runs one after the other, and the run that it is at."""
+
+    def __init__(self, context: Any, place: Place) -> None:
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, place), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.spec: RunSpec | None = None
+
+    def give(self, todo: list[RunSpec]) -> None:
+        """Hands over the next run, or says that there is none."""
+        self.spec = todo.pop(0) if todo else None
+        self.pipe.send(self.spec)
+
+
+def _side_by_side(todo: list[RunSpec], place: Place, meter: _Meter) -> None:
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        messages = manager.Queue()
-        pool = ProcessPoolExecutor(place.workers, context, _one_thread)
-        try:
-            futures = {pool.submit(_in_worker, spec, place, messages): spec for spec in todo}
-            left = set(futures)
-            while left:
-                ended, left = wait(left, timeout=1, return_when=FIRST_COMPLETED)
-                _read(messages, meter)
-                for future in ended:
-                    future.result()
-                    meter.end(futures[future])
-        except BaseException:
-            for process in list((pool._processes or {}).values()):  # they would finish their runs first
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    workers: list[_Worker] = []
+    try:
+        for _ in range(min(place.workers, len(todo))):
+            workers.append(_Worker(context, place))
+            workers[-1].give(todo)
+        while busy := {worker.pipe: worker for worker in workers if worker.spec is not None}:
+            for pipe in connection.wait(list(busy)):
+                _hear(busy[pipe], todo, meter)
+    finally:
+        for worker in workers:
+            if worker.spec is not None:  # under way: it writes its checkpoint and ends
+                worker.process.terminate()
+        for worker in workers:
+            worker.process.join(_PATIENCE_S)
+            if worker.process.exitcode is None:
+                worker.process.kill()
+                worker.process.join()
+            worker.pipe.close()
 
 
-def _read(messages: Any, meter: _Meter) -> None:
-    while True:
-        try:
-            spec, iteration = messages.get_nowait()
-        except queue.Empty:
-            return
-        meter.at(spec, iteration)
+def _hear(worker: _Worker, todo: list[RunSpec], meter: _Meter) -> None:
+    assert worker.spec is not None
+    try:
+        message = worker.pipe.recv()
+    except EOFError:
+        worker.process.join(_PATIENCE_S)
+        code, name = worker.process.exitcode, worker.spec.network
+        raise RunError(
+            f"run of {name}: its process ended with exit code {code}, expected a result; called again, it goes on"
+        ) from None
+    if isinstance(message, BaseException):
+        raise message
+    if isinstance(message, int):
+        meter.at(worker.spec, message)
+    else:
+        meter.end(worker.spec)
+        worker.give(todo)
 
 
-def _one_thread() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told, and ends its workers
+def _work(pipe: Any, place: Place) -> None:
+    """In a worker: makes the runs that come through the pipe; sends iterations, then None or what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between two runs; in one, the loop writes its checkpoint
     torch.set_num_threads(1)
-
-
-def _in_worker(spec: RunSpec, place: Place, messages: Any) -> None:
-    _run(spec, place, _teller(spec, lambda iteration: messages.put((spec, iteration))))
+    try:
+        while (spec := pipe.recv()) is not None:
+            try:
+                _run(spec, place, _teller(spec, pipe.send))
+            except Exception as error:
+                pipe.send(error if isinstance(error, LabError) else RunError(f"run of {spec.network}: {error!r}"))
+                return
+            pipe.send(None)
+    except (KeyboardInterrupt, EOFError, BrokenPipeError):  # stopped, or left alone
+        return

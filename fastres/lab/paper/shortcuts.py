@@ -28,6 +28,7 @@ from fastres.lab.timing import interleave, paired_ratio, timer_for
 from fastres.models import counts
 
 KINDS = ("A", "B", "C")
+_TIME = ("training step ms", "time against A")
 
 
 def specs(preset: Preset) -> list[RunSpec]:
@@ -40,14 +41,22 @@ def _specs(preset: Preset, depth: int, kind: str) -> list[RunSpec]:
     return preset.specs((f"resnet{depth}",), **({} if kind == "A" else {"shortcut": kind}))
 
 
-def times(preset: Preset, network: str, device_name: str, rounds: int = 7) -> dict[str, list[float]]:
-    """Seconds of a training step (forward and backward) with A, B and C, in interleaved rounds."""
+def times(
+    network: str, classes: int, batch: int, channels: int, size: int, device_name: str, rounds: int = 7
+) -> dict[str, list[float]]:
+    """Seconds of a training step (forward and backward) of `network` with A, B and C, in interleaved rounds.
+
+    Example:
+        >>> sorted(times("resnet8", 10, 4, 1, 8, "cpu", rounds=3))
+        ['A', 'B', 'C']
+    """
     device = pick_device(device_name)
-    images = torch.randn(preset.recipe.batch_size, preset.channels, preset.size, preset.size, device=device)
-    labels = torch.randint(preset.classes, (preset.recipe.batch_size,), device=device)
+    images = torch.randn(batch, channels, size, size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(classes, (batch,), device=device)
 
     def step(kind: str) -> Any:
-        model = networks.build(network, preset.classes, preset.channels, shortcut=kind)
+        model = networks.build(network, classes, channels, shortcut=kind)
         model = channels_last(model.to(device))
 
         def run() -> None:
@@ -68,24 +77,26 @@ def outcome(context: Context) -> Outcome:
     for kind in KINDS:
         found[kind] = [context.results[spec] for spec in _specs(preset, depth, kind)]
     context.tell(f"timing {name} with A, B and C")
-    seconds = times(preset, name, context.place.device)
+    device = context.place.device
+    batch = preset.recipe.batch_size
+    seconds = times(name, preset.classes, batch, preset.channels, preset.size, device)
+    size, batch = (64, 2) if preset.name == "ci" else (224, 8 if device == "cpu" else 64)
+    context.tell(f"timing resnet34 with A, B and C, batch {batch} at {size}x{size}")
+    seconds_34 = times("resnet34", 1000, batch, 3, size, device, 5)
     rows = []
     for kind, results in found.items():
         macs = _counts(f"plain{depth}" if kind == "plain" else name, kind, preset.classes, preset.channels, preset.size)
-        taken = "-" if kind == "plain" else f"{1e3 * statistics.median(seconds[kind]):.1f}"
-        ratio = "-" if kind == "plain" else f"{1 / paired_ratio(seconds['A'], seconds[kind]).median:.2f}"
         rows.append(
             (
                 kind,
                 f"{results[0].parameters:,}",
                 f"{macs[1] / 1e6:,.2f}",
-                taken,
-                ratio,
+                *_time(seconds, kind),
                 spread(curves.train_errors(results)),
                 spread(curves.test_errors(results)),
             )
         )
-    head = ("shortcut", "parameters", "multiply-adds M", "training step ms", "time against A")
+    head = ("shortcut", "parameters", "multiply-adds M", *_TIME)
     table = Table(
         f"Shortcuts in {name}: {preset.title}",
         (*head, "training error %", "test error %"),
@@ -101,11 +112,13 @@ def outcome(context: Context) -> Outcome:
         error = find(
             "plain34" if kind == "plain" else "resnet34", source="Table 3", shortcut=None if kind == "plain" else kind
         )[0]
-        paper.append((kind, f"{parameters:,}", f"{multiply_adds / 1e9:.3f}", percent(error.top1), percent(error.top5)))
+        cells = kind, f"{parameters:,}", f"{multiply_adds / 1e9:.3f}", *_time(seconds_34, kind)
+        paper.append((*cells, percent(error.top1), percent(error.top5)))
     published = Table(
-        "ResNet-34 on ImageNet: cost counted here, errors published (Table 3, 10-crop)",
-        ("shortcut", "parameters", "multiply-adds G", "top-1 error %", "top-5 error %"),
+        "ResNet-34: cost counted and timed here, errors published (Table 3, 10-crop)",
+        ("shortcut", "parameters", "multiply-adds G", *_TIME, "top-1 error %", "top-5 error %"),
         tuple(paper),
+        (f"Time: batch {batch} at {size}x{size}, forward and backward.",),
     )
     lines = []
     for a, b in (("plain", "A"), ("A", "B"), ("B", "C")):
@@ -134,8 +147,20 @@ def outcome(context: Context) -> Outcome:
             log=True,
         ),
     )
-    data = {"seconds": seconds, "test_error": {kind: curves.test_errors(r) for kind, r in found.items()}}
+    data = {
+        "seconds": seconds,
+        "seconds_resnet34": seconds_34,
+        "test_error": {kind: curves.test_errors(r) for kind, r in found.items()},
+    }
     return Outcome((table, published), tuple(lines), panels, data)
+
+
+def _time(seconds: dict[str, list[float]], kind: str) -> tuple[str, str]:
+    """The cells of the columns _TIME."""
+    if kind == "plain":
+        return "-", "-"
+    ratio = 1 / paired_ratio(seconds["A"], seconds[kind]).median
+    return f"{1e3 * statistics.median(seconds[kind]):.1f}", f"{ratio:.2f}"
 
 
 def _counts(network: str, kind: str, classes: int, channels: int, size: int) -> tuple[int, int]:
