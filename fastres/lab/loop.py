@@ -6,9 +6,9 @@
     folder/result.json     once it is done: the result with its history, versions and machine
 
 Order, augmentation and every other random number are functions of (seed, iteration), so a run that is killed and called
-again ends in the same weights, on one CPU process bit for bit. Under torchrun each process takes its part of the joined
-batch, and BN its statistics over that part: the same, bit for bit on CPUs with two processes, as one process that
-splits its batch by `bn_batch`. Running statistics are those of the joined batch's first part.
+again ends in the same weights: bit for bit on one CPU process with the same number of threads. Under torchrun each
+process takes its part of the joined batch, and BN its statistics over that part: the same, bit for bit on CPUs with two
+processes, as one process that splits its batch by `bn_batch`. Running statistics are those of the first part.
 """
 
 from __future__ import annotations
