@@ -1,0 +1,182 @@
+"""Runs that are stopped, killed and interrupted go on exactly; two processes equal one on the joined batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+pytest.importorskip("sklearn")
+
+from fastres.lab import loop  # noqa: E402
+from fastres.lab.datasets import Part, load  # noqa: E402
+from fastres.lab.errors import OutputError  # noqa: E402
+from fastres.lab.loop import RunResult, RunSpec, run  # noqa: E402
+from fastres.lab.recipes import recipe  # noqa: E402
+from train_runs import QUICK, SPEC, assert_equal, timeless, weights  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """SPEC run without a break: (result, folder)."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    return run(SPEC, folder, device="cpu"), folder
+
+
+# ---- resume ----------------------------------------------------------------------------------------------------------
+
+
+def test_stopped_and_resumed_is_the_same_run_bit_for_bit(whole, tmp_path):
+    result, folder = whole
+    for stop in (1, 2, 7, 11):
+        stopped = run(SPEC, tmp_path, device="cpu", stop_after=stop)
+        assert stopped.iterations == stop and not (tmp_path / "result.json").exists()
+    assert timeless(run(SPEC, tmp_path, device="cpu")) == timeless(result)
+    assert_equal(weights(tmp_path), weights(folder))
+
+
+def test_what_was_logged_after_the_checkpoint_is_cut_off(whole, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def die(step):
+        if step.step == 10:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(SPEC, tmp_path, device="cpu", checkpoint_every=4, on_step=die)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4  # 3, 6, 9; the checkpoint is of 8
+    assert timeless(run(SPEC, tmp_path, device="cpu")) == timeless(whole[0])
+    rows = [row.rpartition(",")[0] for row in (tmp_path / "log.csv").read_text().splitlines()]
+    assert rows == [row.rpartition(",")[0] for row in (whole[1] / "log.csv").read_text().splitlines()]
+
+
+def test_killed_while_the_checkpoint_is_written(whole, tmp_path, monkeypatch):
+    run(SPEC, tmp_path, device="cpu", stop_after=5)
+
+    def torn(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", torn)
+        with pytest.raises(OutputError, match="checkpoint.pt: cannot be written: No space left"):
+            run(SPEC, tmp_path, device="cpu", checkpoint_every=2)
+    assert timeless(run(SPEC, tmp_path, device="cpu")) == timeless(whole[0])
+
+
+COMMAND = [sys.executable, "-m", "fastres", "train", "resnet8", "--recipe", "digits-quick", "--device", "cpu"]
+COMMAND += ["--threads", "1", "--iterations", "40", "--batch-size", "16", "--checkpoint-every", "1"]
+
+
+@pytest.fixture
+def typer():
+    pytest.importorskip("typer")
+    pytest.importorskip("rich")
+
+
+def test_kill_9_at_any_moment(typer, tmp_path):
+    """Killed again and again, at whatever it was doing, until it is done; the weights are those of a run left alone."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    subprocess.run([*COMMAND, "--out", tmp_path / "a"], check=True, capture_output=True, timeout=300, env=env)
+    kills, b = 0, tmp_path / "b"
+    for attempt in range(6):
+        process = subprocess.Popen(
+            [*COMMAND, "--out", b], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env
+        )
+        log, before = b / "log.csv", (b / "log.csv").stat().st_size if (b / "log.csv").exists() else 0
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if log.exists() and log.stat().st_size > before + 60 and attempt < 5:
+                time.sleep(0.003 * attempt)
+                process.kill()  # kill -9
+                break
+            time.sleep(0.001)
+        _, err = process.communicate(timeout=120)
+        assert process.returncode in (0, -signal.SIGKILL), err
+        kills += process.returncode == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0 and kills >= 2
+    assert not [path.name for path in b.iterdir() if path.name.endswith(".tmp")]  # of writes that were killed
+    assert_equal(weights(b), weights(tmp_path / "a"))
+    results = [RunResult.from_dict(json.loads((tmp_path / x / "result.json").read_text())) for x in "ab"]
+    assert timeless(results[0]) == timeless(results[1])
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(whole, tmp_path):
+    def interrupt(step):
+        if step.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(SPEC, tmp_path, device="cpu", on_step=interrupt)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["iteration"] == 5
+    assert timeless(run(SPEC, tmp_path, device="cpu")) == timeless(whole[0])
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one_on_the_joined_batch(typer, tmp_path):
+    """BN takes its statistics over a process's part, so one process must take them over the same parts: bn_batch.
+
+    Bit for bit: the losses are halved exactly, and the sum of two gradients has one order.
+    """
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = ["train", "resnet8", "--recipe", "digits-quick", "--device", "cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for part, extra in (("first", ["--stop-after", "10"]), ("rest", [])):  # a resumed run, too
+        done = subprocess.run(
+            [*torchrun, "-m", "fastres", *command, "--out", tmp_path / "two", *extra],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env=env,
+        )
+        assert done.returncode == 0, (part, done.stderr)
+        assert done.stdout.count("test error") == 1  # one process shows
+    spec = RunSpec("resnet8", "digits", replace(recipe("digits-quick"), bn_batch=32))
+    one = run(spec, tmp_path / "one", device="cpu")
+    assert_equal(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    two = RunResult.from_dict(json.loads((tmp_path / "two" / "result.json").read_text()))
+    assert two.test_error == one.test_error
+    for mine, theirs in zip(two.history, one.history, strict=True):
+        if mine.iteration != 12:  # the first point after a resume lacks the second process's share before it
+            assert mine.train_loss == pytest.approx(theirs.train_loss, rel=1e-6)
+            assert mine.train_error == theirs.train_error
+        assert mine.gradient_norm == pytest.approx(theirs.gradient_norm, rel=1e-6)
+
+
+def test_norms_in_eval_mode_make_two_processes_equal_one_whole_batch():
+    """The batches' side of it: gradients over the two parts average to the whole batch's where no BN couples images."""
+    data = load("digits")
+    net = loop._network(replace(SPEC, swap=False), data).double().eval()
+
+    def gradients(part):
+        x, y = next(data.batches(QUICK, 0, 0, part, torch.device("cpu")))
+        net.zero_grad()
+        F.cross_entropy(net(x.double()), y).backward()
+        return [p.grad.clone() for p in net.parameters()]
+
+    for whole, first, second in zip(*map(gradients, (Part(), Part(0, 2), Part(1, 2))), strict=True):
+        assert torch.allclose(whole, (first + second) / 2, rtol=1e-10, atol=1e-12)
