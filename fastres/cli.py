@@ -125,7 +125,7 @@ def _app(arguments: list[str]) -> "Typer":
         network: Annotated[
             str, typer.Argument(metavar="NETWORK", help="resnet20, plain56, resnet50-v1 ...", show_default=False)
         ],
-        data: Annotated[str, typer.Option(help="digits, cifar10 or imagenet.")] = "digits",
+        data: Annotated[str, typer.Option(help="digits, digits8, cifar10 or imagenet.")] = "digits",
         recipe: Annotated[
             str | None,
             typer.Option(help="cifar10, cifar10-110, imagenet, digits, digits-quick; by the data."),
@@ -144,7 +144,7 @@ def _app(arguments: list[str]) -> "Typer":
         data_root: Annotated[Path | None, typer.Option(help="The folder of CIFAR-10 or ImageNet.")] = None,
         device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
         threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice without it.")] = None,
-        workers: Annotated[int, typer.Option(help="Processes that decode ImageNet.")] = 4,
+        workers: Annotated[int | None, typer.Option(help="That decode ImageNet; a core each without it.")] = None,
         stop_after: Annotated[int | None, typer.Option(help="Iterations after which to stop for now.")] = None,
         checkpoint_every: Annotated[int | None, typer.Option(help="In iterations; every 30 s without it.")] = None,
     ) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
 from fastres import cli  # noqa: E402
-from fastres.lab import loop, train_command  # noqa: E402
+from fastres.lab import datasets, loop, train_command  # noqa: E402
 from fastres.lab.train_command import Request  # noqa: E402
 
 QUICK = ["train", "resnet8", "--recipe", "digits-quick", "--device", "cpu", "--threads", "1"]
@@ -104,12 +104,16 @@ def test_fewer_iterations_keep_the_schedules_shape():
     assert spec("resnet8", iterations=1).recipe.milestones == (1,)
 
 
+def test_every_data_set_has_a_recipe():
+    assert {name: spec("resnet20", name).recipe.name for name in datasets.NAMES} == train_command.DEFAULT_RECIPE
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["resnet21"], "network resnet21: depth"),
         (["vgg16"], "network: got 'vgg16', expected one of"),
-        (["resnet8", "--data", "mnist"], "--data: got 'mnist', expected one of digits, cifar10, imagenet"),
+        (["resnet8", "--data", "mnist"], "--data: got 'mnist', expected one of digits, digits8, cifar10, imagenet"),
         (
             ["resnet8", "--data", "cifar10"],
             "data root: got none, expected the folder of CIFAR-10 (--data-root); download",
@@ -145,3 +149,54 @@ def test_help_fits_and_names_the_options(capsys):
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= 80 and "torchrun --nproc-per-node 2 -m fastres train" in text
     assert all(option in text for option in ("--recipe", "--bn-batch", "--no-swap", "--nchw", "--data-root"))
+
+
+# ---- images in folders, with worker processes ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders_run(tmp_path):
+    """The command of a run on a few JPEG files, without its folder."""
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    for part in ("train", "val"):
+        for label in range(2):
+            folder = tmp_path / "data" / part / str(label)
+            folder.mkdir(parents=True)
+            for i in range(3):
+                pixels = torch.randint(0, 256, (230, 250, 3), generator=torch.Generator().manual_seed(i)).byte()
+                image.fromarray(pixels.numpy()).save(folder / f"{i}.JPEG")
+    options = ["--data", "imagenet", "--data-root", str(tmp_path / "data"), "--workers", "1", "--batch-size", "4"]
+    return ["train", "resnet8", *options, "--device", "cpu", "--threads", "1"]
+
+
+def test_images_in_folders_resume_exactly(folders_run, tmp_path, capsys):
+    command = [*folders_run, "--iterations", "5"]
+    assert cli.main([*command, "--out", str(tmp_path / "a")]) == 0
+    assert cli.main([*command, "--out", str(tmp_path / "b"), "--stop-after", "2"]) == 0
+    assert cli.main([*command, "--out", str(tmp_path / "b")]) == 0
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in "ab")
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    (tmp_path / "data/val/1/2.JPEG").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    capsys.readouterr()
+    assert cli.main([*command, "--out", str(tmp_path / "c")]) == 2
+    err = capsys.readouterr().err
+    assert f"data file {tmp_path / 'data/val/1/2.JPEG'}: cannot be decoded" in err and err.count("\n") == 1
+
+
+def test_ctrl_c_with_worker_processes(folders_run, tmp_path):
+    """A terminal sends it to all of them: the workers stay till the loop has ended its iteration."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fastres", *folders_run, "--iterations", "500", "--out", str(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+    try:
+        assert process.stdout.readline().startswith("resnet8 on imagenet")
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (130, "fastres: interrupted\n")
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["iteration"] >= 1

@@ -320,7 +320,7 @@ def test_missing_folders_are_one_clear_line(folders, tmp_path):
     (folders / "val" / "b").rename(folders / "val" / "z")
     with pytest.raises(DataError, match="other classes, such as 'b'"):
         load("imagenet", folders)
-    with pytest.raises(DataError, match="data: got 'mnist', expected one of digits, cifar10, imagenet"):
+    with pytest.raises(DataError, match="data: got 'mnist', expected one of digits, digits8, cifar10, imagenet"):
         load("mnist")
 
 

@@ -286,6 +286,7 @@ def test_kill_9_at_any_moment(typer, tmp_path):
         if process.returncode == 0:
             break
     assert process.returncode == 0 and kills >= 2
+    assert not [path.name for path in b.iterdir() if path.name.endswith(".tmp")]  # of writes that were killed
     assert_equal(weights(b), weights(tmp_path / "a"))
     results = [RunResult.from_dict(json.loads((tmp_path / x / "result.json").read_text())) for x in "ab"]
     assert timeless(results[0]) == timeless(results[1])
@@ -385,7 +386,15 @@ def _model(path):
     torch.save(content, path)
 
 
+def _momentum(path):
+    content = torch.load(path, weights_only=True)
+    content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(3)
+    torch.save(content, path)
+
+
 BAD = {
+    "optimizer": (_changed(optimizer={"state": {}, "param_groups": []}), "got loaded state dict"),
+    "momentum": (_momentum, r"got a momentum of shape \[3\], expected the states"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:500]), "cannot be read"),
     "text": (lambda path: path.write_text("hello"), "cannot be read"),
     "whole module": (lambda path: torch.save(nn.ReLU(), path), "cannot be read"),
@@ -423,7 +432,7 @@ def test_a_bad_log_is_one_clear_line(tmp_path, damage):
 
 
 @pytest.mark.parametrize("name", ["spec.json", "result.json"])
-@pytest.mark.parametrize("text", ["", "[1]", "{}"])
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"schema": "fastres.run/1", "seed": 1}'])
 def test_a_bad_run_file_is_one_clear_line(whole, tmp_path, name, text):
     for file in ("spec.json", "result.json"):
         (tmp_path / file).write_bytes((whole[1] / file).read_bytes())
@@ -469,3 +478,12 @@ def test_spec_and_result_go_through_json():
     result = RunResult(spec, 1, 256, 1.0, 5, None, 0.5, None, [point])
     assert RunResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     assert dataclasses.asdict(result)["history"][0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("module", ["recipes", "augment", "datasets", "evaluation", "loop", "loop_state"])
+def test_the_docstrings_examples_run(module):
+    import doctest
+    import importlib
+
+    found = doctest.testmod(importlib.import_module(f"fastres.lab.{module}"))
+    assert found.failed == 0 < found.attempted

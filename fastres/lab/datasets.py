@@ -152,13 +152,13 @@ class InMemory(DataSet):
         return centred
 
 
-def load(name: str, root: Path | None = None, workers: int = 4) -> DataSet:
+def load(name: str, root: Path | None = None, workers: int | None = None) -> DataSet:
     """The data set called `name`.
 
     Args:
         name: "digits" (16x16), "digits8" (the 8x8 that they come in), "cifar10" or "imagenet".
         root: the folder that holds cifar-10-batches-py/, or train/ and val/; needed for all but the digits.
-        workers: processes that decode images; the digits and CIFAR-10 need none.
+        workers: processes that decode images, a core each without it; the digits and CIFAR-10 need none.
 
     Raises:
         DataError: an unknown name; a folder without the data set, with what to download and where to put it; a corrupt

@@ -9,6 +9,8 @@ for each channel, over ImageNet. What is cut out is a function of (seed, iterati
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres._info import usable_cores
 from fastres.lab.augment import DEVIATION, MEAN, SCALES, augmented, draw, multi_scale, ten_crops
 from fastres.lab.datasets import DataSet, Part, import_torchvision, order, stream
 from fastres.lab.errors import DataError
@@ -44,7 +47,7 @@ class Folders(DataSet):
 
     Args:
         root: holds train/ and val/, each with a folder for each class.
-        workers: processes that decode; 0 decodes in this one.
+        workers: processes that decode; 0 decodes in this one, None takes as many as this process has cores.
 
     Raises:
         DataError: no such folders, no classes or other ones in val/.
@@ -53,9 +56,10 @@ class Folders(DataSet):
 
     name, channels, size = "imagenet", 3, SIZE
 
-    def __init__(self, root: Path | None, workers: int = 4) -> None:
+    def __init__(self, root: Path | None, workers: int | None = None) -> None:
         image_folder = import_torchvision("ImageNet").datasets.ImageFolder
-        self.workers = workers
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of the run on this machine
+        self.workers = max(1, usable_cores() // beside) if workers is None else workers
         if root is None:
             raise DataError(f"data root: got none, expected a folder with train/ and val/ (--data-root); {_WHERE}")
         found = []
@@ -89,14 +93,14 @@ class Folders(DataSet):
         for iteration, (images, labels) in enumerate(self._decoded(self._train, wanted(), device), start):
             rng = torch.Generator().manual_seed(stream(seed, "augment", iteration))
             drawn = draw(recipe.augment, recipe.batch_size, rng)[rows.start : rows.stop]
-            yield augmented(_centred(torch.stack(images)), recipe.augment, drawn), labels
+            yield augmented(_centred(images), recipe.augment, drawn), labels
 
     def test_batches(self, batch_size: int, part: Part, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
         starts = range(part.rank * batch_size, self.test_size, part.of * batch_size)
         rows = (range(start, min(start + batch_size, self.test_size)) for start in starts)
         wanted = ([_Wanted(index) for index in each] for each in rows)
         for images, labels in self._decoded(self._test, wanted, device):
-            yield _centred(torch.stack(images)), labels
+            yield _centred(images), labels
 
     def test_views(self, views: str, device: torch.device) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Every test image with its views.
@@ -111,7 +115,7 @@ class Folders(DataSet):
         side = TEST_SIDE if views == "ten-crop" else max(SCALES)
         wanted = ([_Wanted(index, whole=side)] for index in range(self.test_size))
         for images, labels in self._decoded(self._test, wanted, device):
-            image = _centred(images[0][None])  # [1, 3, h, w], shorter side `side`
+            image = _centred(images)  # [1, 3, h, w], shorter side `side`
             if views == "ten-crop":
                 yield [ten_crops(image, SIZE).flatten(0, 1)], labels
             else:
@@ -119,22 +123,37 @@ class Folders(DataSet):
 
     def _decoded(
         self, samples: list[tuple[str, int]], wanted: Iterable[list[_Wanted]], device: torch.device
-    ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """uint8 images [3, h, w] and labels [n], on `device`, batch by batch in the order asked for."""
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """uint8 images [n, 3, h, w] and labels [n], on `device`, batch by batch in the order asked for."""
         loader: Any = torch.utils.data.DataLoader(
             _Decoder(samples),
             batch_sampler=wanted,
             num_workers=self.workers,
-            collate_fn=list,
-            pin_memory=False,
-            prefetch_factor=4 if self.workers else None,
+            collate_fn=_collated,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals,
         )
-        for batch in loader:
-            for index, image in batch:
-                if isinstance(image, str):
-                    raise DataError(f"data file {samples[index][0]}: cannot be decoded: {image}; expected an image")
-            labels = torch.tensor([samples[index][1] for index, _ in batch])
-            yield [image.to(device, non_blocking=True) for _, image in batch], labels.to(device)
+        for indices, images in loader:
+            if isinstance(images, str):
+                raise DataError(f"data file {samples[indices[0]][0]}: cannot be decoded: {images}; expected an image")
+            labels = torch.tensor([samples[index][1] for index in indices])
+            yield images.to(device, non_blocking=True), labels.to(device)
+
+
+def _leave_signals(worker: int) -> None:
+    """Ctrl-C is for the loop, which ends its iteration with the workers' help; the loop ends them by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _collated(batch: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | str]:
+    """The images' indices and themselves, or the first that could not be decoded and why."""
+    images = []
+    for index, image in batch:
+        if isinstance(image, str):
+            return [index], image
+        images.append(image)
+    return [index for index, _ in batch], torch.stack(images)
 
 
 class _Decoder(torch.utils.data.Dataset[Any]):

@@ -41,6 +41,7 @@ from fastres.lab.loop_state import (
     RunResult,
     RunSpec,
     read_checkpoint,
+    restore,
     write_checkpoint,
 )
 from fastres.lab.processes import Place, interrupts, place
@@ -51,7 +52,6 @@ from fastres.lab.train import Step
 
 __all__ = ["Point", "RunResult", "RunSpec", "run", "trained"]
 
-_TEST_BATCH = 500
 _CHECKPOINT_S = 30.0  # between two checkpoints
 
 
@@ -68,7 +68,7 @@ def run(
     on_step: Callable[[Step], None] | None = None,
     stop_after: int | None = None,
     checkpoint_every: int | None = None,
-    workers: int = 4,
+    workers: int | None = None,
     command: str | None = None,
 ) -> RunResult:
     """Trains as `spec` says; called again on the same folder, goes on from the checkpoint or returns the result.
@@ -148,8 +148,7 @@ class _Training:
         self.progress = Progress(warmed_up=recipe.warmup_lr is None)
         if (folder / "checkpoint.pt").exists():
             self.progress, states = read_checkpoint(folder / "checkpoint.pt", spec, self.model)
-            for name, part in self.saved.items():
-                part.load_state_dict(states[name])
+            restore(folder / "checkpoint.pt", states, self.saved)
         self.log = Log(folder, self.progress.log_bytes, self.progress.iteration, here.first)
         # the checkpoint holds the first process's: of several, the others' share of one point is lost
         sums = self.progress.sums if here.first else [0.0] * 3
@@ -240,7 +239,8 @@ class _Training:
         self.here.take_buffers(self.model)
         self.model.eval()
         wrong = torch.zeros((), dtype=torch.float64, device=self.here.device)
-        for images, labels in self.data.test_batches(_TEST_BATCH, self.here.part, self.here.device):
+        batch_size = 500 if self.data.size <= 64 else 100
+        for images, labels in self.data.test_batches(batch_size, self.here.part, self.here.device):
             with self._autocast():
                 wrong += (self.model(self._laid_out(images)).argmax(1) != labels).sum()
         self.model.train()

@@ -173,6 +173,24 @@ def read_checkpoint(path: Path, spec: RunSpec, model: nn.Module) -> tuple[Progre
     return progress, states
 
 
+def restore(path: Path, states: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """Puts the states that `read_checkpoint` gave into `parts`.
+
+    Raises CheckpointError where the optimizer's or the scaler's does not fit; the parts are of no use then.
+    """
+    wanted = "expected the states of the run's network, optimizer and scaler"
+    try:
+        for name, part in parts.items():
+            part.load_state_dict(states[name])
+        optimizer = parts["optimizer"]
+        for parameter, state in optimizer.state.items():
+            if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != parameter.shape:
+                raise ValueError(f"a momentum of shape {list(state['momentum_buffer'].shape)}")
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"checkpoint {path}: got {reason}, {wanted}") from error
+
+
 def _same_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
     return found.keys() == wanted.keys() and all(
         found[name].shape == t.shape and found[name].dtype == t.dtype for name, t in wanted.items()

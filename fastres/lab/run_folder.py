@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastres.lab.errors import RunError
+from fastres.lab.errors import LabError, RunError
 from fastres.lab.loop_state import RunResult, RunSpec
 from fastres.lab.processes import Place
 from fastres.lab.results import prepare_folder, write_json
@@ -36,7 +36,10 @@ def result_in(folder: Path, spec: RunSpec) -> RunResult | None:
     data = read_json(folder / "result.json")
     if data.get("schema") != RUN:
         raise RunError(f"output file {folder / 'result.json'}: got {data.get('schema')!r}, expected {RUN!r}")
-    return RunResult.from_dict(data)
+    try:
+        return RunResult.from_dict(data)
+    except (KeyError, TypeError, AttributeError, LabError) as error:
+        raise RunError(f"output file {folder / 'result.json'}: got no or other {error}, expected a result") from error
 
 
 @contextmanager
@@ -61,6 +64,9 @@ def alone(folder: Path, spec: RunSpec, here: Place) -> Iterator[None]:
                 if attempt == 0:
                     raise RunError(f"output folder {folder}: another process is training in it") from error
                 time.sleep(0.1)
+        for name in _FILES:
+            for torn in folder.glob(f".{name}.*.tmp"):  # of a run that was killed while it wrote
+                torn.unlink()
         result_in(folder, spec)  # nobody else has begun another run in the meantime
         write_json(folder / "spec.json", spec.to_dict())
         here.wait()

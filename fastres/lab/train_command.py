@@ -20,7 +20,7 @@ from fastres.lab.recipes import TrainRecipe
 from fastres.lab.terminal import Report, progress
 from fastres.lab.train import Step
 
-DEFAULT_RECIPE = {"digits": "digits", "cifar10": "cifar10", "imagenet": "imagenet"}
+DEFAULT_RECIPE = {"digits": "digits", "digits8": "digits", "cifar10": "cifar10", "imagenet": "imagenet"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Request:
     data_root: Path | None = None
     device: str = "auto"
     threads: int | None = None
-    workers: int = 4
+    workers: int | None = None
     stop_after: int | None = None
     checkpoint_every: int | None = None
 
@@ -105,7 +105,7 @@ def _spec(request: Request) -> RunSpec:
     for option, value in (("--stop-after", request.stop_after), ("--checkpoint-every", request.checkpoint_every)):
         if value is not None and value < 1:
             raise LabError(f"{option}: got {value}, expected at least 1")
-    if request.workers < 0:
+    if request.workers is not None and request.workers < 0:
         raise LabError(f"--workers: got {request.workers}, expected at least 0")
     base = recipes.recipe(request.recipe or DEFAULT_RECIPE[request.data])
     names = ("batch_size", "bn_batch", "lr", "decay")
