@@ -44,7 +44,7 @@ class Preset:
         depths: plain and residual (experiments 1, 3); more_depths: residual only (experiment 4, Table 6).
         seeds: of every run.
         deepest: the depth that is built and run for one step.
-        seconds_per_layer: of one iteration on one CPU core, measured over a whole experiment on a machine that had other
+        seconds_per_layer: of one iteration on one CPU core, measured over a whole experiment on a machine with other
             work too (a step alone takes half of it); None where only a GPU is sensible.
     """
 
