@@ -6,6 +6,14 @@ residual   y = F(x) + x (Eqn. 1): training and test error fall with depth
 
 from __future__ import annotations
 
+import math
+import statistics
+
+import torch
+import torch.nn.functional as F
+
+from fastres.lab import datasets, networks
+from fastres.lab.devices import channels_last, pick_device
 from fastres.lab.loop_state import RunResult, RunSpec
 from fastres.lab.paper import curves
 from fastres.lab.paper.experiment import Context, Experiment
@@ -16,11 +24,11 @@ from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table, percent,
 KINDS = ("plain", "resnet")
 
 
-def networks(preset: Preset) -> tuple[str, ...]:
+def compared(preset: Preset) -> tuple[str, ...]:
     """The names of the networks compared.
 
     >>> from fastres.lab.paper.presets import preset
-    >>> networks(preset("ci"))
+    >>> compared(preset("ci"))
     ('plain8', 'resnet8', 'plain20', 'resnet20')
     """
     return tuple(f"{kind}{depth}" for depth in preset.depths for kind in KINDS)
@@ -28,13 +36,15 @@ def networks(preset: Preset) -> tuple[str, ...]:
 
 def specs(preset: Preset) -> list[RunSpec]:
     """Plain and residual networks of every depth, every seed."""
-    return preset.specs(networks(preset))
+    return preset.specs(compared(preset))
 
 
 def outcome(context: Context) -> Outcome:
     """Errors by depth beside Table 6, curves as in Fig. 6, and whether each claim holds here."""
     preset = context.preset
     found = {f"{kind}{depth}": context.of(f"{kind}{depth}") for kind in KINDS for depth in preset.depths}
+    context.tell("gradients before the first step")
+    starts = {name: [first_gradient(r.spec, context) for r in results] for name, results in found.items()}
     rows = []
     for depth in preset.depths:
         for kind in KINDS:
@@ -50,19 +60,29 @@ def outcome(context: Context) -> Outcome:
                     spread(curves.train_errors(results)),
                     spread(curves.train_losses(results), 1, 4),
                     spread(curves.test_errors(results)),
+                    f"{statistics.median(starts[f'{kind}{depth}']):.3g}",
                     spread(curves.gradient_norms(results, 0.1), 1, 2),
                     said,
                 )
             )
-    head = ("network", "parameters", "training error %", "training loss", "test error %", "gradient norm")
+    head = (
+        "network",
+        "parameters",
+        "training error %",
+        "training loss",
+        "test error %",
+        "gradient, first step",
+        "gradient",
+    )
     table = Table(
         f"Plain and residual networks by depth: {preset.title}",
         (*head, "paper, CIFAR-10 test error %"),
         tuple(rows),
         (
             f"Mean ± sample deviation of {len(preset.seeds)} seeds, at the end of {preset.recipe.iterations:,} "
-            "iterations. Training error and loss: the last tenth of the iterations, on augmented batches. Gradient "
-            "norm: all parameters, the median over the last nine tenths of the iterations.",
+            "iterations. Training error and loss: the last tenth of the iterations, on augmented batches. Gradient: "
+            "the norm over all parameters; the median of the seeds before the first step (added once the "
+            "results were seen, to explain them), and the median over the last nine tenths of the iterations.",
             "The paper's plain networks of 20 to 56 layers are curves in Fig. 6, without numbers.",
         ),
     )
@@ -110,7 +130,25 @@ def outcome(context: Context) -> Outcome:
             log=True,
         )
     )
-    return Outcome((table,), tuple(findings(context, found)), tuple(panels), data(found))
+    return Outcome((table,), tuple(findings(context, found)), tuple(panels), data(found, starts))
+
+
+def first_gradient(spec: RunSpec, context: Context) -> float:
+    """The norm of all gradients of a run's first batch, before any step: the log begins after some steps.
+
+    Args:
+        spec: whose initial weights and first batch.
+        context: where the data are.
+    """
+    data = datasets.load(spec.data, context.place.data_root)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(datasets.stream(spec.seed, "weights"))
+        model = networks.build(spec.network, data.classes, data.channels, **dict(spec.options))
+    device = pick_device(context.place.device)
+    model = channels_last(model.to(device))
+    images, labels = next(data.batches(spec.recipe, spec.seed, 0, datasets.Part(), device))
+    F.cross_entropy(model(images), labels).backward()
+    return math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
 
 
 def findings(context: Context, found: dict[str, list[RunResult]]) -> list[str]:
@@ -135,7 +173,7 @@ def _name(network: str) -> str:
     return f"{kind}-{network.removeprefix(kind)}"
 
 
-def data(found: dict[str, list[RunResult]]) -> dict[str, object]:
+def data(found: dict[str, list[RunResult]], starts: dict[str, list[float]]) -> dict[str, object]:
     """Every seed's numbers, for the JSON."""
     return {
         network: {
@@ -145,6 +183,7 @@ def data(found: dict[str, list[RunResult]]) -> dict[str, object]:
             "best_test_error": [r.best_test_error for r in results],
             "train_error": curves.train_errors(results),
             "train_loss": curves.train_losses(results),
+            "first_gradient_norm": starts[network],
             "gradient_norm": curves.gradient_norms(results, 0.1),
             "seconds": [r.seconds for r in results],
         }

@@ -55,7 +55,7 @@ def estimate(name: str, preset_name: str) -> str:
 
     Example:
         >>> estimate("degradation", "digits")
-        'about 11 min on two CPU cores'
+        'about 21 min on two CPU cores'
     """
     chosen = experiment(name)
     if preset_name not in chosen.presets:

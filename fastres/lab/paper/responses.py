@@ -138,7 +138,7 @@ def outcome(context: Context) -> Outcome:
     text = ", ".join(f"resnet-{d} {m:.3f}" for d, m in zip(preset.depths, chain, strict=True))
     lines.append(f"deeper residual networks have smaller responses - {'yes' if holds else 'no'}: {text}")
     panels = tuple(
-        Panel(title, "layer", "standard deviation", tuple(_curves(stds, preset.depths, order)))
+        Panel(title, "layer", "standard deviation", tuple(_curves(stds, preset.depths, order)), log=True)
         for title, order in (("in the order of the network", False), ("sorted", True))
     )
     return Outcome((table,), tuple(lines), panels, {"stds": stds})
