@@ -5,6 +5,7 @@ these tests take that way.
 """
 
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -54,7 +55,23 @@ def again(block, x, times=3):
     return gradients(block, x=leaf)
 
 
-def test_gradients_are_written_over_here():
+@pytest.fixture
+def learns_again(monkeypatch):
+    for name, value in (("_unshared", None), ("_learnt", False), ("_attempts", 3)):
+        monkeypatch.setattr(_ownership, name, value)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_counts_are_learnt_where_nobody_watches(learns_again, watched):
+    """A profiler that records shapes holds each node's inputs while it runs: one owner more, and no baseline."""
+    with torch.profiler.profile(record_shapes=True, acc_events=True) if watched else nullcontext():
+        _ownership.learn()
+    assert (_ownership._unshared is None) is watched
+    _ownership.learn()
+    assert _ownership._unshared[1:] == (2, 1)
+
+
+def test_gradients_are_written_over_here(learns_again):
     """The way under test is taken: with addresses, since nothing else shows it."""
     block, _ = twins(lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()))
     seen = {}

@@ -12,6 +12,7 @@ nothing is learnt where frames may hold references of their own: in a debugger, 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from sys import getrefcount
 from typing import Any
@@ -27,8 +28,11 @@ _storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Us
 _storage_address: Callable[[Tensor], int] | None = getattr(torch._C, "_storage_address", None)
 
 _REPEATS = 32  # beyond what the interpreter takes to specialise the code that counts
+_OWNERS = 2, 1  # of a tensor that the engine hands to Python: the engine and the Python object; of its storage: it
 _unshared: Counts | None = None
 _learnt = False
+_attempts = 3
+_learning = threading.Lock()
 
 
 def _counts(t: Tensor) -> Counts:
@@ -48,26 +52,28 @@ def is_unshared(dy: Tensor) -> bool:
 class _Look(torch.autograd.Function):
     """Counts its gradient's references, through as many frames as a backward that asks `is_unshared`."""
 
-    seen: list[Counts]
-
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, seen: list[Counts]) -> Tensor:
+        ctx.seen = seen
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        _Look.seen.append(_seen_from_backward(dy))
-        return dy.clone()
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        ctx.seen.append(_seen_from_backward(dy))
+        return dy.clone(), None
 
 
 def _learn() -> None:
     """Counts of a gradient that the engine alone holds; None where one reference more does not show in each way."""
-    global _unshared, _learnt
-    if sys.gettrace() is not None or torch._C._current_graph_task_id() != -1:
-        return  # another forward will do
-    _learnt = True
+    global _unshared, _learnt, _attempts
+    watched = sys.gettrace() is not None or sys.getprofile() is not None or torch._C._autograd._profiler_enabled()
+    if watched or torch._C._current_graph_task_id() != -1 or torch._C._len_torch_dispatch_stack():
+        return  # something else may hold references here, a profiler for one; another forward will do
+    _attempts -= 1
+    _learnt = _attempts == 0
     known = None not in (_use_count, _storage_use_count, _storage_address)
     if not known or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        _learnt = True
         return
     look: Callable[..., Tensor] = _Look.apply
     held: list[Any] = []
@@ -79,19 +85,24 @@ def _learn() -> None:
     found: list[set[Counts]] = []
     with torch.enable_grad(), torch.inference_mode(False):
         for hook in ways:
-            _Look.seen = []
+            seen: list[Counts] = []
             for _ in range(_REPEATS):
-                y = look(torch.zeros(2, requires_grad=True))
+                y = look(torch.zeros(2, requires_grad=True), seen)
                 if hook is not None:
                     y.register_hook(hook)
                 (y * 2.0).sum().backward()
-            found.append(set(_Look.seen))
+            found.append(set(seen))
     alone, *shared = found
-    if len(alone) == 1 and not any(alone & counted for counted in shared):
+    expected = all(counted[1:] == _OWNERS for counted in alone)
+    if expected and len(alone) == 1 and not any(alone & counted for counted in shared):
         (_unshared,) = alone
+        _learnt = True
 
 
 def learn() -> None:
     """Called by a forward whose backward will ask `is_unshared`: the first call takes some milliseconds."""
-    if not _learnt:
-        _learn()
+    if not _learnt and _learning.acquire(blocking=False):  # another thread's will do
+        try:
+            _learn()
+        finally:
+            _learning.release()
