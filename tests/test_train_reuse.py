@@ -72,7 +72,8 @@ def test_counts_are_learnt_where_nobody_watches(learns_again, watched):
 
 
 def test_gradients_are_written_over_here(learns_again):
-    """The way under test is taken: with addresses, since nothing else shows it."""
+    """The way under test is taken: with addresses, since nothing else shows it. Learning may take as many steps as it has
+    attempts."""
     block, _ = twins(lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()))
     seen = {}
 
@@ -83,10 +84,13 @@ def test_gradients_are_written_over_here(learns_again):
         seen["dx"] = grad.data_ptr()
 
     block[0].register_forward_hook(lambda module, args, y: y.register_hook(after) and None)
-    y = block(block_input())
-    y.grad_fn.register_prehook(before)
-    (y * 2.0).sum().backward()
-    assert seen["dx"] == seen["dy"]
+    for _ in range(_ownership._attempts):
+        y = block(block_input())
+        y.grad_fn.register_prehook(before)
+        (y * 2.0).sum().backward()
+        if seen["dx"] == seen["dy"]:
+            break
+    assert seen["dx"] == seen["dy"], (_ownership._unshared, _ownership._attempts)
 
 
 @every_option
