@@ -72,8 +72,7 @@ def test_counts_are_learnt_where_nobody_watches(learns_again, watched):
 
 
 def test_gradients_are_written_over_here(learns_again):
-    """The way under test is taken: with addresses, since nothing else shows it. Learning may take as many steps as it has
-    attempts."""
+    """The way under test is taken: with addresses, since nothing else shows it. Learning has a few attempts."""
     block, _ = twins(lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()))
     seen = {}
 
