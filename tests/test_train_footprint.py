@@ -78,6 +78,17 @@ def test_memory_min_keeps_the_convolutions_outputs_alone():
     assert large(kept(block("min"), x)) == 2 * activation(64) + activation(256) + activation(256)  # the last: y^2's
 
 
+def test_blocks_of_ours_take_it_as_an_attribute():
+    """swap leaves them as they are and says what they do."""
+    torch.manual_seed(0)
+    net, x = fastres.nn.Bottleneck(256, 64), images().requires_grad_()
+    assert "memory 'default'" in fastres.swap(net, memory="min").rows[0].message
+    kept_before = large(kept(net, x))
+    net.memory = "min"
+    assert "memory 'min'" in fastres.swap(net).rows[0].message
+    assert kept_before - large(kept(net, x)) == 2 * activation(64)
+
+
 def test_a_frozen_bn_keeps_its_output_alone():
     x = images().requires_grad_()
     eager, ours = large(kept(block(None, frozen=True), x)), large(kept(block("default", frozen=True), x))

@@ -11,7 +11,7 @@ of an output that was changed in place.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastres.ops._bn_autograd import is_recomputed, output_of
 
-Memory = Literal["default", "min"]
-MEMORY: tuple[Memory, ...] = ("default", "min")
+MEMORY = ("default", "min")
 
 _top_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 _hooks_forbidden: Any = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message

@@ -89,7 +89,10 @@ def _match(name: str, block: nn.Module) -> Match | None:
         asked = ", ".join(f"{option} {value!r}" for option, value in options_of(fused)._asdict().items())
         return Match(name, block, pattern, None, Refusal("ALREADY", f"swapped before, {asked}"))
     if isinstance(block, _OURS):
-        return Match(name, block, cls.__name__, None, Refusal("ALREADY", "calls the fused operators itself"))
+        said = f"calls the fused operators itself, backend {block.backend!r}"
+        if hasattr(block, "memory"):  # its own attribute: swap changes no class here
+            said += f", memory {block.memory!r}"
+        return Match(name, block, cls.__name__, None, Refusal("ALREADY", said))
     found = find_adapter(cls)
     if found is None:
         if not _norms(block):
