@@ -12,6 +12,7 @@ PYTHON ?= python3.11
 LOCK := requirements/dev.lock
 BENCH_LOCK := requirements/bench.lock
 LOOPS_LOCK := requirements/loops.lock
+CUTLASS_LOCK := requirements/cutlass.lock
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check -q
 
@@ -102,9 +103,9 @@ $(STAMP_PYTHON):
 	  $(PYTHON) -m venv $(VENV); fi
 	@touch $@
 
-$(STAMP_LOCK): $(LOCK) | $(STAMP_PYTHON)
+$(STAMP_LOCK): $(LOCK) $(CUTLASS_LOCK) | $(STAMP_PYTHON)
 	$(call say,installing $(LOCK) (torch and the rest$(comma) about 6 GB on disk; a few minutes the first time))
-	@if ! $(PIP) install -r $(LOCK) >$(LOCK_LOG) 2>&1; then \
+	@if ! { $(PIP) install -r $(LOCK) && $(PIP) install --no-deps -r $(CUTLASS_LOCK); } >$(LOCK_LOG) 2>&1; then \
 	  tail -n 40 $(LOCK_LOG) >&2; echo 'fastres: the lock was not installed ($(LOCK_LOG))' >&2; exit 1; fi
 	@touch $@
 

@@ -3,16 +3,19 @@
 The metadata is in pyproject.toml. `FASTRES_BUILD_EXT` decides about the extensions: 0 leaves both out, 1 makes a failed
 compilation an error, cpu does so and leaves fastres._C_cuda out, unset tries. fastres._C_cuda is built where nvcc and a
 CUDA build of torch of the same major release are installed, whether a GPU is there or not, for the architectures of
-`TORCH_CUDA_ARCH_LIST`. A build that leaves one out says why in one line and goes on: every operator then runs
-through Triton or its reference, and `fastres info` says what is missing.
+`TORCH_CUDA_ARCH_LIST`. Its convolutions need the headers of CUTLASS 4: PyPI's nvidia-cutlass, or a folder in
+`CUTLASS_PATH`. A build that leaves something out says why in one line and goes on: every operator then runs through
+Triton, cuDNN or its reference, and `fastres info` says what is missing.
 """
 
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sysconfig
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
@@ -29,7 +32,9 @@ if SETTING not in ("", "0", "1", "cpu"):
     )
 REQUIRED = SETTING in ("1", "cpu")
 CPU, CUDA = "fastres._C", "fastres._C_cuda"
+CONVOLUTIONS = "fastres._C_cuda's convolutions"
 INSTEAD = {CPU: "operators run through their references", CUDA: "operators on a GPU run through Triton"}
+INSTEAD[CONVOLUTIONS] = "conv_act on a GPU runs through cuDNN or Triton"
 
 # csrc includes no ATen header: with the stable ABI of this release, one binary loads in it and in every later one.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
@@ -43,6 +48,7 @@ CXX_FLAGS = [
     "-Wno-psabi",
     *DEFINES,
 ]
+SM90 = "/conv_sm90"  # files of kernels that only 9.0a can run
 # NDEBUG: without it ptxas serialises wgmma. USE_CUDA: torch's header declares the current stream.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden", *DEFINES]
 
@@ -108,6 +114,40 @@ def cuda_tools(torch_cuda):
     return f"{root} has no libcudart_static.a"
 
 
+def cutlass_headers():
+    """(folders, version) of the headers of CUTLASS 4, or why there are none."""
+    asked = os.environ.get("CUTLASS_PATH")
+    spec = None if asked else importlib.util.find_spec("cutlass_library")
+    if not asked and (spec is None or spec.origin is None):
+        return "pip install --no-deps nvidia-cutlass, or name a folder of CUTLASS 4 in CUTLASS_PATH"
+    root = Path(asked) if asked else Path(spec.origin).parent / "source"
+    found = root / "include/cutlass/version.h"
+    if not found.exists():
+        return f"{found} does not exist" + ("; CUTLASS_PATH must name a folder of CUTLASS 4" if asked else "")
+    version = [re.search(rf"define CUTLASS_{part} (\d+)", found.read_text()) for part in ("MAJOR", "MINOR", "PATCH")]
+    numbers = [part[1] for part in version if part]
+    if not numbers or int(numbers[0]) != 4:
+        return f"{root} is of CUTLASS {'.'.join(numbers) or 'without a version'}, 4 is needed"
+    return [str(root / "include"), str(root / "tools/util/include")], ".".join(numbers)
+
+
+@contextmanager
+def architecture(name):
+    """Inside, torch compiles for this architecture alone."""
+    before = os.environ["TORCH_CUDA_ARCH_LIST"]
+    os.environ["TORCH_CUDA_ARCH_LIST"] = name
+    try:
+        yield
+    finally:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = before
+
+
+def few_jobs():
+    """A file of convolutions takes nvcc up to 5 GB: no more of them at once than memory holds, unless MAX_JOBS says so."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
+    os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, memory // 5))))
+
+
 def cuda_extension(torch, extension):
     """The extension fastres._C_cuda, or None where it is left out."""
     if SETTING == "cpu":
@@ -123,13 +163,28 @@ def cuda_extension(torch, extension):
     # PTX of 10.0a would fit no other chip; CUDA before 12.8 does not know 10.0.
     known = "8.0;9.0a;10.0+PTX" if tuple(map(int, release.split("."))) >= (12, 8) else "8.0;9.0a"
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or known
-    print(f"fastres: building {CUDA} with nvcc {release} ({root}) for {architectures}", flush=True)
+    cutlass = cutlass_headers()
+    tiles = [source for source in sources if "/conv_sm" in source]
+    sources = [source for source in sources if source not in tiles]
+    defines, folders, version = [], [], ""
+    if isinstance(cutlass, str):
+        leave_out(CONVOLUTIONS, cutlass, required=False)
+    else:
+        folders, version = cutlass
+        hopper = "9.0a" in re.split(r"[; +]", architectures)
+        sources += [source for source in tiles if hopper or SM90 not in source]
+        defines = ["-DFASTRES_CONV_SM80", *(["-DFASTRES_CONV_SM90"] if hopper else [])]
+        few_jobs()
+    with_cutlass = f" and CUTLASS {version}" if version else ""
+    print(f"fastres: building {CUDA} with nvcc {release} ({root}){with_cutlass} for {architectures}", flush=True)
     about = [f'-DFASTRES_ARCHITECTURES="{architectures}"', f'-DFASTRES_FLAGS="{" ".join(NVCC_FLAGS)}"']
+    about.append(f'-DFASTRES_CUTLASS="{version}"')
     return extension(
         CUDA,
         sources=["csrc/module.cpp", *sources],
         depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh")),
-        extra_compile_args={"cxx": [*CXX_FLAGS, "-DFASTRES_CUDA", *about], "nvcc": NVCC_FLAGS},
+        include=folders,
+        extra_compile_args={"cxx": [*CXX_FLAGS, "-DFASTRES_CUDA", *about], "nvcc": [*NVCC_FLAGS, *defines]},
         # The static runtime: none has to be found at run time, and its error state is nobody else's.
         library_dirs=[str(libraries)],
         libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
@@ -169,12 +224,23 @@ def extension_options():
             self.extensions = whole
 
         def build_extension(self, ext):
-            temporary = self.build_temp
+            temporary, compile_all = self.build_temp, self.compiler.compile
             self.build_temp = os.path.join(temporary, ext.name)  # both compile csrc/module.cpp
+
+            def compile_by_architecture(sources, output_dir, **options):
+                hopper = [source for source in sources if SM90 in source]
+                objects = []
+                if hopper:  # first: they take longest; apart: other chips have no such instructions
+                    with architecture("9.0a"):
+                        objects += compile_all(hopper, output_dir=os.path.join(output_dir, "sm_90a"), **options)
+                rest = [source for source in sources if source not in hopper]
+                return objects + compile_all(rest, output_dir=output_dir, **options)
+
+            self.compiler.compile = compile_by_architecture
             try:
                 super().build_extension(ext)
             finally:
-                self.build_temp = temporary
+                self.build_temp, self.compiler.compile = temporary, compile_all
 
         def forget(self, failed):
             """No older binary may pass for this one: neither the one built before, nor one beside the sources."""
@@ -184,9 +250,9 @@ def extension_options():
                 for stale in (built, ROOT / "fastres" / built.name):
                     stale.unlink(missing_ok=True)
 
-    def extension(name, **options):
+    def extension(name, include=(), **options):
         # PyPI's pybind11 comes before torch's bundled copy, which refuses TORCH_TARGET_VERSION.
-        return CppExtension(name, include_dirs=[str(ROOT / "csrc"), pybind11.get_include()], **options)
+        return CppExtension(name, include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *include], **options)
 
     cpu = extension(
         CPU,

@@ -10,6 +10,7 @@ constexpr unsigned long long kTorchTarget = 0;
 #endif
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
 
@@ -25,13 +26,16 @@ constexpr unsigned long long kTorchTarget = 0;
 #if !defined(FASTRES_ARCHITECTURES)
 #define FASTRES_ARCHITECTURES ""
 #endif
+#if !defined(FASTRES_CUTLASS)
+#define FASTRES_CUTLASS ""
+#endif
 
 namespace py = pybind11;
 
 namespace {
 
 // Rises when a native operator's schema changes: a binary of another number is refused at import.
-constexpr int kSchemaVersion = 3;
+constexpr int kSchemaVersion = 4;
 
 std::string compiler() {
 #if defined(__clang__)
@@ -54,6 +58,7 @@ py::dict build_info() {
   const int version = fastres::cuda_version();
   info["cuda"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
   info["architectures"] = FASTRES_ARCHITECTURES;
+  info["cutlass"] = FASTRES_CUTLASS;
 #else
   info["isa_runtime"] = fastres::isa_name(fastres::runtime_isa());
 #endif
@@ -78,6 +83,27 @@ py::dict kernel_attributes() {
   return kernels;
 }
 
+#if defined(FASTRES_CUDA)
+py::list conv_kernels() {
+  py::list kernels;
+  for (const fastres::ConvKernel& k : fastres::conv_kernels()) {
+    py::dict one;
+    one["name"] = k.name;
+    one["element"] = k.element;
+    one["architecture"] = k.architecture;
+    one["pixels"] = k.pixels;
+    one["channels"] = k.channels;
+    one["depth"] = k.depth;
+    one["cluster"] = k.cluster;
+    one["splits_depth"] = k.splits_depth;
+    one["threads"] = k.threads;
+    one["shared_bytes"] = k.shared_bytes;
+    kernels.append(one);
+  }
+  return kernels;
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -85,4 +111,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &build_info, "How this extension was built, and for what.");
   m.def("kernel_attributes", &kernel_attributes,
         "Registers, memory and occupancy of each device kernel; creates a CUDA context. {} without a GPU.");
+#if defined(FASTRES_CUDA)
+  m.def("conv_kernels", &conv_kernels, "The kernels of conv_act, in the order of _conv_act_native's `tile`.");
+  m.def("why_not_conv", &fastres::why_not_conv, "Why a kernel of conv_act cannot take a convolution; empty: it can.");
+#endif
 }

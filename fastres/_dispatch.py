@@ -52,8 +52,9 @@ class Backend:
 class Operator:
     """An operator's backends and, per device type, the order in which "auto" tries them.
 
-    `kind(x, *args, **kwargs)` is what refusals follow from beside x; `chosen` remembers choices. `example(probe)` makes
-    of a small tensor [1, 1, 1, 1] the arguments of an ordinary call in its dtype, on its device.
+    `kind(x, *args, **kwargs)` is what refusals follow from beside x; `chosen` remembers choices. `measured(x, kind)`
+    has the order for one call where it was measured, else nothing. `example(probe)` makes of a small tensor
+    [1, 1, 1, 1] the arguments of an ordinary call in its dtype, on its device.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Operator:
     backends: dict[str, Backend] = field(default_factory=dict)
     chosen: dict[tuple[Hashable, ...], Backend] = field(default_factory=dict)
     kind: Callable[..., Hashable] | None = None
+    measured: Callable[..., tuple[str, ...]] = lambda x, *kind: ()
     example: Callable[[Tensor], tuple[Any, ...]] = lambda probe: (probe,)
 
     def add(self, backend: Backend) -> None:
@@ -147,6 +149,9 @@ def ordinary_refusals(operator: Operator, backend: Backend, probe: Tensor) -> li
     return refusals(backend, x, *kind)
 
 
+_CHOSEN = 4096  # choices that an operator remembers
+
+
 def choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> Backend:
     """The backend that runs `operator` on `x` (a call of this kind).
 
@@ -157,6 +162,8 @@ def choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> Ba
     key = (requested, x.dtype, x.device, *kind)
     backend = operator.chosen.get(key)
     if backend is None:
+        if len(operator.chosen) >= _CHOSEN:  # kinds with sizes in them, of inputs that never repeat
+            operator.chosen.clear()
         backend = operator.chosen[key] = _choose(operator, requested, x, *kind)
     return backend
 
@@ -173,7 +180,7 @@ def _choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> B
         if reasons:
             raise BackendError(f"{operator.name}: backend {requested!r} refuses: {'; '.join(reasons)}")
         return backend
-    for name in operator.order.get(x.device.type, ()):
+    for name in operator.measured(x, *kind) or operator.order.get(x.device.type, ()):
         backend = operator.backends[name]
         if not refusals(backend, x, *kind):
             return backend

@@ -17,11 +17,12 @@ from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch  # loads the shared libraries that the extension modules link to
 
 # Raised by one whenever a schema of an `_<op>_native` operator changes; csrc/module.cpp carries the same number.
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 
 REBUILD = "pip install --no-build-isolation ."
 
@@ -141,6 +142,24 @@ def kernel_attributes() -> dict[str, dict[str, object]]:
     """
     module = native_cuda()
     return {} if module is None else {name: dict(found) for name, found in module.kernel_attributes().items()}
+
+
+def conv_kernels() -> list[dict[str, Any]]:
+    """The kernels of conv_act that `fastres._C_cuda` has, in the order of the native operator's `tile`.
+
+    Empty where the module is not loaded, or was built without CUTLASS's headers.
+    """
+    module = native_cuda()
+    return [] if module is None else [dict(found) for found in module.conv_kernels()]
+
+
+def why_not_conv(tile: int, shape: tuple[int, ...]) -> str:
+    """Why a kernel of conv_act cannot take a convolution; empty when it can. Needs no GPU.
+
+    shape: N, H, W, C, K, R, S, P, Q, then stride, padding and dilation, two each.
+    """
+    module = native_cuda()
+    return str(why_not_cuda()) if module is None else str(module.why_not_conv(tile, shape))
 
 
 def why_not_architecture(capability: tuple[int, int], architectures: str) -> str | None:

@@ -30,6 +30,7 @@ import roofline
 from fastres.lab.errors import LabError
 from fastres.lab.results import write_json
 from fastres.lab.timing import Timer
+from fastres.ops._conv_backends import tf32_allowed
 from gpu_run import files
 from gpu_run.clock import cold_timer, copy_bandwidth, state
 from measure import TINY, Case, Effort, Result, measure
@@ -183,7 +184,7 @@ def tf32(on: bool) -> Iterator[None]:
 
 def measured_rates(device: torch.device, small: bool) -> Rates:
     dtypes = {"fp32": torch.float32} if small else DTYPES
-    with tf32(torch.backends.cudnn.allow_tf32):
+    with tf32(tf32_allowed()):
         return roofline.measured(device, copy_bandwidth(device), dtypes)
 
 
@@ -206,7 +207,7 @@ class Session:
         if time.monotonic() - self.looked > 20:
             self.looked, self.clocks["after"] = time.monotonic(), state()
         data["environment"]["clocks"] = self.clocks
-        data["settings"]["fp32_products"] = "tf32" if torch.backends.cudnn.allow_tf32 else "ieee"
+        data["settings"]["fp32_products"] = "tf32" if tf32_allowed() else "ieee"
         data["run"] = {
             "dry_run": self.dry_run,
             "measured": list(self.results),

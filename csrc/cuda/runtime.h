@@ -82,6 +82,31 @@ void launch(const char* name, const Stream& on, int64_t blocks, int threads, voi
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name, on.device);
 }
 
+// Queues a kernel of more shared memory than every block may have unasked, in clusters of blocks along x.
+template <class Parameters>
+void launch_dynamic(const char* name, const Stream& on, dim3 grid, int threads, int64_t shared_bytes, int cluster,
+                    void (*kernel)(Parameters), const Parameters& parameters) {
+  constexpr int kDevices = 64;
+  static std::atomic<bool> allowed[kDevices];  // of one kernel: no two have parameters of one type
+  if (on.device >= kDevices || !allowed[on.device]) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+               name, on.device);
+    if (on.device < kDevices) allowed[on.device] = true;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = on.stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, parameters), name, on.device);
+}
+
 // Read once per device.
 inline int64_t multiprocessors(int device) {
   constexpr int kDevices = 64;
@@ -98,7 +123,8 @@ inline int64_t multiprocessors(int device) {
 struct Kernel {
   std::string name;  // statistics<half, 8>
   const void* function;
-  int threads;  // of a full block
+  int threads;                // of a full block
+  int64_t dynamic_bytes = 0;  // of shared memory, asked for at launch
 };
 
 template <class... Parameters>

@@ -133,7 +133,7 @@ class FrozenConv(nn.Conv2d):
         """What conv_act's refusals follow from, for a channels_last input."""
         stride, padding, dilation = (tuple(v) for v in (self.stride, self.padding, self.dilation))
         shape = tuple(self.weight.shape)
-        return Conv(True, False, shape, stride, padding, dilation, self.groups, self.act, False)  # type: ignore[arg-type]
+        return Conv(True, False, (0, 0, 0), shape, stride, padding, dilation, self.groups, self.act, False)  # type: ignore[arg-type]
 
     def plain(self, x: Tensor) -> None:
         """Run inputs like x on the weight as it is: oneDNN reorders it in every call."""

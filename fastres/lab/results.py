@@ -18,6 +18,7 @@ import torch
 import fastres
 from fastres._info import ENVIRONMENT, PACKAGES, cpu, load_average, version
 from fastres.lab.errors import OutputError
+from fastres.ops._conv_backends import tf32_allowed
 
 
 def prepare_folder(folder: Path, files: list[str]) -> None:
@@ -77,7 +78,7 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "load_average": load_average(),
         "flags": {
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
+            "cudnn.allow_tf32": tf32_allowed(),
             "cudnn.benchmark": torch.backends.cudnn.benchmark,
             "cudnn.deterministic": torch.backends.cudnn.deterministic,
             "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres.ops._tensors import KERNEL_DTYPES, memory_format, why_not_cpu, why_not_triton
+from fastres.ops import _conv_tiles
+from fastres.ops._conv_tiles import Problem
+from fastres.ops._tensors import KERNEL_DTYPES, memory_format, why_not_cpu, why_not_cuda, why_not_triton
 
 Pair = Sequence[int]
 
@@ -33,6 +35,7 @@ class Conv:
 
     channels_last: bool  # of the output, as eager's
     empty: bool
+    size: tuple[int, int, int]  # x's N, H, W
     weight: tuple[int, ...]  # [K, C / groups, R, S]
     stride: tuple[int, int]
     padding: tuple[int, int]
@@ -40,6 +43,7 @@ class Conv:
     groups: int
     act: str
     residual: bool
+    tf32: bool = False  # whether products of float32 tensors on a GPU may be TF32
 
 
 def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
@@ -184,6 +188,63 @@ def cudnn(
     return y
 
 
+def why_not_conv_cuda(x: Tensor, call: Conv) -> list[str]:
+    reasons = why_not_cuda(x)
+    if call.empty:
+        reasons.append("an empty tensor runs through the reference")
+    if not call.channels_last:
+        reasons.append("NCHW: the kernels read channels_last")
+    if call.groups > 1:
+        reasons.append(f"{call.groups} groups: the kernels have 1")
+    if call.act not in _conv_tiles.ACTS:
+        reasons.append(f"act is {call.act!r}: the kernels have {', '.join(_conv_tiles.ACTS)}")
+    if x.dtype is torch.float32 and not call.tf32:
+        reasons.append("float32 products are TF32, which torch.backends.cudnn forbids")
+    return reasons or _conv_tiles.why_not(problem_of(x, call))
+
+
+def problem_of(x: Tensor, call: Conv) -> Problem:
+    """The convolution as the kernels of fastres._C_cuda and the table of measurements know it."""
+    (n, h, w), (k, c, r, s) = call.size, call.weight
+    p, q = output_size((h, w), (r, s), call.stride, call.padding, call.dilation)
+    capability = torch.cuda.get_device_capability(x.device)
+    shape = n, h, w, c, k, r, s, p, q, *call.stride, *call.padding, *call.dilation
+    return Problem(capability, x.dtype, shape, call.residual)
+
+
+def measured(x: Tensor, call: Conv) -> tuple[str, ...]:
+    """The backends of a GPU in the order that was measured for this convolution; nothing where none was."""
+    if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES or call.groups > 1 or not call.channels_last:
+        return ()
+    return _conv_tiles.measured_order(problem_of(x, call))
+
+
+def cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+) -> Tensor:
+    problem = problem_of(x, call)
+    tile = _conv_tiles.choose(problem, torch.cuda.get_device_properties(x.device).multi_processor_count)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    tensors = [None if t is None else _readable(t) for t in (x, weight, bias, residual)]
+    where = *call.stride, *call.padding, *call.dilation
+    torch.ops.fastres._conv_act_native.default(*tensors, y, *where, call.act, tile.index)
+    return y
+
+
+def _readable(t: Tensor) -> Tensor:
+    """Dense, in channels_last where it is an image or a weight, at an address that 16 bytes can be read from."""
+    t = t.contiguous(memory_format=torch.channels_last if t.ndim == 4 else torch.contiguous_format)
+    return t if t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.preserve_format)
+
+
+def tf32_allowed() -> bool:
+    """Whether cuDNN's switch allows TF32 in convolutions: it rules all kernels that are one.
+
+    Not by `torch.backends.cudnn.allow_tf32`, which raises once the newer `fp32_precision` was set for convolutions.
+    """
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+
+
 def why_not_conv_triton(x: Tensor, call: Conv) -> list[str]:
     reasons = why_not_triton(x)
     if call.empty:
@@ -215,6 +276,6 @@ def triton(
         dilation=call.dilation,
         groups=call.groups,
         act=call.act,
-        tf32=torch.backends.cudnn.allow_tf32,
+        tf32=tf32_allowed(),
     )
     return y

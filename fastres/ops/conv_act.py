@@ -42,6 +42,10 @@ _LIB.define(
     "conv_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[2] stride, SymInt[2] padding, "
     'SymInt[2] dilation, SymInt groups, str act, str backend="auto") -> Tensor'
 )
+_LIB.define(
+    "_conv_act_native(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) y, int stride_h, "
+    "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, str act, int tile) -> ()"
+)
 
 
 # ---- the call: checks, shapes, layout --------------------------------------------------------------------------------
@@ -124,6 +128,7 @@ def _kind(
     return Conv(
         _output_is_channels_last(x, weight),
         x.numel() == 0 or weight.numel() == 0,
+        (x.shape[0], x.shape[2], x.shape[3]),
         tuple(weight.shape),
         pair(stride, "stride"),
         pair(padding, "padding"),
@@ -131,6 +136,7 @@ def _kind(
         groups,
         act,
         residual is not None,
+        x.dtype is torch.float32 and x.device.type == "cuda" and _conv_backends.tf32_allowed(),
     )
 
 
@@ -273,12 +279,15 @@ def _example(probe: Tensor) -> tuple[Tensor, Tensor]:
     return x, probe.new_empty(32, 32, 3, 3)
 
 
-OPERATOR = register(Operator("conv_act", {"cpu": ("cpu",), "cuda": ("cudnn", "triton")}, kind=_kind, example=_example))
+# Until measurements say otherwise, cuDNN first: it is the one of the three that is known to be fast at every shape.
+_ORDER = {"cpu": ("cpu",), "cuda": ("cudnn", "triton", "cuda")}
+OPERATOR = register(Operator("conv_act", _ORDER, kind=_kind, measured=_conv_backends.measured, example=_example))
 OPERATOR.add(Backend(REFERENCE, _conv_backends.why_not_reference, _conv_backends.reference))
 OPERATOR.add(Backend("cpu", _conv_backends.why_not_conv_cpu, _conv_backends.cpu))
 OPERATOR.add(Backend("onednn", _conv_backends.why_not_onednn, _conv_backends.onednn))
 OPERATOR.add(Backend("cudnn", _conv_backends.why_not_cudnn, _conv_backends.cudnn))
 OPERATOR.add(Backend("triton", _conv_backends.why_not_conv_triton, _conv_backends.triton))
+OPERATOR.add(Backend("cuda", _conv_backends.why_not_conv_cuda, _conv_backends.cuda))
 
 
 # ---- the short way ---------------------------------------------------------------------------------------------------
@@ -305,7 +314,8 @@ def _straight(
     act: str,
     backend: str,
 ) -> Tensor:
-    where = stride, padding, dilation, groups, act, backend, settings()
+    tf32 = x.dtype is torch.float32 and x.device.type == "cuda" and _conv_backends.tf32_allowed()
+    where = stride, padding, dilation, groups, act, backend, settings(), tf32
     key = _alike(x), _alike(weight), _alike(bias), _alike(residual), *where
     try:
         again = _seen[key]
@@ -350,7 +360,7 @@ def conv_act(
         stride, padding, dilation: a number or two, as for conv2d; padding is of zeros.
         groups: divides C and K.
         act: "relu", "none", "relu6", "hardswish" or "silu".
-        backend: "auto", "reference", "cpu", "onednn" (CPU), "cudnn" or "triton" (CUDA).
+        backend: "auto", "reference", "cpu", "onednn" (CPU), "cudnn", "triton" or "cuda" (CUDA).
 
     Returns:
         y: [N, K, P, Q], P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1; channels_last when x or weight is.

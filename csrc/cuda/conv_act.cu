@@ -1,0 +1,85 @@
+// conv_act on a GPU: y = act(conv2d(x, weight) + bias [+ residual]) by the kernel that the caller names, all tensors
+// channels_last. The kernels are in conv_sm90*.cu and conv_sm80*.cu.
+#include "cuda/conv_act.h"
+
+#include "cuda/tensors.h"
+
+namespace fastres {
+namespace {
+
+ConvShape shape_of(const Tensor& x, const Tensor& weight, const Tensor& y, int64_t stride_h, int64_t stride_w,
+                   int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w) {
+  const ConvShape shape{x.size(0),      x.size(2), x.size(3),
+                        x.size(1),      weight.size(0), weight.size(2),
+                        weight.size(3), y.size(2), y.size(3),
+                        {stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
+  const auto out = [](int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+  };
+  STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && dilation_h > 0 && dilation_w > 0 && padding_h >= 0 && padding_w >= 0,
+                  "stride, padding, dilation: expected positive numbers, padding at least 0");
+  const int64_t p = out(shape.h, shape.r, stride_h, padding_h, dilation_h);
+  const int64_t q = out(shape.w, shape.s, stride_w, padding_w, dilation_w);
+  STD_TORCH_CHECK(weight.size(1) == shape.c, "weight: expected ", shape.c, " channels as x, got ", shape_string(weight));
+  STD_TORCH_CHECK(y.size(0) == shape.n && y.size(1) == shape.k && shape.p == p && shape.q == q, "y: expected shape [",
+                  shape.n, ", ", shape.k, ", ", p, ", ", q, "], got ", shape_string(y));
+  return shape;
+}
+
+// The copy engine and cp.async read 16 bytes at a time. Allocations are aligned; a view into one may not be.
+void check_aligned(const OptionalTensor& t, const char* name) {
+  STD_TORCH_CHECK(!t || is_aligned16(address_of(data(*t))), name, ": expected an address that is a multiple of 16");
+}
+
+void conv_act(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor residual, Tensor y, int64_t stride_h,
+              int64_t stride_w, int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w,
+              std::string act, int64_t tile) {
+  check_cuda_tensor(x, "x");
+  const std::vector<ConvTile>& tiles = conv_tiles();
+  STD_TORCH_CHECK(tile >= 0 && tile < static_cast<int64_t>(tiles.size()), "tile: got ", tile, ", this build has ",
+                  tiles.size());
+  const ConvTile& chosen = tiles[static_cast<size_t>(tile)];
+  STD_TORCH_CHECK(type_of(x, "x") == chosen.type, "tile: ", chosen.name, " is not of x's dtype ",
+                  toString(x.scalar_type()));
+  const auto check = [&](const Tensor& t, const char* name) {
+    check_device(t, name, x, "x");
+    STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), name, ": expected dtype ", toString(x.scalar_type()),
+                    " as x, got ", toString(t.scalar_type()));
+    check_layout(t, name, true);
+    check_aligned(t, name);
+  };
+  check(x, "x");
+  check(weight, "weight");
+  check(y, "y");
+  if (residual) {
+    check_same(*residual, "residual", y, "y");
+    check(*residual, "residual");
+  }
+  const ConvShape shape =
+      shape_of(x, weight, y, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w);
+  if (bias) {
+    check_device(*bias, "bias", x, "x");
+    STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == shape.k &&
+                        bias->is_contiguous(),
+                    "bias: expected a contiguous [", shape.k, "] of x's dtype, got ", shape_string(*bias));
+    check_aligned(bias, "bias");
+  }
+  ConvTensors tensors{data(x), data(weight), data(bias), data(residual), data(y), 0, 0};
+  STD_TORCH_CHECK(activation_bounds(act, tensors.lower, tensors.upper), "act: expected relu, relu6 or none, got ", act);
+  if (y.numel() == 0) return;
+  const std::string reason = chosen.refusal(shape);
+  STD_TORCH_CHECK(reason.empty(), "conv_act: ", chosen.name, " refuses: ", reason);
+  const OnDevice on(x);
+  const int64_t bytes = chosen.workspace(shape, static_cast<int>(multiprocessors(on.stream().device)));
+  OptionalTensor workspace;  // from torch's allocator, given back when the launch is queued: the stream keeps the order
+  if (bytes > 0) {
+    const int64_t one = 1;
+    workspace = empty_strided({&bytes, 1}, {&one, 1}, aoti_torch_dtype_uint8(), x);
+  }
+  chosen.run(shape, tensors, data(workspace), on.stream());
+}
+
+}  // namespace
+}  // namespace fastres
+
+STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, m) { m.impl("_conv_act_native", TORCH_BOX(&fastres::conv_act)); }
