@@ -143,7 +143,7 @@ def architecture(name):
 
 
 def few_jobs():
-    """A file of convolutions takes nvcc up to 5 GB: no more of them at once than memory holds, unless MAX_JOBS says so."""
+    """No more compilers at once than memory holds: a file of convolutions takes up to 5 GB. MAX_JOBS overrules."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
     os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, memory // 5))))
 

@@ -189,7 +189,9 @@ def cudnn(
 
 
 def why_not_conv_cuda(x: Tensor, call: Conv) -> list[str]:
-    reasons = why_not_cuda(x)
+    if why_not_cuda(x):
+        return why_not_cuda(x)
+    reasons = []
     if call.empty:
         reasons.append("an empty tensor runs through the reference")
     if not call.channels_last:
@@ -242,7 +244,7 @@ def tf32_allowed() -> bool:
 
     Not by `torch.backends.cudnn.allow_tf32`, which raises once the newer `fp32_precision` was set for convolutions.
     """
-    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def why_not_conv_triton(x: Tensor, call: Conv) -> list[str]:

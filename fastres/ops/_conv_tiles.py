@@ -125,6 +125,7 @@ class _Chip:
     shared: float  # bytes of shared memory
 
 
+_SHARE = 8  # steps below which CUTLASS gives no block a part of a tile
 _CHIPS = {80: _Chip(2048, 10, 32, 128), 90: _Chip(4096, 18, 48, 128)}
 
 
@@ -145,9 +146,10 @@ def cost(kernel: Kernel, problem: Problem, multiprocessors: int) -> float:
     epilogue = kernel.pixels * kernel.channels * size * (2 if problem.residual else 1) / chip.memory
 
     if kernel.splits_depth:
-        partial = 2 * 4 * kernel.pixels * kernel.channels / chip.cache  # fp32 sums, written and read
-        whole = tiles % multiprocessors == 0
-        return step * max(tiles * steps / multiprocessors, 1) + epilogue + (0 if whole else partial)
+        share = max(tiles * steps / multiprocessors, min(steps, _SHARE))  # steps of a block
+        sums = 2 * 4 * kernel.pixels * kernel.channels / chip.cache  # in fp32: written and read, one block after another
+        blocks = 1 if tiles % multiprocessors == 0 else max(steps / share, 2)  # that share a tile
+        return step * share + epilogue * max(tiles / multiprocessors, 1) + sums * (blocks - 1)
     overlaps = "pingpong" in kernel.name or kernel.architecture == 80  # other tiles' products hide the epilogue
     tile = max(step * steps, epilogue) + min(step * steps, epilogue) * (0.1 if overlaps else 1)
     return float(-(-tiles // multiprocessors) * tile)
