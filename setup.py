@@ -3,9 +3,9 @@
 The metadata is in pyproject.toml. `FASTRES_BUILD_EXT` decides about the extensions: 0 leaves both out, 1 makes a failed
 compilation an error, cpu does so and leaves fastres._C_cuda out, unset tries. fastres._C_cuda is built where nvcc and a
 CUDA build of torch of the same major release are installed, whether a GPU is there or not, for the architectures of
-`TORCH_CUDA_ARCH_LIST`. Its convolutions need the headers of CUTLASS 4: PyPI's nvidia-cutlass, or a folder in
-`CUTLASS_PATH`. A build that leaves something out says why in one line and goes on: every operator then runs through
-Triton, cuDNN or its reference, and `fastres info` says what is missing.
+`TORCH_CUDA_ARCH_LIST`. Its convolutions need the headers of CUTLASS 4: PyPI's nvidia-cutlass, or what
+`FASTRES_CUTLASS` names. A build that leaves something out says why in one line and goes on: every operator then runs
+through Triton, cuDNN or its reference, and `fastres info` says what is missing.
 """
 
 import importlib.util
@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import zipfile
 from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
@@ -116,19 +117,27 @@ def cuda_tools(torch_cuda):
 
 def cutlass_headers():
     """(folders, version) of the headers of CUTLASS 4, or why there are none."""
-    asked = os.environ.get("CUTLASS_PATH")
-    spec = None if asked else importlib.util.find_spec("cutlass_library")
-    if not asked and (spec is None or spec.origin is None):
-        return "pip install --no-deps nvidia-cutlass, or name a folder of CUTLASS 4 in CUTLASS_PATH"
-    root = Path(asked) if asked else Path(spec.origin).parent / "source"
-    found = root / "include/cutlass/version.h"
-    if not found.exists():
-        return f"{found} does not exist" + ("; CUTLASS_PATH must name a folder of CUTLASS 4" if asked else "")
-    version = [re.search(rf"define CUTLASS_{part} (\d+)", found.read_text()) for part in ("MAJOR", "MINOR", "PATCH")]
-    numbers = [part[1] for part in version if part]
-    if not numbers or int(numbers[0]) != 4:
-        return f"{root} is of CUTLASS {'.'.join(numbers) or 'without a version'}, 4 is needed"
-    return [str(root / "include"), str(root / "tools/util/include")], ".".join(numbers)
+    how = "pip install --no-deps nvidia-cutlass, or FASTRES_CUTLASS=its wheel or a folder with include/cutlass"
+    given = os.environ.get("FASTRES_CUTLASS")
+    spec = None if given else importlib.util.find_spec("cutlass_library")
+    if not given and (spec is None or spec.origin is None):
+        return f"CUTLASS's headers are not here: {how}"
+    root = Path(given) if given else Path(spec.origin).parents[1]
+    if root.is_file() and zipfile.is_zipfile(root):
+        with zipfile.ZipFile(root) as wheel:
+            root = ROOT / "build" / root.stem
+            wheel.extractall(root, [name for name in wheel.namelist() if "/include/" in name])
+    for source in (root, root / "cutlass_library/source"):
+        found = source / "include/cutlass/version.h"
+        if found.exists():
+            break
+    else:
+        return f"{root} has no include/cutlass: {how}"
+    text = found.read_text()
+    version = [re.search(rf"define CUTLASS_{part} (\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
+    if None in version or version[0][1] != "4":
+        return f"{source} is not of CUTLASS 4: {how}"
+    return [str(source / "include"), str(source / "tools/util/include")], ".".join(part[1] for part in version)
 
 
 @contextmanager

@@ -209,9 +209,7 @@ def _has(distribution: str) -> bool:
 
 def cutlass() -> Item:
     """CUTLASS's headers: of the package nvidia-cutlass, or of the wheel or folder that FASTRES_CUTLASS names."""
-    remedy = (
-        f"pip install --no-deps nvidia-cutlass, or {CUTLASS}=its wheel or an unpacked folder (nothing needs it yet)"
-    )
+    remedy = f"pip install --no-deps nvidia-cutlass, or {CUTLASS}=its wheel or an unpacked folder"
     given = os.environ.get(CUTLASS)
     if given is None:
         found = _has("nvidia-cutlass")
