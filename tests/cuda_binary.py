@@ -18,6 +18,7 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent.parent / "docs/kernels-cuda.md"
 DOCUMENTED = "sm_90a"
+SCHEDULES = ("cooperative", "pingpong", "streamk")
 HEAD = """# The CUDA kernels, as compiled
 
 Written by `python tests/cuda_binary.py` from the built `fastres._C_cuda`; `tests/test_cuda_binary.py` fails when it no
@@ -30,6 +31,18 @@ written once. No kernel spills, uses local memory, double precision or atomics.
 
 | kernel | registers | shared memory, B | threads | blocks | 128-bit loads | 128-bit stores |
 | --- | --- | --- | --- | --- | --- | --- |
+"""
+CONVOLUTIONS = """
+## The convolutions
+
+`conv_act` with CUTLASS {cutlass}. The sm_90 ones load by the copy engine (TMA, im2col mode) and multiply by wgmma (HGMMA);
+the sm_80 ones, which every newer GPU runs too, by cp.async and mma.sync (HMMA). Registers are what a block is launched
+with: the sm_90 kernels move most of the loading warps' to the multiplying ones. Products are in the code: the loop over
+the depth is written twice on sm_90, its start and its body, each with one wait. No kernel spills, uses local memory or
+double precision; stream-K alone has atomics, for its counters and for a mode that is not used.
+
+| kernel | element | tile | depth | cluster | registers | shared memory, B | threads | blocks | products | waits |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -61,6 +74,10 @@ class Kernel:
     order: tuple[str, ...]  # the same as they follow each other
 
     @property
+    def is_convolution(self):
+        return self.name.startswith("conv_sm")
+
+    @property
     def lanes(self):
         """Elements that a thread moves at once."""
         numbers = re.findall(r"\b\d+\b", self.name.partition("<")[2])
@@ -86,6 +103,7 @@ def readable(mangled):
     short = []
     for name in names.splitlines():
         name = re.sub(r"fastres::|_GLOBAL__N__\w+::|\(anonymous namespace\)::|^void ", "", name)
+        name = re.sub(r"\(Schedule\)(\d)", lambda found: SCHEDULES[int(found[1])], name)  # conv_sm90.cuh's
         short.append(
             re.sub(r"\(.*", "", name.replace("(int)", "").replace("(bool)0", "false").replace("(bool)1", "true"))
         )
@@ -129,13 +147,40 @@ def kernels(path):
     return found
 
 
-def table(path, build):
+def of_convolution(found, row):
+    """The kernel in the binary of a row of `_extension.conv_kernels()`: by its type and tile."""
+    element = {"float16": "Half", "bfloat16": "BFloat16", "float32": "float"}[row["element"]]
+    generation, size, *others = row["name"].split("_")
+    schedule = next((name for name in SCHEDULES if name in others), SCHEDULES[0])
+    wanted = f"{generation.capitalize()}<{element}, {row['pixels']}, {row['channels']}, "
+    if generation == "sm90":
+        wanted += f"{row['cluster']}, {schedule}>"
+    (kernel,) = [k for k in found.values() if wanted in k.name]
+    return kernel
+
+
+def table(path, build, convolutions):
     """The text of docs/kernels-cuda.md."""
+    found = kernels(path)[DOCUMENTED]
     rows = []
-    for _, k in sorted(kernels(path)[DOCUMENTED].items()):
-        loads, stores = k.count(r"LDG\.E\.128"), k.count(r"STG\.E\.128")
-        rows.append(f"| `{k.name}` | {k.registers} | {k.shared} | {k.threads} | {k.blocks} | {loads} | {stores} |\n")
-    return HEAD.format(architecture=DOCUMENTED, cuda=build["cuda"], flags=build["flags"]) + "".join(rows)
+    for _, k in sorted(found.items()):
+        if not k.is_convolution:
+            loads, stores = k.count(r"LDG\.E\.128"), k.count(r"STG\.E\.128")
+            rows.append(
+                f"| `{k.name}` | {k.registers} | {k.shared} | {k.threads} | {k.blocks} | {loads} | {stores} |\n"
+            )
+    text = HEAD.format(architecture=DOCUMENTED, cuda=build["cuda"], flags=build["flags"]) + "".join(rows)
+    if not convolutions:
+        return text
+    rows = []
+    for row in convolutions:
+        k = of_convolution(found, row)
+        blocks = min(65536 // (-(-k.registers // 8) * 8 * row["threads"]), 228 * 1024 // (row["shared_bytes"] + 1024))
+        cells = f"`{row['name']}`", row["element"], f"{row['pixels']}x{row['channels']}", row["depth"], row["cluster"]
+        counts = k.count("HGMMA|HMMA"), k.count(r"WARPGROUP\.DEPBAR") or "-"
+        cells = *cells, k.registers, f"{row['shared_bytes']:,}", row["threads"], blocks, *counts
+        rows.append("| " + " | ".join(map(str, cells)) + " |\n")
+    return text + CONVOLUTIONS.format(cutlass=build["cutlass"]) + "".join(rows)
 
 
 if __name__ == "__main__":
@@ -143,4 +188,4 @@ if __name__ == "__main__":
 
     if _extension.why_not_cuda():
         sys.exit(_extension.why_not_cuda())
-    DOCS.write_text(table(binary(), _extension.build_info_cuda()))
+    DOCS.write_text(table(binary(), _extension.build_info_cuda(), _extension.conv_kernels()))

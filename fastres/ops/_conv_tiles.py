@@ -147,7 +147,9 @@ def cost(kernel: Kernel, problem: Problem, multiprocessors: int) -> float:
 
     if kernel.splits_depth:
         share = max(tiles * steps / multiprocessors, min(steps, _SHARE))  # steps of a block
-        sums = 2 * 4 * kernel.pixels * kernel.channels / chip.cache  # in fp32: written and read, one block after another
+        sums = (
+            2 * 4 * kernel.pixels * kernel.channels / chip.cache
+        )  # in fp32: written and read, one block after another
         blocks = 1 if tiles % multiprocessors == 0 else max(steps / share, 2)  # that share a tile
         return step * share + epilogue * max(tiles / multiprocessors, 1) + sums * (blocks - 1)
     overlaps = "pingpong" in kernel.name or kernel.architecture == 80  # other tiles' products hide the epilogue
