@@ -35,11 +35,11 @@ written once. No kernel spills, uses local memory, double precision or atomics.
 CONVOLUTIONS = """
 ## The convolutions
 
-`conv_act` with CUTLASS {cutlass}. The sm_90 ones load by the copy engine (TMA, im2col mode) and multiply by wgmma (HGMMA);
-the sm_80 ones, which every newer GPU runs too, by cp.async and mma.sync (HMMA). Registers are what a block is launched
-with: the sm_90 kernels move most of the loading warps' to the multiplying ones. Products are in the code: the loop over
-the depth is written twice on sm_90, its start and its body, each with one wait. No kernel spills, uses local memory or
-double precision; stream-K alone has atomics, for its counters and for a mode that is not used.
+`conv_act` with CUTLASS {cutlass}. The sm_90 ones load by the copy engine (TMA, im2col mode) and multiply by wgmma
+(HGMMA); the sm_80 ones, which every newer GPU runs too, by cp.async and mma.sync (HMMA). Registers are what a block
+is launched with: the sm_90 kernels move most of the loading warps' to the multiplying ones. Products are in the code:
+the loop over the depth is written twice on sm_90, its start and its body, each with one wait. No kernel spills, uses
+local memory or double precision; stream-K alone has atomics, for its counters and for a mode that is not used.
 
 | kernel | element | tile | depth | cluster | registers | shared memory, B | threads | blocks | products | waits |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -61,6 +61,7 @@ def test_native_schemas_match_the_binary():
     for op in OPERATORS:
         for name in (op, f"{op}_backward", f"{op}_direct", f"{op}_backward_direct"):
             assert f"fastres::_{name}_native" in registered
+    assert "fastres::_conv_act_native" in registered  # also where the build has no kernel for it: it then says so
 
 
 def test_a_torch_without_cuda_is_named(monkeypatch):
