@@ -6,6 +6,9 @@ there is a wait behind each product. Here there is one behind each step of the d
 
 import re
 import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -113,6 +116,22 @@ def test_sm80_multiplies_by_mma_sync_from_asynchronous_copies(row, kernel):
     assert kernel.count(r"LDGSTS\.E.*\.128$") == kernel.count("LDGSTS") > 0, "16 bytes at a time"
     assert kernel.count(r"LDSM\.16\.M88\.4") > 0 and kernel.count(r"STG\.E\.128") > 0
     assert kernel.registers <= 255
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_ptxas_has_nothing_to_say():
+    """No warning C7510 (wgmma serialised) or C7508 (setmaxnreg ignored), nor any other; no spill."""
+    root = cuda_binary.DOCS.parent.parent
+    source = Path(find_spec("cutlass_library").origin).parents[1] / "cutlass_library/source"
+    folders = root / "csrc", source / "include", source / "tools/util/include"
+    command = ["nvcc", *BUILD["flags"].split(), "--expt-relaxed-constexpr", "-Xptxas", "-v", "-cubin"]
+    command += ["-gencode=arch=compute_90a,code=sm_90a", *(f"-I{folder}" for folder in folders)]
+    command += ["-o", "/dev/null", str(root / "csrc/cuda/conv_sm90_64x128.cu")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said[-3000:]
+    assert "warning" not in said.lower() and said.count("0 bytes spill stores, 0 bytes spill loads") == 2, said[-3000:]
 
 
 def test_the_parsers_see_a_serialised_loop():

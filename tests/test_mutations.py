@@ -15,7 +15,7 @@ import pytest
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("csrc", "fastres", "kernels", "tests", "benchmarks")
-FILES = ("setup.py", "pyproject.toml", "LICENSE", "README.md")
+FILES = ("setup.py", "pyproject.toml", "LICENSE", "LICENSE.CUTLASS", "README.md")
 OPERATORS = ("tests/test_bn_act.py", "tests/test_bn_act_contract.py", "tests/test_add_relu.py")
 INTERPRETER = ("tests/test_triton_interpreter.py::test_lane[lane_bn_act]",)
 GEOMETRY = ("tests/test_triton_interpreter.py::test_lane[lane_geometry]",)

@@ -166,7 +166,10 @@ def install(python, *what, cwd, **environment):
 
 
 def install_fastres(python, *what, cwd, **environment):
-    """The same for fastres alone, also where another fastres is among the shared packages."""
+    """The same for fastres alone, also where another fastres is among the shared packages.
+
+    Where FASTRES_CUTLASS names a folder without CUTLASS, the convolutions, minutes of nvcc, are left out.
+    """
     options = ["--no-deps", "--no-build-isolation", "--force-reinstall"]
     return install(python, *options, *what, cwd=cwd, **environment)
 
@@ -370,7 +373,14 @@ class TestInstalled:
         expected = "imported" if importlib.util.find_spec("triton") else "no triton"
         assert f"kernels: {expected}" in smoke(python, tmp_path)
         listed = run(python, "-m", "zipfile", "-l", wheel, cwd=tmp_path).output
-        for name in ("/py.typed", "/kernels/bn_act.py", "fastres/_C.", "licenses/LICENSE", "entry_points.txt"):
+        for name in (
+            "/py.typed",
+            "/kernels/bn_act.py",
+            "fastres/_C.",
+            "licenses/LICENSE",
+            "licenses/LICENSE.CUTLASS",
+            "entry_points.txt",
+        ):
             assert name in listed, f"{name} is not in {wheel.name}"
         for name in ("tests/", "benchmarks/", "csrc/"):
             assert f"\n{name}" not in listed, f"{name} is in {wheel.name}"
@@ -404,7 +414,7 @@ class TestInstalled:
 
     def test_install_from_the_tree(self, tree, tmp_path):
         python = make_venv(tmp_path / "venv")
-        install_fastres(python, tree, cwd=tmp_path, FASTRES_BUILD_EXT="1")
+        install_fastres(python, tree, cwd=tmp_path, FASTRES_BUILD_EXT="1", FASTRES_CUTLASS=str(tmp_path))
         smoke(python, tmp_path)
 
     def test_sdist_holds_the_tree(self, sdist, tree, tmp_path):
@@ -422,7 +432,7 @@ class TestInstalled:
     def test_editable(self, tmp_path):
         tree = copy_sources(tmp_path / "tree")
         python = make_venv(tmp_path / "venv")
-        install_fastres(python, "-e", tree, cwd=tmp_path, FASTRES_BUILD_EXT="1")
+        install_fastres(python, "-e", tree, cwd=tmp_path, FASTRES_BUILD_EXT="1", FASTRES_CUTLASS=str(tmp_path))
         smoke(python, tmp_path, inside=tree)
         (tree / "kernels/added_later.py").write_text("ANSWER = 42\n")
         away = tmp_path / "away"

@@ -67,10 +67,35 @@ class TestCudaConfiguration:
 
     def test_architectures(self, tree, tmp_path):
         home = str(self.toolkit(tmp_path, torch.version.cuda))
-        (line,) = self.says(tree, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="")
-        assert f"building fastres._C_cuda with nvcc {torch.version.cuda} ({home}) for 8.0;9.0a;10.0+PTX" in line
+        (line,) = self.says(tree, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="", FASTRES_CUTLASS=str(self.cutlass(tmp_path)))
+        with_both = f"with nvcc {torch.version.cuda} ({home}) and CUTLASS 4.9.1 for 8.0;9.0a;10.0+PTX"
+        assert f"building fastres._C_cuda {with_both}" in line
         (line,) = self.says(tree, CUDA_HOME=home, TORCH_CUDA_ARCH_LIST="8.6")
         assert line.endswith(" for 8.6")
+
+    def cutlass(self, folder, major=4):
+        header = folder / "cutlass_library/source/include/cutlass/version.h"
+        header.parent.mkdir(parents=True)
+        header.write_text(f"#define CUTLASS_MAJOR {major}\n#define CUTLASS_MINOR 9\n#define CUTLASS_PATCH 1\n")
+        return folder
+
+    def test_cutlass_from_a_wheel(self, tree, tmp_path):
+        home, folder = str(self.toolkit(tmp_path, torch.version.cuda)), self.cutlass(tmp_path / "unpacked")
+        wheel = Path(shutil.make_archive(str(tmp_path / "nvidia_cutlass-4"), "zip", folder))
+        (line,) = self.says(tree, CUDA_HOME=home, FASTRES_CUTLASS=str(wheel.rename(wheel.with_suffix(".whl"))))
+        assert "and CUTLASS 4.9.1 for" in line
+        assert (tree / "build/nvidia_cutlass-4/cutlass_library/source/include/cutlass/version.h").exists()
+
+    def test_without_cutlass_the_rest_is_built(self, tree, tmp_path):
+        home = str(self.toolkit(tmp_path, torch.version.cuda))
+        for folder, why in (
+            (tmp_path / "nothing", "has no include/cutlass"),
+            (self.cutlass(tmp_path / "old", major=3), "is not of CUTLASS 4"),
+        ):
+            lines = self.says(tree, CUDA_HOME=home, FASTRES_CUTLASS=str(folder), FASTRES_BUILD_EXT="1")
+            assert "fastres._C_cuda has no convolutions, they run through cuDNN or Triton" in lines[0]
+            assert why in lines[0] and "pip install --no-deps nvidia-cutlass" in lines[0]
+            assert "building fastres._C_cuda with nvcc" in lines[1] and "CUTLASS" not in lines[1]
 
     def test_the_cpu_module_alone(self, tree, tmp_path):
         home = str(self.toolkit(tmp_path, torch.version.cuda))

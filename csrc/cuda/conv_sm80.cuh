@@ -84,7 +84,7 @@ struct Sm80 {
       cutlass::arch::OpMultiplyAdd, cutlass::conv::IteratorAlgorithm::kOptimized,
       cutlass::conv::StrideSupport::kStrided>::Kernel;
   using Checks = cutlass::conv::device::ImplicitGemmConvolution<Kernel>;
-  static constexpr int64_t kSharedBytes = sizeof(typename Kernel::SharedStorage);
+  static constexpr Dynamic kBlocks{Kernel::kThreadCount, sizeof(typename Kernel::SharedStorage), 1};
 
   static typename Kernel::Arguments arguments(const ConvShape& shape, const ConvTensors& t) {
     const auto narrow = [](int64_t v) { return static_cast<int>(v); };
@@ -135,15 +135,15 @@ void Sm80<T, kRows, kColumns, kWarpRows, kWarpColumns, kBytes, kStages>::run(con
                                                                             const ConvTensors& tensors, void*,
                                                                             const Stream& on) {
   const typename Kernel::Params params(arguments(shape.as_line(), tensors));
-  launch_dynamic("conv_act", on, Swizzle::get_grid_shape(params.grid_tiled_shape), Kernel::kThreadCount, kSharedBytes, 1,
-                 conv_sm80_kernel<Sm80>, params);
+  allow_dynamic("conv_act", on, kBlocks, conv_sm80_kernel<Sm80>);
+  launch_dynamic("conv_act", on, kBlocks, Swizzle::get_grid_shape(params.grid_tiled_shape), conv_sm80_kernel<Sm80>, params);
 }
 
 template <class T, int kRows, int kColumns, int kWarpRows, int kWarpColumns, int kBytes, int kStages>
 void list_conv_sm80(std::vector<ConvTile>& tiles) {
   using Tile = Sm80<T, kRows, kColumns, kWarpRows, kWarpColumns, kBytes, kStages>;
   tiles.push_back({"sm80_" + std::to_string(kRows) + "x" + std::to_string(kColumns), type_constant<T>(), 80, kRows,
-                   kColumns, Tile::kDepth, 1, false, Tile::Kernel::kThreadCount, Tile::kSharedBytes,
+                   kColumns, Tile::kDepth, 1, false, Tile::kBlocks.threads, Tile::kBlocks.shared_bytes,
                    reinterpret_cast<const void*>(&conv_sm80_kernel<Tile>), &Tile::refusal, &Tile::workspace, &Tile::run});
 }
 

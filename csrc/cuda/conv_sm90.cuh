@@ -16,6 +16,8 @@
 // pixels and the depth is short.
 #pragma once
 
+#include <cstddef>
+
 #include <cutlass/cutlass.h>
 #include <cutlass/kernel_hardware_info.hpp>
 
@@ -140,6 +142,14 @@ struct Sm90 {
   using Problem = cute::Shape<int, int, cute::Shape<int, int, int>, int>;  // rows, columns, (C, S, R), 1
   using Kernel = cutlass::gemm::kernel::GemmUniversal<Problem, Mainloop, Epilogue, Scheduler>;
 
+  using Storage = typename Kernel::SharedStorage;
+  static_assert(sizeof(Storage) <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
+  static_assert(offsetof(Storage, tensors.mainloop.smem_A) % 1024 == 0 &&
+                    offsetof(Storage, tensors.mainloop.smem_B) % 1024 == 0,
+                "the swizzle repeats after 1024 bytes: wgmma and the copy engine must begin it at the same place");
+  static_assert(kStages >= 3, "two steps are read while one is written");
+  static constexpr Dynamic kBlocks{static_cast<int>(Kernel::MaxThreadsPerBlock), Kernel::SharedStorageSize, kCluster};
+
   // The largest corner and tap offset that the copy engine's im2col mode takes, in pixels.
   static constexpr int64_t kCorner = 127, kOffset = 254, kStride = 8;
 
@@ -207,27 +217,25 @@ __global__ void __launch_bounds__(Tile::Kernel::MaxThreadsPerBlock, 1)
 template <class T, int kRows, int kColumns, int kCluster, Schedule kSchedule>
 void Sm90<T, kRows, kColumns, kCluster, kSchedule>::run(const ConvShape& shape, const ConvTensors& tensors,
                                                         void* workspace, const Stream& on) {
-  const auto a = arguments(shape.as_line(), tensors, static_cast<int>(multiprocessors(on.device)));
+  auto a = arguments(shape.as_line(), tensors, static_cast<int>(multiprocessors(on.device)));
+  a.hw_info.max_active_clusters = allow_dynamic("conv_act", on, kBlocks, conv_sm90_kernel<Sm90>);
   if (Kernel::initialize_workspace(a, workspace, on.stream) != cutlass::Status::kSuccess) {
     check_cuda(cudaGetLastError(), "conv_act's workspace", on.device);
   }
   const auto params = Kernel::to_underlying_arguments(a, workspace);
-  launch_dynamic("conv_act", on, Kernel::get_grid_shape(params), static_cast<int>(Kernel::MaxThreadsPerBlock),
-                 Kernel::SharedStorageSize, kCluster, conv_sm90_kernel<Sm90>, params);
+  launch_dynamic("conv_act", on, kBlocks, Kernel::get_grid_shape(params), conv_sm90_kernel<Sm90>, params);
 }
 
 template <class T, int kRows, int kColumns, int kCluster, Schedule kSchedule>
 void list_conv_sm90(std::vector<ConvTile>& tiles) {
   using Tile = Sm90<T, kRows, kColumns, kCluster, kSchedule>;
-  static_assert(Tile::Kernel::SharedStorageSize <= cutlass::gemm::collective::detail::sm90_smem_capacity_bytes);
-  static_assert(Tile::kStages >= 3, "two steps are read while one is written");
   std::string name = "sm90_" + std::to_string(kRows) + "x" + std::to_string(kColumns);
   if (kCluster > 1) name += "_cluster" + std::to_string(kCluster);
   if (kSchedule == Schedule::kPingpong) name += "_pingpong";
   if (kSchedule == Schedule::kStreamK) name += "_streamk";
   tiles.push_back({name, type_constant<T>(), 90, kRows, kColumns, Tile::Depth::value, kCluster,
-                   kSchedule == Schedule::kStreamK, static_cast<int>(Tile::Kernel::MaxThreadsPerBlock),
-                   Tile::Kernel::SharedStorageSize, reinterpret_cast<const void*>(&conv_sm90_kernel<Tile>),
+                   kSchedule == Schedule::kStreamK, Tile::kBlocks.threads, Tile::kBlocks.shared_bytes,
+                   reinterpret_cast<const void*>(&conv_sm90_kernel<Tile>),
                    &Tile::refusal, &Tile::workspace, &Tile::run});
 }
 

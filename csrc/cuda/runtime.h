@@ -82,28 +82,52 @@ void launch(const char* name, const Stream& on, int64_t blocks, int threads, voi
   check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), name, on.device);
 }
 
-// Queues a kernel of more shared memory than every block may have unasked, in clusters of blocks along x.
-template <class Parameters>
-void launch_dynamic(const char* name, const Stream& on, dim3 grid, int threads, int64_t shared_bytes, int cluster,
-                    void (*kernel)(Parameters), const Parameters& parameters) {
-  constexpr int kDevices = 64;
-  static std::atomic<bool> allowed[kDevices];  // of one kernel: no two have parameters of one type
-  if (on.device >= kDevices || !allowed[on.device]) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-               name, on.device);
-    if (on.device < kDevices) allowed[on.device] = true;
-  }
-  cudaLaunchAttribute attribute{};
+// The blocks of a kernel that takes more shared memory than every block may have unasked, in clusters along x.
+struct Dynamic {
+  int threads;
+  int64_t shared_bytes;
+  int cluster;
+};
+
+inline cudaLaunchConfig_t dynamic_config(const Dynamic& how, dim3 grid, cudaLaunchAttribute& attribute) {
   attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = static_cast<unsigned>(cluster);
+  attribute.val.clusterDim.x = static_cast<unsigned>(how.cluster);
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = on.stream;
+  config.blockDim = dim3(static_cast<unsigned>(how.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(how.shared_bytes);
   config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.numAttrs = how.cluster > 1 ? 1 : 0;
+  return config;
+}
+
+// Before the first launch on a device: lets the kernel have its shared memory. Returns how many clusters the device holds
+// at once (parts of it may be odd), 0 where blocks stand alone.
+template <class Parameters>
+int allow_dynamic(const char* name, const Stream& on, const Dynamic& how, void (*kernel)(Parameters)) {
+  constexpr int kDevices = 64;
+  static std::atomic<int> known[kDevices];  // and one; of one kernel: no two have parameters of one type
+  if (on.device < kDevices && known[on.device] > 0) return known[on.device] - 1;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)),
+             name, on.device);
+  int clusters = 0;
+  if (how.cluster > 1) {
+    cudaLaunchAttribute attribute{};
+    const cudaLaunchConfig_t config = dynamic_config(how, dim3(static_cast<unsigned>(how.cluster)), attribute);
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), name, on.device);
+  }
+  if (on.device < kDevices) known[on.device] = clusters + 1;
+  return clusters;
+}
+
+// Queues it, as launch() does.
+template <class Parameters>
+void launch_dynamic(const char* name, const Stream& on, const Dynamic& how, dim3 grid, void (*kernel)(Parameters),
+                    const Parameters& parameters) {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config = dynamic_config(how, grid, attribute);
+  config.stream = on.stream;
   check_cuda(cudaLaunchKernelEx(&config, kernel, parameters), name, on.device);
 }
 
