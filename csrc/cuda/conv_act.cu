@@ -2,28 +2,30 @@
 // channels_last. The kernels are in conv_sm90*.cu and conv_sm80*.cu.
 #include "cuda/conv_act.h"
 
+#include <array>
+
 #include "cuda/tensors.h"
 
 namespace fastres {
 namespace {
 
-ConvShape shape_of(const Tensor& x, const Tensor& weight, const Tensor& y, int64_t stride_h, int64_t stride_w,
-                   int64_t padding_h, int64_t padding_w, int64_t dilation_h, int64_t dilation_w) {
-  const ConvShape shape{x.size(0),      x.size(2), x.size(3),
-                        x.size(1),      weight.size(0), weight.size(2),
-                        weight.size(3), y.size(2), y.size(3),
-                        {stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w}};
-  const auto out = [](int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
-    return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
+using Pair = std::array<int64_t, 2>;
+
+ConvShape shape_of(const Tensor& x, const Tensor& weight, const Tensor& y, const Pair& stride, const Pair& padding,
+                   const Pair& dilation) {
+  for (int i = 0; i < 2; ++i) {
+    STD_TORCH_CHECK(stride[i] > 0 && dilation[i] > 0 && padding[i] >= 0,
+                    "stride, padding, dilation: expected positive numbers, padding at least 0");
+  }
+  const auto out = [&](int64_t size, int64_t kernel, int i) {
+    return (size + 2 * padding[i] - dilation[i] * (kernel - 1) - 1) / stride[i] + 1;
   };
-  STD_TORCH_CHECK(stride_h > 0 && stride_w > 0 && dilation_h > 0 && dilation_w > 0 && padding_h >= 0 && padding_w >= 0,
-                  "stride, padding, dilation: expected positive numbers, padding at least 0");
-  const int64_t p = out(shape.h, shape.r, stride_h, padding_h, dilation_h);
-  const int64_t q = out(shape.w, shape.s, stride_w, padding_w, dilation_w);
-  STD_TORCH_CHECK(weight.size(1) == shape.c, "weight: expected ", shape.c, " channels as x, got ", shape_string(weight));
-  STD_TORCH_CHECK(y.size(0) == shape.n && y.size(1) == shape.k && shape.p == p && shape.q == q, "y: expected shape [",
-                  shape.n, ", ", shape.k, ", ", p, ", ", q, "], got ", shape_string(y));
-  return shape;
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  const int64_t k = weight.size(0), r = weight.size(2), s = weight.size(3), p = out(h, r, 0), q = out(w, s, 1);
+  STD_TORCH_CHECK(weight.size(1) == c, "weight: expected ", c, " channels as x, got ", shape_string(weight));
+  STD_TORCH_CHECK(y.size(0) == n && y.size(1) == k && y.size(2) == p && y.size(3) == q, "y: expected shape [", n, ", ",
+                  k, ", ", p, ", ", q, "], got ", shape_string(y));
+  return {n, h, w, c, k, r, s, p, q, {stride[0], stride[1]}, {padding[0], padding[1]}, {dilation[0], dilation[1]}};
 }
 
 // The copy engine and cp.async read 16 bytes at a time. Allocations are aligned; a view into one may not be.
@@ -56,7 +58,7 @@ void conv_act(Tensor x, Tensor weight, OptionalTensor bias, OptionalTensor resid
     check(*residual, "residual");
   }
   const ConvShape shape =
-      shape_of(x, weight, y, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w);
+      shape_of(x, weight, y, {stride_h, stride_w}, {padding_h, padding_w}, {dilation_h, dilation_w});
   if (bias) {
     check_device(*bias, "bias", x, "x");
     STD_TORCH_CHECK(bias->scalar_type() == x.scalar_type() && bias->dim() == 1 && bias->size(0) == shape.k &&
