@@ -143,7 +143,8 @@ def test_kernel_attributes_and_info():
     found = _extension.kernel_attributes()
     major, _ = torch.cuda.get_device_capability()
     assert len(found) > 50
-    for name, kernel in found.items():
+    data_moving = {name: kernel for name, kernel in found.items() if not name.startswith("conv_act<")}
+    for name, kernel in data_moving.items():  # those that multiply: test_gpu_conv_launch.py
         assert kernel["local_bytes"] == 0 and kernel["registers"] <= 128, name
         assert kernel["blocks_per_multiprocessor"] * kernel["threads"] >= 512, name
         assert kernel["architecture"] // 10 == major or "+PTX" in _extension.build_info_cuda()["architectures"]

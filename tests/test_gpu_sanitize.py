@@ -10,11 +10,13 @@ from torch.nn import functional as F
 
 from fastres import _dispatch
 from fastres.functional import add_relu, bn_act, conv_act
+from gpu_conv import each_kernel, exact, native, need, pairs
 from gpu_device import DEVICE, DRY, needs_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize, needs_device]
 DTYPES = (torch.float32, torch.float16)
 LAYOUTS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+MEMORY = {1: torch.contiguous_format, 4: torch.channels_last}  # by dimensions
 
 
 def backends(operator):
@@ -81,15 +83,14 @@ def test_bn_act(gpu_backend, dtype, layout, training):
         near(ours, wanted, dtype)
 
 
-@backends("conv_act")
 @pytest.mark.parametrize("kernel, stride, groups", ((1, 1, 1), (3, 2, 1), (3, 1, 2)))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_conv_act(gpu_backend, dtype, kernel, stride, groups):
+def test_conv_act_in_triton(dtype, kernel, stride, groups):
     x, weight = (
         random((2, 32, 7, 9), dtype),
         random((40, 32 // groups, kernel, kernel), dtype) / (32 * kernel**2) ** 0.5,
     )
-    usable("conv_act", gpu_backend, x)
+    usable("conv_act", "triton", x)
     how = {"stride": stride, "padding": kernel // 2, "groups": groups}
     z = F.conv2d(x.double(), weight.double(), **how)
     bias, residual = torch.randn(40).to(dtype), random(z.shape, dtype)
@@ -97,7 +98,23 @@ def test_conv_act(gpu_backend, dtype, kernel, stride, groups):
     allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         with torch.no_grad():
-            y = conv_act(*given, **how, backend=gpu_backend)
+            y = conv_act(*given, **how, backend="triton")
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
     near(y, (z + bias.double().view(1, -1, 1, 1) + residual.double()).relu(), dtype)
+
+
+@each_kernel
+def test_conv_act_in_cuda(kernel):
+    """Integers, which are exact; a bias and a residual once, and once neither."""
+    need(kernel)
+    dtype, how = getattr(torch, kernel.element), pairs(2, 1)
+    x, weight, bias, residual = (
+        torch.randint(-2, 3, shape).to(dtype) for shape in ((2, 40, 13, 15), (72, 40, 3, 3), (72,), (2, 72, 7, 8))
+    )
+    for tensors in ((x, weight, bias, residual), (x, weight, None, None)):
+        given = [t if t is None else t.to(DEVICE, memory_format=MEMORY[t.dim()]) for t in tensors]
+        wanted = exact(*tensors, how).relu().to(dtype)
+        y = torch.full(wanted.shape, float("nan"), dtype=dtype).to(DEVICE, memory_format=torch.channels_last)
+        native(kernel, *given, y, how, "relu")
+        assert torch.equal(y.cpu(), wanted)

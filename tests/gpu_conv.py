@@ -1,0 +1,147 @@
+"""What the tests of conv_act's CUDA kernels share: the kernels of this build, one launch, tensors between guards.
+
+In a dry run (FASTRES_TEST_DEVICE=cpu) a stand-in computes on the CPU: that the tests run and compare what
+they should is then proven, and nothing about a kernel.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastres.ops  # noqa: F401  (declares the operators that fastres._C_cuda implements)
+from fastres import _extension
+from fastres.ops import _conv_tiles
+from gpu_device import DEVICE, DRY
+
+NAN = float("nan")
+BACKEND = "cpu" if DRY else "cuda"
+ELEMENTS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+ACTS = {"relu": torch.relu, "none": lambda z: z, "relu6": lambda z: F.hardtanh(z, 0.0, 6.0)}
+LAST = torch.channels_last
+EDGE = 64  # elements before and behind a tensor that must stay NaN: whole vectors in every dtype
+
+
+def _kernels():
+    if DRY:
+        sizes = {"pixels": 64, "channels": 64, "depth": 64, "cluster": 1, "threads": 128, "shared_bytes": 0}
+        what = {"name": "stand_in", "architecture": 80, "splits_depth": False} | sizes
+        return [_conv_tiles.Kernel(i, element=element, **what) for i, element in enumerate(ELEMENTS)]
+    return list(_conv_tiles.kernels()) or [None]
+
+
+KERNELS = _kernels()
+each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k.name}-{k.element}" if k else "none")
+
+
+def need(kernel):
+    """Skips a kernel that this GPU does not run, with a reason that `make gpu` takes from the hardware alone."""
+    if kernel is None:
+        pytest.skip(_extension.why_not_cuda() or "CUTLASS is not installed: fastres._C_cuda has no convolutions")
+    if not DRY and not kernel.runs_on(torch.cuda.get_device_capability()):
+        pytest.skip(f"needs compute capability {kernel.architecture / 10}")
+
+
+def kernels_for(dtype):
+    """The kernels of this dtype that run here; skips where there is none."""
+    found = [k for k in KERNELS if k is not None and ELEMENTS[k.element] is dtype]
+    if not found:
+        need(None)
+    return [k for k in found if DRY or k.runs_on(torch.cuda.get_device_capability())]
+
+
+def chosen(kernels, x, weight, how, residual):
+    """The one of them that conv_act takes."""
+    if DRY:
+        return kernels[0]
+    problem = _conv_tiles.Problem(torch.cuda.get_device_capability(), x.dtype, shape_of(x, weight, how), residual)
+    return _conv_tiles.choose(problem, torch.cuda.get_device_properties(DEVICE).multi_processor_count)
+
+
+# ---- calls -----------------------------------------------------------------------------------------------------------
+
+
+def pairs(stride=1, padding=0, dilation=1):
+    """A convolution's geometry, two numbers each."""
+    given = {"stride": stride, "padding": padding, "dilation": dilation}
+    return {name: (v, v) if isinstance(v, int) else v for name, v in given.items()}
+
+
+def out_size(x, weight, how):
+    """P, Q."""
+    axes = zip(x.shape[2:], weight.shape[2:], how["stride"], how["padding"], how["dilation"], strict=True)
+    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
+
+
+def shape_of(x, weight, how):
+    """N, H, W, C, K, R, S, P, Q, stride, padding, dilation: as _conv_tiles has it."""
+    (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
+    return n, h, w, c, k, r, s, *out_size(x, weight, how), *how["stride"], *how["padding"], *how["dilation"]
+
+
+def refusal(kernel, x, weight, how):
+    return "" if DRY else _extension.why_not_conv(kernel.index, shape_of(x, weight, how))
+
+
+def native(kernel, x, weight, bias, residual, y, how, act):
+    """One launch into y."""
+    if DRY:
+        return y.copy_(ACTS[act](exact(x, weight, bias, residual, how)))
+    where = *how["stride"], *how["padding"], *how["dilation"]
+    return torch.ops.fastres._conv_act_native(x, weight, bias, residual, y, *where, act, kernel.index)
+
+
+def launch(kernel, x, weight, bias, residual, how, act):
+    """A new y, which was NaN, between edges that must still be NaN afterwards."""
+    y, whole = guarded((x.shape[0], weight.shape[0], *out_size(x, weight, how)), x.dtype)
+    native(kernel, x, weight, bias, residual, y, how, act)
+    assert intact(whole), "written beside y"
+    return y
+
+
+def exact(x, weight, bias, residual, how):
+    """z in fp64, without a convolution: exact where the values are integers."""
+    columns = F.unfold(x.double(), weight.shape[2:], how["dilation"], how["padding"], how["stride"])
+    z = (weight.double().flatten(1) @ columns).view(x.shape[0], weight.shape[0], *out_size(x, weight, how))
+    z = z if bias is None else z + bias.double().view(1, -1, 1, 1)
+    return z if residual is None else z + residual.double()
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+
+
+def guarded(shape, dtype):
+    """(a tensor of NaN, channels_last where it has four dimensions; the buffer of NaN in whose middle it is)."""
+    count = torch.Size(shape).numel()
+    whole = torch.full((count + 2 * EDGE,), NAN, dtype=dtype, device=DEVICE)
+    strides = torch.empty(shape, device="meta", memory_format=LAST if len(shape) == 4 else None).stride()
+    return whole[EDGE : EDGE + count].as_strided(shape, strides), whole
+
+
+def intact(whole):
+    return bool(whole[:EDGE].isnan().all() and whole[-EDGE:].isnan().all())
+
+
+def between(values, dtype):
+    """The values in a guarded tensor: what is read beside it turns up as NaN."""
+    t, _ = guarded(values.shape, dtype)
+    return t.copy_(values)
+
+
+def integers(shape, dtype, most=2):
+    return between(torch.randint(-most, most + 1, shape, device=DEVICE), dtype)
+
+
+def random(shape, dtype, scale=1.0):
+    return (torch.randn(shape, device=DEVICE) * scale).to(dtype).contiguous(memory_format=LAST)
+
+
+def shifted(t, offset=1):
+    """The same values and strides, `offset` elements off an aligned address."""
+    flat = torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)
+    return flat.as_strided(t.shape, t.stride(), offset).copy_(t)
+
+
+def memory_for(gigabytes):
+    free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GiB of GPU memory, {free:.0f} are free")
