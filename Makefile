@@ -66,7 +66,7 @@ gpu:  ## on a GPU: build, test, sanitize, tune, measure in ten minutes (PYTHON=p
 gpu-dry-run: $(STAMP_EXTENSION)  ## all phases of `make gpu` on a CPU, tiny; no figure is kept
 	@$(GPU_RUN) $(VPY) -m gpu_run --dry-run $(if $(RESULTS),--results $(RESULTS)) $(if $(PHASES),--phases $(PHASES)) $(ARGS)
 
-gpu-import: $(STAMP_PACKAGE)  ## file what `make gpu` wrote: benchmarks/results and kernels/tuned.json (DIR=build/gpu/results)
+gpu-import: $(STAMP_PACKAGE)  ## file what `make gpu` wrote: benchmarks/results, kernels/tuned.json, fastres/ops/conv_measured.json (DIR=build/gpu/results)
 	@$(GPU_RUN) $(VPY) -m gpu_run.keep $(DIR)
 
 lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict

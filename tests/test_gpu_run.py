@@ -60,14 +60,17 @@ def test_dry_run(tmp_path):
     found = json.loads((results / files.RUN).read_text())
     assert found["dry_run"] and found["gpu"] is None and found["versions"]["torch"]
     assert {name: phase["status"] for name, phase in found["phases"].items()} == dict.fromkeys(
-        ("build", "tests", "sanitizer", "tune", "bench"), "passed"
+        ("build", "tests", "sanitizer", "convs", "tune", "bench"), "passed"
     )
     cases = ElementTree.parse(results / files.TESTS).findall(".//testcase")
     ran = {case.get("name") for case in cases if not list(case)}
     assert {"test_every_batch_norm_is_ours[timm]", "test_frozen_is_as_good_as_eager[hugging face-dtype0]"} <= ran
+    assert {f"test_every_geometry_is_exact[stand_in-{name}]" for name in ("float16", "float32")} <= ran
     assert found["phases"]["sanitizer"]["facts"]["interpreter"]["counts"]["passed"] >= 16
     tuned = json.loads((results / files.TUNED).read_text())
     assert tuned["dry_run"] and {e["kernel"] for e in tuned["entries"]} >= {"bn_act_backward_kernel"}
+    convs = json.loads((results / files.CONVS).read_text())
+    assert convs["dry_run"] and len(convs["entries"]) == convs["planned"] and not convs["wrong"] + convs["refused"]
     bench = json.loads((results / files.BENCH).read_text())
     assert bench["run"]["dry_run"] and {case["what"] for case in bench["cases"]} >= {"bn_act", "networks", "train"}
     page = (results / files.SUMMARY).read_text()
@@ -181,7 +184,7 @@ def test_cutlass_from_a_folder_or_a_wheel(monkeypatch, tmp_path):
 @pytest.mark.parametrize("text", ["", "tests,nothing"])
 def test_unknown_phases(text):
     done = gpu_run("--phases", text)
-    assert done.returncode == 2 and "expected some of build, tests, sanitizer, tune, bench" in done.stderr
+    assert done.returncode == 2 and "expected some of build, tests, sanitizer, convs, tune, bench" in done.stderr
 
 
 # ---- fastres without an install --------------------------------------------------------------------------------------
@@ -241,11 +244,14 @@ def test_a_torch_that_finds_no_gpu_fails_the_build(run, monkeypatch):
 
 
 def test_time_is_kept_for_the_later_phases(run):
+    assert [phase.name for phase in phases.PHASES[3:]] == ["convs", "tune", "bench"]
     total = phases.limit(run, phases.PHASES, 0)
-    assert 0 < total <= 180
-    run.deadline = run.started + 180  # the tests have run long: tuning gets its least, the benchmarks theirs
-    assert phases.limit(run, phases.PHASES, 3) == pytest.approx(30, abs=2)
-    assert phases.limit(run, phases.PHASES, 4) == pytest.approx(180, abs=2)
+    assert 0 < total <= 300
+    run.deadline = run.started + 220  # the tests have run long: the later phases keep their least
+    assert phases.limit(run, phases.PHASES, 3) == pytest.approx(50, abs=2)
+    run.deadline = run.started + 180
+    assert phases.limit(run, phases.PHASES, 4) == pytest.approx(30, abs=2)
+    assert phases.limit(run, phases.PHASES, 5) == pytest.approx(180, abs=2)
 
 
 def test_a_phase_that_fails_does_not_keep_the_others(run, capsys):
@@ -362,6 +368,7 @@ def test_what_fails_a_phase_of_tests(run):
         ("needs compute capability 10.0", True),
         ("could not import 'timm': No module named 'timm'", True),
         ("could not import 'torchvision': No module named 'torchvision'", False),  # it is there
+        ("CUTLASS is not installed: fastres._C_cuda has no convolutions", False),  # they are there
         ("no CUDA device", False),
         ("fastres._C_cuda is not part of this build", False),
     ],

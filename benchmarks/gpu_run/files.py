@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-SUMMARY, RUN, TESTS, BENCH, TUNED, PLOT, LOG = (
+SUMMARY, RUN, TESTS, BENCH, TUNED, CONVS, PLOT, LOG = (
     "summary.md",
     "run.json",
     "tests.xml",
     "bench.json",
     "tuned.json",
+    "convs.json",
     "bench.png",
     "log.txt",
 )
-NAMES = (SUMMARY, RUN, TESTS, BENCH, TUNED, PLOT, LOG)
+NAMES = (SUMMARY, RUN, TESTS, BENCH, TUNED, CONVS, PLOT, LOG)
 MOST = 16 << 20  # bytes of a file
 RUN_SCHEMA, RUN_VERSION = "fastres.gpu_run", 1
 

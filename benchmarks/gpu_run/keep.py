@@ -3,6 +3,7 @@
 bench.json   split into benchmarks/results/<what>-<mode>-<dtype>-<device>-<versions>.json, each with its page
 summary.md   benchmarks/results/gpu-<device>-<versions>.md
 tuned.json   its entries into kernels/tuned.json, in place of older ones, if the run's tests passed
+convs.json   its entries into fastres/ops/conv_measured.json, likewise
 
 python -m gpu_run.keep build/gpu/results
 """
@@ -16,6 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,6 +27,7 @@ from fastres.kernels import configs, measured
 import report
 import result_schema
 from fastres.lab.errors import MissingExtra
+from fastres.ops import _conv_tiles
 from gpu_run import files
 from gpu_run.checkout import ROOT, digest
 from gpu_run.summary import commit
@@ -86,9 +89,9 @@ def check(found: dict[str, Any]) -> None:
         raise Refused(str(error)) from error
     if run["dry_run"] or run["gpu"] is None:
         raise Refused("a dry run: its figures are of nothing")
-    bench, tuned = found.get(files.BENCH), found.get(files.TUNED)
-    if bench is None and tuned is None:
-        raise Refused(f"has neither {files.BENCH} nor {files.TUNED}: nothing was measured")
+    bench, tuned, convs = (found.get(name) for name in MEASURED)
+    if not any(name in found for name in MEASURED):
+        raise Refused(f"has none of {', '.join(MEASURED)}: nothing was measured")
     if bench is not None:
         try:
             result_schema.check(bench)
@@ -103,12 +106,22 @@ def check(found: dict[str, Any]) -> None:
         except ValueError as error:
             raise Refused(str(error)) from error
         _same_run(files.TUNED, tuned, tuned["dry_run"], run)
+    if convs is not None:
+        try:
+            _conv_tiles.checked(convs, files.CONVS)
+            entry = {"conv": str, "beside": {str: float}}
+            result_schema.validate(convs, _MEASURED | {"dry_run": bool, "entries": [entry]}, files.CONVS)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        _same_run(files.CONVS, convs, convs["dry_run"], run)
     arch = int(run["gpu"]["capability"].replace(".", ""))
-    strange = sorted({entry["arch"] for entry in (tuned or {"entries": []})["entries"]} - {arch})
-    if strange:
-        raise Refused(f"{files.TUNED}: entries for sm_{strange[0]}, measured on sm_{arch}")
+    for name, data in ((files.TUNED, tuned), (files.CONVS, convs)):
+        strange = sorted({entry["arch"] for entry in (data or {"entries": []})["entries"]} - {arch})
+        if strange:
+            raise Refused(f"{name}: entries for sm_{strange[0]}, measured on sm_{arch}")
 
 
+MEASURED = (files.BENCH, files.TUNED, files.CONVS)
 _GPU = ({"name": str, "capability": str}, None)
 _MEASURED = {"environment": {"time": str, "commit": (str, None), "gpu": _GPU, "versions": {"torch": str}}}
 _RUN = {
@@ -138,7 +151,7 @@ def settle_commit(found: dict[str, Any], root: Path) -> None:
         return
     if found[files.RUN]["sources"] != digest(root):
         raise Refused("of no commit that the run knew, and of other sources than this checkout's")
-    for name in (files.BENCH, files.TUNED):
+    for name in MEASURED:
         if name in found:
             found[name]["environment"]["commit"] = commit(root)
 
@@ -161,24 +174,44 @@ def split(bench: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {**bench, "run": run, "cases": cases, "bars": report.bars(cases)} for name, cases in groups.items()}
 
 
-def merged(tuned: dict[str, Any], path: Path) -> str:
-    """kernels/tuned.json with this run's entries in it, as text."""
-    where = tuned["environment"]
-    versions = {name: where["versions"].get(name) for name in ("torch", "triton")}
-    about = {"device": where["gpu"]["name"], "commit": where["commit"], "time": where["time"]} | versions
-    kept = {}
-    if path.is_file():
-        kept = {_key(entry): entry for entry in json.loads(path.read_text(encoding="utf-8"))["entries"]}
-    for entry in tuned["entries"]:
-        fields = ("kernel", "arch", "shape_class", "config", "speedup")
-        kept[_key(entry)] = {name: entry[name] for name in fields} | about
-    data = {"schema": measured.SCHEMA, "schema_version": measured.VERSION}
-    data["entries"] = [kept[key] for key in sorted(kept)]
-    return json.dumps(data, indent=1, allow_nan=False) + "\n"
+@dataclass(frozen=True)
+class Table:
+    """A file of the package that a run's measurements go into."""
+
+    file: str  # of the run
+    phase: str  # that wrote it
+    path: str  # in a checkout
+    keys: tuple[str, ...]  # what says which older entry one replaces
+    values: tuple[str, ...]
+
+    def key(self, entry: dict[str, Any]) -> list[Any]:
+        return [entry[name] for name in self.keys]
+
+    def merged(self, data: dict[str, Any], path: Path) -> str:
+        """The file with this run's entries in it, as text: an entry a line."""
+        where = data["environment"]
+        versions = {name: where["versions"].get(name) for name in ("torch", "triton")}
+        about = {"device": where["gpu"]["name"], "commit": where["commit"], "time": where["time"]} | versions
+        if self.file == files.CONVS:
+            about["cudnn"] = where["gpu"].get("cudnn")
+        kept = json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
+        kept += [{name: entry[name] for name in (*self.keys, *self.values)} | about for entry in data["entries"]]
+        last = {json.dumps(self.key(entry)): entry for entry in kept}
+        lines = [json.dumps(entry, allow_nan=False) for entry in sorted(last.values(), key=self.key)]
+        head = json.dumps({name: data[name] for name in ("schema", "schema_version")}).removesuffix("}")
+        return head + ', "entries": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
-def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
-    return entry["kernel"], entry["arch"], entry["shape_class"]
+TABLES = (
+    Table(files.TUNED, "tune", "kernels/tuned.json", ("kernel", "arch", "shape_class"), ("config", "speedup")),
+    Table(
+        files.CONVS,
+        "convs",
+        "fastres/ops/conv_measured.json",
+        ("arch", "dtype", "shape", "residual"),
+        ("conv", "ms", "beside"),
+    ),
+)
 
 
 def texts(found: dict[str, Any], root: Path) -> tuple[dict[Path, str], list[str]]:
@@ -187,7 +220,7 @@ def texts(found: dict[str, Any], root: Path) -> tuple[dict[Path, str], list[str]
     for name, phase in run["phases"].items():
         if phase["status"] not in ("passed", "skipped"):
             notes.append(f"note: the phase {name} {phase['status']}: {phase['message']}")
-    where = found.get(files.BENCH) or found[files.TUNED]
+    where = next(found[name] for name in MEASURED if name in found)
     if files.SUMMARY in found:
         out[results / f"gpu-{place(where)}.md"] = found[files.SUMMARY]
     if files.BENCH in found:
@@ -195,14 +228,15 @@ def texts(found: dict[str, Any], root: Path) -> tuple[dict[Path, str], list[str]
             result_schema.check(data)
             out[results / f"{name}.json"] = json.dumps(data, indent=1, allow_nan=False) + "\n"
             out[results / f"{name}.md"] = report.markdown(data)
-    tuned = found.get(files.TUNED)
-    if tuned is not None and tuned["entries"]:
-        statuses = [run["phases"].get(name, {"status": "not run"})["status"] for name in ("tests", "tune")]
-        if statuses == ["passed", "passed"]:
-            path = root / "kernels" / measured.PATH.name
-            out[path] = merged(tuned, path)
+    for table in TABLES:
+        data = found.get(table.file)
+        if data is None or not data["entries"]:
+            continue
+        tests, phase = (run["phases"].get(name, {"status": "not run"})["status"] for name in ("tests", table.phase))
+        if tests == phase == "passed":
+            out[root / table.path] = table.merged(data, root / table.path)
         else:
-            notes.append(f"note: kernels/tuned.json stays as it is: the run's tests {statuses[0]}, tune {statuses[1]}")
+            notes.append(f"note: {table.path} stays as it is: the run's tests {tests}, {table.phase} {phase}")
     return out, notes
 
 

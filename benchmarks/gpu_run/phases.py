@@ -1,4 +1,4 @@
-"""The phases in their order, how long each may take, and the two that are programs of their own: tuning, benchmarks."""
+"""The phases in their order, how long each may take, and those that are programs of their own."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpu_run import files
+from gpu_run import fastest, files
 from gpu_run.run import FAILED, PASSED, SKIPPED, Ended, Outcome, Run
 from gpu_run.tests import gpu_tests, sanitizer
 
@@ -20,7 +20,8 @@ import json, torch, fastres, fastres.kernels
 info = fastres.info(init_cuda=True)
 device = "cuda" if "cuda" in info["operators"] else "cpu"
 print(json.dumps({"fastres": fastres.__file__, "kernels": fastres.kernels.__file__, "device": device,
-                  "extension": info["extension"], "operators": info["operators"][device]}))
+                  "extension": info["extension"], "operators": info["operators"][device],
+                  "convolutions": len(fastres._extension.conv_kernels())}))
 """
 
 
@@ -60,7 +61,32 @@ def build(run: Run, limit_s: float) -> Outcome:
         mine = {name: reasons for name, reasons in backends.items() if name in ("triton", "cuda") and reasons}
         lines += [f"{op}: {name} refuses: {'; '.join(reasons)}" for name, reasons in mine.items()]
     message = f"for {run.gpu.arch_list}: {'; '.join(said)}" if run.gpu else "nothing is compiled in a dry run"
-    return Outcome(PASSED, message, lines, {"backends": usable})
+    kernels = found["convolutions"]
+    lines.insert(0, f"{kernels or 'no'} kernels of convolutions")
+    facts = {"backends": usable, "convolutions": kernels}
+    if run.gpu and not kernels and run.has("CUTLASS"):
+        return Outcome(FAILED, f"no convolutions, though CUTLASS is here: {'; '.join(said)}", lines, facts)
+    return Outcome(PASSED, message, lines, facts)
+
+
+def convs(run: Run, limit_s: float) -> Outcome:
+    """Measures the backends of conv_act and each CUDA kernel at ResNet's convolutions; see convs.py."""
+    environment = {"TRITON_INTERPRET": "1"} if run.dry else {}
+    ended, data = _program(run, "convs", files.CONVS, limit_s, environment)
+    if data is None:
+        return _broken(ended)
+    if data["why_not"]:
+        return Outcome(SKIPPED, data["why_not"])
+    entries = data["entries"]
+    message = f"{len(entries)} of {data['planned']} convolutions measured, no figure kept"
+    message = message if run.dry else fastest.message(entries, data["planned"])
+    wrong = [f"wrong answers: {text}" for text in data["wrong"]]
+    lines = [] if run.dry else fastest.lines(entries)
+    lines += [f"left out: {text}" for text in data["refused"]]
+    failed = bool(wrong) or not entries or _crashed(ended)
+    if _crashed(ended):
+        lines.insert(0, ended.last)
+    return Outcome(FAILED if failed else PASSED, message, wrong + lines, {"entries": len(entries)})
 
 
 def tune(run: Run, limit_s: float) -> Outcome:
@@ -128,9 +154,10 @@ def _broken(ended: Ended) -> Outcome:
 
 
 PHASES = (
-    Phase("build", 180, 20, build),
-    Phase("tests", 200, 60, gpu_tests),
-    Phase("sanitizer", 90, 10, sanitizer),
+    Phase("build", 300, 20, build),
+    Phase("tests", 240, 60, gpu_tests),
+    Phase("sanitizer", 120, 10, sanitizer),
+    Phase("convs", 90, 40, convs),
     Phase("tune", 90, 20, tune),
     Phase("bench", 300, 150, bench),
 )

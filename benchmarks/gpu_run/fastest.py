@@ -1,0 +1,78 @@
+"""What convs.json comes to, for the summary: who is fastest, and our best kernel beside cuDNN at ResNet-50's layers."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from typing import Any
+
+BACKENDS = ("cudnn", "triton")
+Entry = dict[str, Any]
+
+
+def best(entry: Entry) -> str | None:
+    """The fastest of our kernels; None where none was measured."""
+    own = [name for name in entry["ms"] if name not in BACKENDS]
+    return min(own, key=entry["ms"].__getitem__) if own else None
+
+
+def winner(entry: Entry) -> str:
+    name: str = min(entry["ms"], key=entry["ms"].__getitem__)
+    return name if name in BACKENDS else "cuda"
+
+
+def message(entries: list[Entry], planned: int) -> str:
+    found = Counter(winner(entry) for entry in entries)
+    fastest = ", ".join(f"{name} at {found[name]}" for name in ("cuda", *BACKENDS) if found[name])
+    return f"{len(entries)} of {planned} convolutions measured" + (f"; fastest: {fastest}" if fastest else "")
+
+
+def first(entries: list[Entry]) -> list[Entry]:
+    """ResNet-50's layers in fp16 at the largest batch, which come first."""
+    fifty = [e for e in entries if e["dtype"] == "float16" and e["counts"]["resnet50"] and best(e) is not None]
+    batch = max((e["shape"][0] for e in fifty), default=0)
+    return [e for e in fifty if e["shape"][0] == batch]
+
+
+def yardstick(entry: Entry, conv: str) -> float | None:
+    """Milliseconds of cuDNN's convolution and what it has to do beside: the bias, and one reading of the residual."""
+    beside = entry["beside"]
+    parts = [beside.get(conv), beside.get("read") if entry["residual"] else 0.0]
+    return None if None in parts else float(sum(parts))
+
+
+def bar(entries: list[Entry], residual: bool, conv: str, against: str) -> list[str]:
+    """A line: how many times as fast as the yardstick our best kernels are, and where they are slower."""
+    ratios = {}
+    for entry in entries:
+        name, least = best(entry), yardstick(entry, conv)
+        if entry["residual"] == residual and name is not None and least is not None:
+            ratios[entry["conv"]] = least / entry["ms"][name]
+    if not ratios:
+        return []
+    worst = min(ratios, key=ratios.__getitem__)
+    slower = sum(ratio < 1 for ratio in ratios.values())
+    which, median = "with" if residual else "without", statistics.median(ratios.values())
+    least_of_all = f"least {ratios[worst]:.2f}x ({worst}), {slower} below 1x"
+    return [f"{len(ratios)} {which} a residual: median {median:.2f}x {against}, {least_of_all}"]
+
+
+def lines(entries: list[Entry]) -> list[str]:
+    """The bars, then a line for each layer, the slowest beside cuDNN first."""
+    found = first(entries)
+    if not found:
+        return []
+    about = [f"cuda at ResNet-50 in fp16, batch {found[0]['shape'][0]}, over cuDNN, each with its bias:"]
+    about += bar(found, False, "conv_bias", "conv + bias")
+    about += bar(found, True, "conv_bias", "conv + bias + reading the residual")
+    about += bar(found, False, "conv_bias_tuned", "conv + bias by its fastest plan")
+    about += bar(found, True, "conv_bias_tuned", "conv + bias by its fastest plan + reading the residual")
+    ratios = {}
+    for entry in found:
+        name, least = best(entry), yardstick(entry, "conv_bias")
+        assert name is not None
+        ratio = f"{least / entry['ms'][name]:.2f}x conv + bias" if least else "nothing beside it"
+        others = "".join(f", {other} {entry['ms'][other]:.3f}" for other in BACKENDS if other in entry["ms"])
+        text = f"{entry['conv']}: {ratio}; {name} {entry['ms'][name]:.3f} ms{others}"
+        ratios[text] = least / entry["ms"][name] if least else 0.0
+    return about + sorted(ratios, key=ratios.__getitem__)

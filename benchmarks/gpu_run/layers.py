@@ -1,0 +1,158 @@
+"""The convolutions that convs.py measures, and what is timed at each: backends, kernels, and what they stand beside."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres.functional import conv_act
+from fastres.ops import _conv_tiles
+from gpu_run.tune import memory
+from peers import DTYPES
+from shapes import BLOCK_END, CONVS, INNER, Conv
+
+BACKENDS = ("cudnn", "triton")
+ON_CPU = ("reference", "cpu", "triton")
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution to measure, with bias and ReLU, and with a residual where it ends a block."""
+
+    conv: Conv
+    dtype: str
+    batch: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As _conv_tiles.Problem has it."""
+        c = self.conv
+        tail = (c.stride, c.stride, c.padding, c.padding, 1, 1)
+        return self.batch, c.size, c.size, c.inputs, c.outputs, c.kernel, c.kernel, c.out, c.out, *tail
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.shape, self.dtype, self.conv.residual
+
+    def problem(self, device: torch.device) -> _conv_tiles.Problem:
+        return _conv_tiles.Problem(capability(device), DTYPES[self.dtype], self.shape, self.conv.residual)
+
+    @property
+    def title(self) -> str:
+        return f"{self.conv.id}-{self.dtype}-batch{self.batch}"
+
+    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x, weight, bias, residual: what conv_act passes on, in one dtype, images and weights in channels_last."""
+        torch.manual_seed(0)
+        c, dtype = self.conv, DTYPES[self.dtype]
+
+        def tensor(*shape: int, scale: float = 1.0) -> Tensor:
+            t = torch.randn(shape, device=device).mul_(scale).to(dtype)
+            return t.contiguous(memory_format=torch.channels_last)
+
+        x = tensor(self.batch, c.inputs, c.size, c.size)
+        weight = tensor(c.outputs, c.inputs, c.kernel, c.kernel, scale=(c.inputs * c.kernel**2) ** -0.5)
+        bias = torch.randn(c.outputs, device=device).to(dtype)
+        return x, weight, bias, tensor(self.batch, c.outputs, c.out, c.out) if c.residual else None
+
+
+def planned(batch: int) -> list[Layer]:
+    """ResNet-50's most frequent first; every layer but the stem, whose three channels no kernel takes."""
+    convs = sorted((c for c in CONVS if c.inputs % 8 == 0), key=lambda c: (-c.resnet50, -c.resnet18))
+    found: dict[Any, Layer] = {}
+    for dtype, n in itertools.product(("fp16", "bf16", "fp32"), (batch, 32, 1)):
+        for c in convs:
+            layer = Layer(c, dtype, n)
+            found.setdefault(layer.key, layer)
+    return list(found.values())
+
+
+def tiny() -> list[Layer]:
+    return [
+        Layer(Conv(16, 8, 3, 2, 6, INNER, 0, 1), "fp32", 2),
+        Layer(Conv(8, 16, 1, 1, 4, BLOCK_END, 1, 1), "fp16", 2),
+    ]
+
+
+def batch_for(device: torch.device) -> int:
+    gib = memory(device) >> 30
+    return 256 if gib >= 60 else 128 if gib >= 30 else 32
+
+
+# ---- candidates ------------------------------------------------------------------------------------------------------
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+def own_kernels(layer: Layer, device: torch.device) -> Sequence[_conv_tiles.Kernel]:
+    """Those of fastres._C_cuda that take it."""
+    if device.type != "cuda":
+        return ()
+    return _conv_tiles.taken_by(layer.problem(device))[0]
+
+
+def native(kernel: _conv_tiles.Kernel, layer: Layer, tensors: Sequence[Tensor | None], y: Tensor) -> None:
+    torch.ops.fastres._conv_act_native.default(*tensors, y, *layer.shape[9:], "relu", kernel.index)
+
+
+def candidates(layer: Layer, tensors: Sequence[Any], y: Tensor, device: torch.device) -> dict[str, Call]:
+    """The backends, asked for by name, and each kernel of ours, which all write y."""
+    where = (layer.conv.stride, layer.conv.padding)
+    found: dict[str, Call] = {}
+    for name in BACKENDS if device.type == "cuda" else ON_CPU:
+        found[name] = lambda name=name: conv_act(*tensors, *where, act="relu", backend=name)
+
+    def launch(kernel: _conv_tiles.Kernel) -> Tensor:
+        native(kernel, layer, tensors, y)
+        return y
+
+    for kernel in own_kernels(layer, device):
+        found[kernel.name] = lambda kernel=kernel: launch(kernel)
+    return found
+
+
+def yardsticks(layer: Layer, tensors: Sequence[Any], device: torch.device, tuned: bool) -> dict[str, Call]:
+    if device.type != "cuda":
+        return {}
+    (x, weight, bias, residual), c = tensors, layer.conv
+    where = (c.padding,) * 2, (c.stride,) * 2, (1, 1), 1
+    plain = torch.ops.aten.cudnn_convolution.default
+    found: dict[str, Call] = {
+        "conv": lambda: plain(x, weight, *where, False, False, True),
+        "conv_bias": lambda: F.conv2d(x, weight, bias, c.stride, c.padding),
+    }
+    if tuned:  # allow_tf32, which says nothing of 16 bits, keeps its plans apart from the others'
+        row = bias.view(1, -1, 1, 1)
+        found["conv_bias_tuned"] = lambda: plain(x, weight, *where, True, False, False).add_(row)
+    if residual is not None:
+        words = residual.permute(0, 2, 3, 1).reshape(-1).view(torch.int32)  # whatever they are: to be read
+        found["read"] = lambda: words.max()
+    return found
+
+
+@contextmanager
+def ieee() -> Iterator[None]:
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def reference(layer: Layer, tensors: Sequence[Any]) -> Tensor:
+    """In IEEE fp32, rounded once."""
+    x, weight, bias, residual = (None if t is None else t.float() for t in tensors)
+    with ieee():
+        z = F.conv2d(x, weight, bias, layer.conv.stride, layer.conv.padding)
+    return torch.relu_(z if residual is None else z.add_(residual)).to(tensors[0].dtype)
