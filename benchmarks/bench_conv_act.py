@@ -1,7 +1,8 @@
 """conv_act beside eager's convolution, in-place addition and in-place ReLU, at every convolution of ResNet-18 and -50.
 
 Inference, channels_last, batch 1 and 8 in fp32 and 8 in bf16, with batch normalisation's bias folded in. torch.compile
-stands beside it at two shapes, and with --peers all everywhere.
+stands beside it at two shapes, and with --peers all everywhere; on a GPU each backend by name, the convolution with its
+bias alone (conv_bias) and, where there is a residual, with one reading of that (conv_bias_read).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import fastres.functional
 import roofline
 from judge import ConvActExact, judge_operator
 from measure import Case, Prepared
-from peers import DTYPES, Forward, backend_of, compiled, eager_conv_act, forward_only
+from peers import DTYPES, Forward, backend_of, compiled, conv_bias, eager_conv_act, forward_only
 from roofline import Work
 from shapes import BATCH, BLOCK_END, CONVS, INNER, Conv
 
+PLAIN = ("conv_bias", "conv_bias_read")  # of other values than conv_act's: timed beside it
 QUICK_COMPILE = ((3, 64, 56, INNER), (1, 512, 28, BLOCK_END))  # kernel, outputs, size, role
 pytestmark = pytest.mark.skipif(
     not hasattr(fastres.functional, "conv_act"), reason="this fastres has no fastres.functional.conv_act"
@@ -38,9 +40,14 @@ def fused_conv_act(stride: int, padding: int, act: str, backend: str = "auto") -
 class ConvActCase(Case):
     what: ClassVar[str] = "conv_act"
     weight: ClassVar[float] = 0.5
+    backends: ClassVar[tuple[str, ...]] = ("cudnn", "triton", "cuda") if torch.cuda.is_available() else ()
     conv: Conv
     dtype: str
     batch: int = BATCH
+
+    @property
+    def alone(self) -> tuple[str, ...]:
+        return PLAIN[: 1 + self.conv.residual] if self.backends else ()
 
     @property
     def id(self) -> str:
@@ -86,11 +93,13 @@ class ConvActCase(Case):
         for name in peers:
             backend, how = backend_of(name), (c.stride, c.padding, c.act)
             forward = eager_conv_act(*how) if backend is None else fused_conv_act(*how, backend)
+            if name in PLAIN:
+                forward = conv_bias(c.stride, c.padding, read=name == "conv_bias_read")
             calls[name] = forward_only(compiled(forward) if name == "compile" else forward, inputs, grad=False)
 
         def judge(results):
             exact = ConvActExact(x, weight, bias, residual, c.stride, c.padding, c.act)
-            return judge_operator(exact, results, None, ("y",))
+            return judge_operator(exact, {n: r for n, r in results.items() if n not in PLAIN}, None, ("y",))
 
         arguments = (x, weight, bias, residual, c.stride, c.padding)
         return Prepared(calls, judge, backend=fastres.explain("conv_act", *arguments).chosen)

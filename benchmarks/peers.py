@@ -66,6 +66,24 @@ def eager_conv_act(stride: int, padding: int, act: str) -> Forward:
     return forward
 
 
+def conv_bias(stride: int, padding: int, read: bool) -> Forward:
+    """What a fused convolution is held against: the convolution and its bias and, with `read`, one reading of the
+    residual."""
+
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = F.conv2d(x, weight, bias, stride, padding)
+        if read and residual is not None:
+            words(residual).max()
+        return out
+
+    return forward
+
+
+def words(t: Tensor) -> Tensor:
+    """A dense channels_last tensor as integers of 4 bytes, in the order of its memory, whatever they mean."""
+    return t.permute(0, 2, 3, 1).reshape(-1).view(torch.int32)
+
+
 def compiled(forward: Any) -> Any:
     """torch.compile in its default mode; it compiles at the first call, and in a training call for backward too."""
     return torch.compile(forward, dynamic=False, fullgraph=True)

@@ -16,9 +16,13 @@ if not (ROOT / "benchmarks" / "gpu_run").is_dir():  # an installed wheel, tested
     pytest.skip("benchmarks/ is not here", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import bench_conv_act  # noqa: E402
+import measure  # noqa: E402
+import report  # noqa: E402
+import roofline  # noqa: E402
 from fastres.lab.timing import wall_timer  # noqa: E402
 from fastres.ops import _conv_backends, _conv_tiles  # noqa: E402
-from gpu_run import convs, fastest, files, keep, layers, needs, phases, tests  # noqa: E402
+from gpu_run import bench, convs, fastest, files, keep, layers, needs, phases, tests  # noqa: E402
 from gpu_run.run import FAILED, PASSED, SKIPPED, Ended, Run  # noqa: E402
 from shapes import BLOCK_END, CONVS, INNER, Conv  # noqa: E402
 
@@ -291,6 +295,21 @@ def test_tests_without_cutlass_are_skipped_for_a_reason_that_counts(run):
     assert not tests.accepted(reason, run)
     run.absent.append(needs.Item("CUTLASS", None))
     assert tests.accepted(reason, run) and not tests.accepted("fastres._C_cuda is not part of this build", run)
+
+
+def test_benchmarks_time_the_convolution_alone_beside_conv_act():
+    """Of other values than conv_act's: it is timed, not judged, and nothing is compared with it."""
+    peers = {c: bench.operator(bench.ConvAct(c, "fp16", 8)).peers for c in (FIRST, END)}
+    assert peers[FIRST] == ("eager", "fastres", "cudnn", "triton", "cuda", "conv_bias")
+    assert peers[END] == (*peers[FIRST], "conv_bias_read")
+    case = bench.ConvAct(SMALL.conv, "fp32", 2)
+    result = measure.measure(case, CPU, measure.TINY, ("eager", "fastres", "conv_bias", "conv_bias_read"))
+    assert set(result.samples) == {"eager", "fastres", "conv_bias", "conv_bias_read"}
+    assert set(result.verdicts) == {"fastres"} and result.verdicts["fastres"].passed
+    found = report.case_data(result, roofline.Rates(1e10, {"fp32": 1e11}))["peers"]
+    assert found["conv_bias"]["speedup"] == {} and set(found["fastres"]["speedup"]) == {"eager"}
+    if not torch.cuda.is_available():  # on a CPU nothing of it stands in the tables
+        assert {peer for c in bench_conv_act.CASES for peer in c.peers("quick")} <= {"eager", "fastres", "compile"}
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -21,11 +21,13 @@ import measure  # noqa: E402
 import report  # noqa: E402
 import result_schema  # noqa: E402
 import shapes  # noqa: E402
+from fastres.ops import _conv_tiles  # noqa: E402
 from gpu_run import files, keep  # noqa: E402
 from roofline import Rates  # noqa: E402
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "memory_mib": 81559, "cuda": "13.0", "cudnn": 91002}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TABLE = "fastres/ops/conv_measured.json"
 PLACE = f"NVIDIA_H100_80GB_HBM3-torch{torch.__version__.partition('+')[0]}"
 SMALL = shapes.Activation(5, 6, 7, shapes.BLOCK_END, 1, 1)
 
@@ -57,6 +59,18 @@ def tuned(*entries, **other):
     return json.dumps(data | {"entries": list(entries)} | other)
 
 
+def conv_entry(batch=256, **other):
+    shape = [batch, 56, 56, 64, 64, 3, 3, 56, 56, 1, 1, 1, 1, 1, 1]
+    ms = {"cudnn": 0.3, "triton": 0.4, "sm90_128x64_pingpong": 0.2}
+    about = {"conv": "3x3", "beside": {"conv_bias": 0.35}}
+    return {"arch": 90, "dtype": "float16", "shape": shape, "residual": False, "ms": ms} | about | other
+
+
+def convs(*entries, **other):
+    data = json.loads(tuned(*entries, **other))
+    return json.dumps(data | {"schema": _conv_tiles.SCHEMA, "schema_version": _conv_tiles.VERSION} | other)
+
+
 def run_file(**other):
     phase = {"status": "passed", "seconds": 1.0, "message": "", "lines": [], "facts": {}}
     data = {
@@ -68,7 +82,7 @@ def run_file(**other):
         "sources": "0" * 64,
         "gpu": GPU,
         "versions": {"torch": "2.11.0"},
-        "phases": {name: dict(phase) for name in ("build", "tests", "tune", "bench")},
+        "phases": {name: dict(phase) for name in ("build", "tests", "convs", "tune", "bench")},
     }
     return json.dumps(data | other)
 
@@ -81,6 +95,7 @@ def folder(tmp_path, bench):
     (path / files.RUN).write_text(run_file())
     (path / files.BENCH).write_text(bench)
     (path / files.TUNED).write_text(tuned(entry(tile=4096, num_warps=8)))
+    (path / files.CONVS).write_text(convs(conv_entry(), conv_entry(1, residual=True)))
     (path / files.TESTS).write_text(files.junit([]))
     (path / files.SUMMARY).write_text("# make gpu\n")
     (path / files.LOG).write_text("all of it\n")
@@ -106,7 +121,7 @@ def test_results_are_filed_under_their_names(folder, bench, capsys):
     assert imports(folder) == 0
     names = {f"bn_act-train-fp32-{PLACE}", f"bn_act-eval-bf16-{PLACE}", f"add_relu-eval-fp32-{PLACE}"}
     expected = {f"benchmarks/results/{name}{suffix}" for name in names for suffix in (".json", ".md")}
-    expected |= {"benchmarks/results/older.json", f"benchmarks/results/gpu-{PLACE}.md", "kernels/tuned.json"}
+    expected |= {"benchmarks/results/older.json", f"benchmarks/results/gpu-{PLACE}.md", "kernels/tuned.json", TABLE}
     assert set(state(folder)) == expected
     results = folder.parent / "root" / "benchmarks" / "results"
     whole = {case["id"]: case for case in json.loads(bench)["cases"]}
@@ -132,6 +147,37 @@ def test_configurations_are_merged_and_loaded(folder):
     assert found["large"]["device"] == GPU["name"] and found["large"]["commit"] == COMMIT
 
 
+def test_convolutions_are_merged_and_loaded(folder):
+    path = folder.parent / "root" / TABLE
+    path.parent.mkdir(parents=True)
+    older = [conv_entry(ms={"cudnn": 9.0}), conv_entry(32, ms={"cudnn": 8.0})]
+    path.write_text(convs(*older))
+    assert imports(folder) == 0
+    (layer, rows), (other, alone) = sorted(_conv_tiles.load(path).items(), key=lambda item: item[0][-1])
+    assert {n // 56**2: ms["cudnn"] for n, ms in rows.items()} == {256: 0.3, 32: 8.0}
+    assert layer[:2] == (90, "float16") and list(alone) == [56**2] and other[-1]
+    found = {e["shape"][0]: e for e in json.loads(path.read_text())["entries"]}
+    assert found[256]["device"] == GPU["name"] and found[256]["commit"] == COMMIT and found[256]["cudnn"] == 91002
+    assert found[256]["beside"] == {"conv_bias": 0.35} and "device" not in found[32]
+
+
+@pytest.mark.parametrize("phase", ["tests", "convs"])
+def test_convolutions_of_a_run_whose_tests_failed_stay_out(folder, phase, capsys):
+    data = json.loads(run_file())
+    data["phases"][phase] |= {"status": "failed", "message": "1 failed"}
+    (folder / files.RUN).write_text(json.dumps(data))
+    assert imports(folder) == 0
+    assert TABLE not in state(folder) and ("kernels/tuned.json" in state(folder)) == (phase == "convs")
+    assert f"{TABLE} stays as it is" in capsys.readouterr().out
+
+
+def test_a_run_that_measured_convolutions_alone(folder):
+    for name in (files.BENCH, files.TUNED):
+        (folder / name).unlink()
+    assert imports(folder) == 0
+    assert set(state(folder)) == {"benchmarks/results/older.json", f"benchmarks/results/gpu-{PLACE}.md", TABLE}
+
+
 @pytest.mark.parametrize("phase", ["tests", "tune"])
 def test_configurations_of_a_run_whose_tests_failed_stay_out(folder, phase, capsys):
     data = json.loads(run_file())
@@ -146,7 +192,7 @@ def test_configurations_of_a_run_whose_tests_failed_stay_out(folder, phase, caps
 def test_a_run_without_benchmarks_or_without_tuning(folder):
     (folder / files.BENCH).unlink()
     assert imports(folder) == 0
-    kept = {"benchmarks/results/older.json", f"benchmarks/results/gpu-{PLACE}.md", "kernels/tuned.json"}
+    kept = {"benchmarks/results/older.json", f"benchmarks/results/gpu-{PLACE}.md", "kernels/tuned.json", TABLE}
     assert set(state(folder)) == kept
 
 
@@ -164,7 +210,7 @@ def elsewhere(name, **where):
 
 
 def without_commit(folder, sources):
-    for name in (files.BENCH, files.TUNED):
+    for name in keep.MEASURED:
         elsewhere(name, commit=None)(folder)
     edited(files.RUN, commit=None, sources=sources)(folder)
 
@@ -210,7 +256,15 @@ def without_samples(folder):
         (lambda folder: (folder / files.TESTS).write_text("<testsuites>"), "cannot be read"),
         (lambda folder: (folder / "weights.pkl").write_bytes(b"\x80"), "weights.pkl: not a file of make gpu"),
         (lambda folder: (folder / files.RUN).unlink(), "has no run.json"),
-        (lambda folder: [(folder / n).unlink() for n in (files.BENCH, files.TUNED)], "nothing was measured"),
+        (lambda folder: [(folder / n).unlink() for n in keep.MEASURED], "nothing was measured"),
+        (edited(files.CONVS, dry_run=True), "convs.json: a dry run"),
+        (edited(files.CONVS, schema="other"), "convs.json: expected the schema"),
+        (edited(files.CONVS, entries=[conv_entry(arch=80)]), "convs.json: entries for sm_80, measured on sm_90"),
+        (edited(files.CONVS, entries=[conv_entry(ms={"cudnn": 0})]), "expected milliseconds by name"),
+        (edited(files.CONVS, entries=[conv_entry(), conv_entry()]), "is there twice"),
+        (edited(files.CONVS, entries=[conv_entry(beside=3)]), "beside"),
+        (elsewhere(files.CONVS, gpu=GPU | {"name": "NVIDIA A100"}), "convs.json: measured on NVIDIA A100"),
+        (elsewhere(files.CONVS, commit="f" * 40), "convs.json: of commit ffff"),
     ],
 )
 def test_what_is_refused_changes_nothing(folder, change, says, capsys):

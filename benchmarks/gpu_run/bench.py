@@ -71,7 +71,7 @@ class Item:
 
 
 def operator(case: Case, compiled: bool = False) -> Item:
-    peers = (*case.baselines, *case.ours, *case.backends, *(case.compiled if compiled else ()))
+    peers = (*case.baselines, *case.ours, *case.backends, *case.alone, *(case.compiled if compiled else ()))
     return Item(case, peers, OPERATORS, 25.0 if compiled else 4.0, cold=True)
 
 

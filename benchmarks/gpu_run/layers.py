@@ -15,7 +15,7 @@ from torch import Tensor
 from fastres.functional import conv_act
 from fastres.ops import _conv_tiles
 from gpu_run.tune import memory
-from peers import DTYPES
+from peers import DTYPES, words
 from shapes import BLOCK_END, CONVS, INNER, Conv
 
 BACKENDS = ("cudnn", "triton")
@@ -136,8 +136,8 @@ def yardsticks(layer: Layer, tensors: Sequence[Any], device: torch.device, tuned
         row = bias.view(1, -1, 1, 1)
         found["conv_bias_tuned"] = lambda: plain(x, weight, *where, True, False, False).add_(row)
     if residual is not None:
-        words = residual.permute(0, 2, 3, 1).reshape(-1).view(torch.int32)  # whatever they are: to be read
-        found["read"] = lambda: words.max()
+        to_read = words(residual)
+        found["read"] = lambda: to_read.max()
     return found
 
 
