@@ -56,7 +56,7 @@ def gpu_tests(run: Run, limit_s: float) -> Outcome:
     for marks, how, share in (("gpu and not full", parallel, 0.7), ("gpu and full", ["-p", "no:xdist"], 1.0)):
         arguments = ["-m", "pytest", *chosen, "-q", "-rs", "-p", "no:cacheprovider", "-m", marks, *how]
         arguments += ["-o", "faulthandler_timeout=60"]  # where a test hangs: in the log
-        limit = _left(end) * share
+        limit = _left(end) * (1.0 if run.dry else share)  # a dry run has no second part
         ended.append(run.python([*arguments, *plugin(record)], limit, environment, on_tick=write))
         if run.dry:
             break
