@@ -4,6 +4,8 @@ In a dry run (FASTRES_TEST_DEVICE=cpu) a stand-in computes on the CPU: that the 
 they should is then proven, and nothing about a kernel.
 """
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,8 +26,9 @@ EDGE = 64  # elements before and behind a tensor that must stay NaN: whole vecto
 def _kernels():
     if DRY:
         sizes = {"pixels": 64, "channels": 64, "depth": 64, "cluster": 1, "threads": 128, "shared_bytes": 0}
-        what = {"name": "stand_in", "architecture": 80, "splits_depth": False} | sizes
-        return [_conv_tiles.Kernel(i, element=element, **what) for i, element in enumerate(ELEMENTS)]
+        what = {"architecture": 80, "splits_depth": False} | sizes
+        named = itertools.product(("stand_in", "other"), ELEMENTS)  # conv_act takes the first
+        return [_conv_tiles.Kernel(i, name, element, **what) for i, (name, element) in enumerate(named)]
     return list(_conv_tiles.kernels()) or [None]
 
 
