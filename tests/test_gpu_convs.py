@@ -24,6 +24,7 @@ from fastres.lab.timing import wall_timer  # noqa: E402
 from fastres.ops import _conv_backends, _conv_tiles  # noqa: E402
 from gpu_run import bench, convs, fastest, files, keep, layers, needs, phases, tests  # noqa: E402
 from gpu_run.run import FAILED, PASSED, SKIPPED, Ended, Run  # noqa: E402
+from peers import DTYPES  # noqa: E402
 from shapes import BLOCK_END, CONVS, INNER, Conv  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -93,9 +94,12 @@ def test_a_kernel_gets_what_conv_act_passes_it(monkeypatch, layer):
     assert ours == theirs and ours[-1] == 7
 
 
-def test_what_stands_beside_on_a_gpu():
+def test_what_stands_beside_on_a_gpu(monkeypatch):
     tensors = SMALL.tensors(CPU)
     gpu = torch.device("cuda")
+    monkeypatch.setattr(layers, "capability", lambda device: (9, 0))
+    ours = [k.name for k in _conv_tiles.kernels() if k.element == "float16"]
+    assert list(layers.candidates(SMALL, tensors, tensors[3], gpu)) == ["cudnn", "triton", *ours]
     assert set(layers.candidates(SMALL, tensors, tensors[3], CPU)) == {"reference", "cpu", "triton"}
     assert set(layers.yardsticks(SMALL, tensors, gpu, True)) == {"conv", "conv_bias", "conv_bias_tuned", "read"}
     found = layers.yardsticks(OTHER, OTHER.tensors(CPU), gpu, False)
@@ -125,7 +129,6 @@ ANSWERS = {
     "right": lambda wanted: wanted,
     "wrong": lambda wanted: wanted + 0.02 * wanted.abs().max(),
     "half": lambda wanted: wanted.where(torch.arange(wanted.shape[1]).view(1, -1, 1, 1) < 12, torch.nan),
-    "nothing": lambda wanted: torch.full_like(wanted, torch.nan),
 }
 
 
@@ -139,7 +142,8 @@ def stand_ins(monkeypatch):
                 raise RuntimeError("conv_act: refused refuses: planted\nmore")
             if kernel.name == "fault":
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            y.copy_(ANSWERS[kernel.name](layers.reference(layer, tensors)))
+            if kernel.name != "nothing":  # whatever y holds stays in it
+                y.copy_(ANSWERS[kernel.name](layers.reference(layer, tensors)))
 
         monkeypatch.setattr(layers, "native", native)
         monkeypatch.setattr(layers, "own_kernels", lambda layer, device: [kernel(n, i) for i, n in enumerate(names)])
@@ -149,10 +153,10 @@ def stand_ins(monkeypatch):
 
 
 def test_wrong_answers_are_left_out_and_reported(stand_ins):
-    stand_ins("wrong", "right", "half", "nothing", "refused")
+    stand_ins("wrong", "right", "nothing", "half", "refused")
     found = convs.measured(SMALL, CPU, wall_timer(), 2, True)
     assert set(found.entry["ms"]) == {"cpu", "right"} and found.entry["beside"] == {}
-    assert [text.split(" at ")[0] for text in found.wrong] == ["wrong", "half", "nothing"]
+    assert [text.split(" at ")[0] for text in found.wrong] == ["wrong", "nothing", "half"]
     assert all("output 0 differs" in text and SMALL.title in text for text in found.wrong)
     assert found.refused == [f"refused at {SMALL.title}: RuntimeError: conv_act: refused refuses: planted"]
     data = {"schema": _conv_tiles.SCHEMA, "schema_version": _conv_tiles.VERSION, "entries": [found.entry]}
@@ -193,6 +197,20 @@ def test_what_is_not_reached_is_not_there(stand_ins):
     assert saved == [[[], [], []]]
     convs.run([SMALL, OTHER], CPU, time.monotonic() + 60, 2, lambda *s: saved.append([list(x) for x in s]))
     assert [len(entries) for entries, _, _ in saved] == [0, 0, 1, 2]
+
+
+def test_processes_that_cannot_compile_do_not_break_the_run(monkeypatch):
+    """Each raises here: there is no GPU."""
+    monkeypatch.setattr(convs, "memory", lambda device: 80 << 30)
+    convs.compile_all([SMALL, OTHER], CPU, time.monotonic() + 60)
+    convs.compile_all([SMALL], CPU, time.monotonic() - 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_of_a_layer_of_every_dtype_can_be_measured(stand_ins, dtype):
+    stand_ins("right")
+    found = convs.measured(layers.Layer(SMALL.conv, dtype, 1), CPU, wall_timer(), 2, False)
+    assert found.entry["dtype"] == str(DTYPES[dtype]).removeprefix("torch.") and not found.wrong + found.refused
 
 
 def test_a_layer_that_does_not_fit_into_memory_is_left_out(monkeypatch):
