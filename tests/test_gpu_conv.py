@@ -156,13 +156,15 @@ SIZES = (
     (1, 8, 8, (1, 1), 1), (5, 64, 264, (1, 1), 1), (1, 40, 24, (1, 301), 1), (3, 24, 40, (300, 1), 3),
     (1, 2048, 512, (7, 7), 1),
 )  # fmt: skip
+FLOAT_SIZES = ((2, 12, 20, (9, 11), 3), (3, 4, 4, (5, 5), 1), (1, 28, 132, (7, 9), 5))  # 16 bytes are four of them
 
 
 @each_kernel
 def test_every_size_is_exact(kernel):
     need(kernel)
     dtype, failures = getattr(torch, kernel.element), []
-    for i, (n, c, k, size, r) in enumerate(SIZES[4:8] if DRY else SIZES):
+    sizes = (SIZES[4:8] if DRY else SIZES) + (FLOAT_SIZES if dtype is torch.float32 else ())
+    for i, (n, c, k, size, r) in enumerate(sizes):
         for residual in (True, False):
             how, act = pairs(1, r // 2), tuple(ACTS)[i % 3]
             tensors = problem(dtype, n, c, k, size, (r, r), how, residual=residual)
