@@ -175,7 +175,14 @@ def measured(monkeypatch, tmp_path):
 
     def make(*rows):
         entries = [
-            {"arch": 90, "dtype": "float16", "shape": list(p.shape), "residual": p.residual, "ms": ms} for p, ms in rows
+            {
+                "arch": 90,
+                "dtype": str(p.dtype).removeprefix("torch."),
+                "shape": list(p.shape),
+                "residual": p.residual,
+                "ms": ms,
+            }
+            for p, ms in rows
         ]
         path = tmp_path / "measured.json"
         path.write_text(json.dumps({"schema": _conv_tiles.SCHEMA, "schema_version": 1, "entries": entries}))
@@ -205,7 +212,7 @@ def test_a_measured_kernel_that_this_build_lacks_is_passed_over(measured):
     guess = _conv_tiles.choose(here, 132).name
     measured((here, {"cudnn": 2.0, "triton": 3.0, "sm90_gone": 0.5}))
     assert _conv_tiles.choose(here, 132).name == guess
-    assert _conv_tiles.measured_order(here) == ()
+    assert _conv_tiles.measured_order(here) == ("cudnn", "triton", "cuda")
 
 
 @needs_kernels
@@ -222,8 +229,12 @@ def test_the_measured_order_of_backends(measured, gpu, monkeypatch):
     assert _dispatch._choose(OPERATOR, "auto", on_gpu(), kind).name == "cuda"
     measured((here, {"cudnn": 0.5, "triton": 3.0, kernel: 1.0}))
     assert _dispatch._choose(OPERATOR, "auto", on_gpu(), kind).name == "cudnn"
-    measured((here, {"cudnn": 2.0, kernel: 1.0}))  # not beside Triton: no order
+    measured((here, {"cudnn": 2.0, kernel: 1.0}))  # Triton was not, or was wrong: last
+    assert _conv_backends.measured(on_gpu(), kind) == ("cuda", "cudnn", "triton")
+    measured((here, {"cudnn": 2.0}), (replace(here, dtype=torch.float32), {"cudnn": 2.0, "triton": 1.0}))
     assert _conv_backends.measured(on_gpu(), kind) == ()
+    assert _conv_backends.measured(on_gpu(torch.float32), kind) == ("triton", "cudnn", "cuda")
+    assert _conv_backends.measured(on_gpu(torch.float32), replace(kind, tf32=False)) == ()
     grouped = call(32, (14, 14), (64, 2, 3, 3), groups=32)
     assert _conv_backends.measured(on_gpu(), grouped) == _conv_backends.measured(torch.empty(1), kind) == ()
 

@@ -218,6 +218,8 @@ def measured(x: Tensor, call: Conv) -> tuple[str, ...]:
     """The backends of a GPU in the order that was measured for this convolution; nothing where none was."""
     if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES or call.groups > 1 or not call.channels_last:
         return ()
+    if x.dtype is torch.float32 and not call.tf32:  # measured with TF32
+        return ()
     return _conv_tiles.measured_order(problem_of(x, call))
 
 

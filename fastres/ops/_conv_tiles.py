@@ -3,7 +3,7 @@
     kernels()          what this build has: tiles of y, from the largest that two warpgroups hold down to 64 x 64
     why_not(problem)   refusals, as sentences; empty when a kernel takes it
     choose(problem)    the kernel: the fastest measured one, else the one of least `cost`
-    measured_order     the backends of a GPU, fastest first, where all of them were measured
+    measured_order     the backends of a GPU, fastest first, where they were measured
 
 Measurements are data in conv_measured.json beside this file; `make gpu` takes them and `make gpu-import` writes them:
 
@@ -217,9 +217,11 @@ def _nearest(problem: Problem) -> dict[str, float]:
 
 
 def measured_order(problem: Problem) -> tuple[str, ...]:
-    """cudnn, triton and cuda, the fastest first; nothing where one of them was not measured."""
+    """cudnn, triton and cuda, the fastest first, behind them what was not measured; nothing where two were not."""
     times = _nearest(problem)
     own = {kernel.name for kernel in taken_by(problem)[0]}
     best = {name: times[name] for name in BACKENDS if name in times}
     best |= {"cuda": min(ms for name, ms in times.items() if name in own)} if own & set(times) else {}
-    return tuple(sorted(best, key=lambda name: best[name])) if len(best) == 1 + len(BACKENDS) else ()
+    if len(best) < 2:
+        return ()
+    return (*sorted(best, key=lambda name: best[name]), *(name for name in (*BACKENDS, "cuda") if name not in best))
