@@ -17,8 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("csrc/**/*.*"), *ROOT.glob("tests/native/**/*.*")])
-KERNELS = [str(ROOT / "csrc/cuda" / name) for name in ("add_relu_flat.cu", "bn_act_forward.cu", "bn_act_backward.cu")]
-FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-w", f"-I{ROOT}/tests/native/emulator", f"-I{ROOT}/csrc"]
+KERNELS = [ROOT / "csrc/cuda" / name for name in ("add_relu_flat.cu", "bn_act_forward.cu", "bn_act_backward.cu")]
+FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-w", f"-I{ROOT}/csrc"]
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MULTIPROCESSORS = 3  # few: each block has several row tiles, and there are several blocks to a tile
 
@@ -28,22 +28,27 @@ def compiler():
     return command if shutil.which(command[0]) else None
 
 
-@cache
-def library():
-    """The compiled library; kept under build/ for as long as its sources stay."""
+def compiled(name, sources, flags, about=""):
+    """The library of these C++ sources; kept under build/ for as long as all sources, the flags and `about` stay."""
     command = compiler()
     if command is None or not (ROOT / "csrc").exists():
         pytest.skip("no C++ compiler or no sources")
-    text = b"".join(path.read_bytes() for path in SOURCES) + repr((command, FLAGS)).encode()
-    built = ROOT / "build" / f"emulated-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    text = b"".join(path.read_bytes() for path in SOURCES) + repr((command, FLAGS, flags, about)).encode()
+    built = ROOT / "build" / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.so"
     if not built.exists():
         built.parent.mkdir(exist_ok=True)
         partial = built.with_suffix(f".{os.getpid()}")  # another worker may be building the same
-        sources = ["-x", "c++", str(ROOT / "tests/native/emulated.cpp"), *KERNELS]
-        done = subprocess.run([*command, *FLAGS, *sources, "-o", str(partial)], capture_output=True, text=True)
+        arguments = [*FLAGS, *flags, "-x", "c++", *map(str, sources), "-o", str(partial)]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         partial.replace(built)
-    loaded = ctypes.CDLL(str(built))
+    return ctypes.CDLL(str(built))
+
+
+@cache
+def library():
+    """tests/native/emulated.cpp, compiled."""
+    loaded = compiled("emulated", [ROOT / "tests/native/emulated.cpp", *KERNELS], [f"-I{ROOT}/tests/native/emulator"])
     for name in ("add_relu", "add_relu_backward", "bn_act", "bn_act_backward"):
         getattr(loaded, name).restype = ctypes.c_char_p
     for name in ("element", "channel"):

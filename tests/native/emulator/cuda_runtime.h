@@ -1,20 +1,10 @@
 // CUDA's runtime on a machine without one, as far as fastres' kernels use it: what tests/native/emulated.cpp compiles
-// csrc/cuda/*.cu against, with an ordinary C++ compiler. Blocks run one after the other; the threads of a block are fibers
-// that give way at barriers and shuffles, in ascending or (emulator::backwards) descending order: what depends on the
-// order between two barriers gives different results in the two.
+// csrc/cuda/*.cu against, with an ordinary C++ compiler. The threads of a block are fibers (fibers.h).
 #pragma once
-
-#include <setjmp.h>
-#include <ucontext.h>
 
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
 
 #define __global__
 #define __device__
@@ -30,7 +20,8 @@ struct dim3 {
   unsigned x, y, z;
   explicit dim3(unsigned x = 1) : x(x), y(1), z(1) {}
 };
-inline dim3 threadIdx, blockIdx, blockDim;
+
+#include "fibers.h"
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaMemcpyKind { cudaMemcpyDeviceToDevice };
@@ -39,99 +30,30 @@ typedef void* cudaStream_t;
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   cudaStream_t stream;
+  size_t dynamicSmemBytes;  // from here on: of launches that no kernel here makes
+  struct cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
 };
-
-namespace emulator {
-
-constexpr size_t kStack = 64 << 10;
-inline bool backwards = false;
-inline int launches = 0;
-
-struct Fiber {
-  ucontext_t start;
-  jmp_buf place;  // where it gave way: a jump there asks the system for nothing, unlike swapcontext
-  std::unique_ptr<char[]> stack{new char[kStack]};
-  bool started = false, done = false;
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
 };
-struct Barrier {
-  int arrived = 0;
-  unsigned generation = 0;
-};
-
-inline jmp_buf scheduler;
-inline std::vector<Fiber> fibers;
-inline std::function<void()> body;
-inline Barrier block;
-inline std::vector<Barrier> warps;
-inline std::vector<float> lanes;  // what the lanes of each warp offer in a shuffle
-inline int current = 0, live = 0;
-
-__attribute__((noinline)) inline void give_way() {
-  if (_setjmp(fibers[current].place) == 0) _longjmp(scheduler, 1);
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
+  return cudaErrorInvalidValue;
 }
-
-inline void wait(Barrier& barrier, int all) {
-  const unsigned generation = barrier.generation;
-  if (++barrier.arrived >= all) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-  } else {
-    while (generation == barrier.generation) give_way();
-  }
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int*, Kernel, const cudaLaunchConfig_t*) {
+  return cudaErrorInvalidValue;
 }
-
-inline void enter() {
-  for (;;) {  // a block after the other
-    body();
-    fibers[current].done = true;
-    --live;
-    if (block.arrived > 0 && block.arrived >= live) {  // those that have left no longer count
-      block.arrived = 0;
-      ++block.generation;
-    }
-    give_way();
-  }
-}
-
-__attribute__((noinline)) inline void resume(Fiber& fiber) {
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.place, 1);
-  fiber.started = true;
-  getcontext(&fiber.start);
-  fiber.start.uc_stack.ss_sp = fiber.stack.get();
-  fiber.start.uc_stack.ss_size = kStack;
-  makecontext(&fiber.start, enter, 0);
-  setcontext(&fiber.start);
-}
-
-inline void run_block(int threads) {
-  if (fibers.empty()) fibers = std::vector<Fiber>(1024);  // they never move
-  warps.assign(threads / 32, {});
-  lanes.assign(threads, 0);
-  block = {};
-  live = threads;
-  for (int i = 0; i < threads; ++i) fibers[i].done = false;
-  while (live > 0) {
-    for (int i = 0; i < threads; ++i) {
-      current = backwards ? threads - 1 - i : i;
-      if (fibers[current].done) continue;
-      threadIdx.x = current;
-      resume(fibers[current]);
-    }
-  }
-}
-
-}  // namespace emulator
-
-inline void __syncthreads() { emulator::wait(emulator::block, emulator::live); }
 
 inline float __shfl_down_sync(unsigned, float value, int step) {
-  const int thread = emulator::current, warp = thread / 32;
-  emulator::lanes[thread] = value;
-  emulator::wait(emulator::warps[warp], 32);
-  if (thread % 32 + step < 32) value = emulator::lanes[thread + step];
-  emulator::wait(emulator::warps[warp], 32);
-  return value;
+  const float* all = emulator::exchange(value);
+  return emulator::lane() + step < 32 ? all[emulator::lane() + step] : value;
 }
 
 inline float __frcp_rn(float value) { return 1 / value; }
@@ -148,17 +70,8 @@ inline uint32_t __float_as_uint(float value) {
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
-  if (config->blockDim.x == 0 || config->blockDim.x > 1024 || config->blockDim.x % 32 || config->gridDim.x == 0) {
-    return cudaErrorInvalidValue;
-  }
-  ++emulator::launches;
-  blockDim = config->blockDim;
-  emulator::body = [=] { kernel(arguments...); };
-  for (unsigned i = 0; i < config->gridDim.x; ++i) {
-    blockIdx.x = i;
-    emulator::run_block(static_cast<int>(config->blockDim.x));
-  }
-  return cudaSuccess;
+  const bool run = emulator::run_grid(config->gridDim, config->blockDim, [=] { kernel(arguments...); }, [] {});
+  return run ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
