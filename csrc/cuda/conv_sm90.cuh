@@ -80,7 +80,11 @@ struct ConvMainloop : Conv {
                            typename Conv::TensorStorage& storage) {
     using cute::_, cute::_0;
     const auto inputs = cute::make_tuple(cute::get<0>(tiles)(_, _, _, _, _0{}), cute::get<1>(tiles)(_, _, _, _, _0{}));
-    Conv::load(params, pipeline, state, inputs, coordinate, step, steps, thread, rank, storage);
+    // The kernel's iterator refers to a shape that is gone by now: made for depths of one mode, it is never looked at
+    // there. Ours has three, and carries from one to the next by it.
+    const auto shape = cute::shape<3>(cute::get<0>(inputs));
+    Conv::load(params, pipeline, state, inputs, coordinate, cute::make_coord_iterator(*step, shape), steps, thread, rank,
+               storage);
   }
 
  private:
