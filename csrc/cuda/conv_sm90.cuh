@@ -157,6 +157,11 @@ struct Sm90 {
   // The largest corner and tap offset that the copy engine's im2col mode takes, in pixels.
   static constexpr int64_t kCorner = 127, kOffset = 254, kStride = 8;
 
+  // Its stride from one image of x to the next has 40 bits; and of a smaller y 32 bits count the tiles.
+  static bool too_large(int64_t pixels, int64_t channels) {
+    return pixels > ((int64_t{1} << 40) - 1) / (channels * static_cast<int64_t>(sizeof(T)));
+  }
+
   static typename Conv::ProblemShape problem(const ConvShape& shape) {
     const auto narrow = [](int64_t v) { return static_cast<int>(v); };
     const int padding[2] = {narrow(shape.padding[0]), narrow(shape.padding[1])};
@@ -200,6 +205,9 @@ struct Sm90 {
         return "padding of " + std::to_string(shape.padding[i]) + " for a kernel that reaches over " +
                std::to_string(reach + 1) + " pixels: too far to be gathered";
       }
+    }
+    if (too_large(shape.h * shape.w, shape.c) || too_large(shape.pixels(), shape.k)) {
+      return "a tensor of 2^40 bytes or more: y, or one image of x";
     }
     return Kernel::can_implement(arguments(shape, {}, 1)) ? "" : "CUTLASS's can_implement refuses";
   }
