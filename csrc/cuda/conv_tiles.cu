@@ -22,8 +22,8 @@ std::string conv_refusal(const ConvShape& shape, int64_t size) {
     return "a tensor without elements";
   }
   constexpr int64_t kMost = (int64_t{1} << 31) - 1;
-  const int64_t most = std::max({shape.stride[0], shape.stride[1], shape.padding[0], shape.padding[1], shape.dilation[0],
-                                 shape.dilation[1]});
+  const int64_t most = std::max({shape.stride[0], shape.stride[1], shape.padding[0], shape.padding[1],
+                                 shape.dilation[0], shape.dilation[1]});
   if (most > kMost) return "stride, padding or dilation of " + std::to_string(most) + ": must be below 2^31";
   const int64_t x_pixels = shape.n * shape.h * shape.w, depth = shape.c * shape.r * shape.s;
   if (std::max({shape.pixels(), x_pixels, shape.k, depth}) > kMost) {

@@ -1,6 +1,6 @@
 // What the convolutions for sm_90a hand to the copy engine, on a machine without a GPU: the shipped tiles of
-// csrc/cuda/conv_sm90_*.cu, compiled by the C++ compiler with tests/native/hopper in front of CUTLASS. The descriptors of
-// a launch, the work of each block, and every copy that a block's loading warp issues for a piece of it.
+// csrc/cuda/conv_sm90_*.cu, compiled by the C++ compiler with tests/native/hopper in front of CUTLASS. The descriptors
+// of a launch, the work of each block, and every copy that a block's loading warp issues for a piece of it.
 // tests/test_conv_launch.py holds them against a model of the copy engine.
 #include "hopper/host.h"
 
@@ -39,7 +39,8 @@ struct Launch {
   static inline dim3 grid;
 
   // As run() does, up to the launch. Out: the grid, what the epilogue has been told, and whether it reads a residual.
-  static void launch(const ConvShape& shape, const ConvTensors& tensors, int multiprocessors, int clusters, int64_t* out) {
+  static void launch(const ConvShape& shape, const ConvTensors& tensors, int multiprocessors, int clusters,
+                     int64_t* out) {
     auto arguments = Case::arguments(shape.as_line(), tensors, multiprocessors);
     arguments.hw_info.max_active_clusters = clusters;
     hopper::descriptors.clear();
@@ -80,8 +81,8 @@ struct Launch {
             if (!info.is_valid()) break;
             do {
               note(found, x + uint64_t{y} * grid.x, info);
-            } while (Scheduler::continue_current_work_for_linear_idx(linear, start, hopper::place.block_in_cluster, info,
-                                                                     params.scheduler));
+            } while (Scheduler::continue_current_work_for_linear_idx(linear, start, hopper::place.block_in_cluster,
+                                                                     info, params.scheduler));
           } else {
             const auto info = scheduler.get_current_work_for_linear_idx(linear);
             if (!info.is_valid()) break;
@@ -112,8 +113,9 @@ struct Launch {
     const auto inputs = mainloop.load_init(params.problem_shape, params.mainloop);
     const auto a = get<0>(inputs);
     const auto b = get<1>(inputs);
-    const auto coordinate = cute::make_coord(cute::idx2crd(row_tile, shape<2>(a)), cute::idx2crd(column_tile, shape<2>(b)),
-                                             cute::_, cute::idx2crd(0, shape<4>(b)));
+    const auto coordinate =
+        cute::make_coord(cute::idx2crd(row_tile, shape<2>(a)), cute::idx2crd(column_tile, shape<2>(b)), cute::_,
+                         cute::idx2crd(0, shape<4>(b)));
     auto steps_of = shape<3>(a);  // the kernels' iterator refers to it, and it is gone when load() is called
     const auto first = cute::make_coord_iterator(cute::idx2crd(step, steps_of), steps_of);
     steps_of = cute::repeat_like(steps_of, 1);
@@ -206,8 +208,8 @@ extern "C" {
 
 int64_t tile_count() { return static_cast<int64_t>(tiles().size()); }
 
-// type, rows, columns, depth, cluster, stages, threads, shared bytes, transaction bytes, streamk, pingpong, places in shared
-// memory of x, of the weight and of the epilogue
+// type, rows, columns, depth, cluster, stages, threads, shared bytes, transaction bytes, streamk, pingpong, places in
+// shared memory of x, of the weight and of the epilogue
 void tile(int64_t i, int64_t* out) {
   const Tile& t = tiles()[i];
   *out = static_cast<int64_t>(t.type);
@@ -222,8 +224,8 @@ int64_t workspace(int64_t i, const int64_t* shape, int64_t multiprocessors) {
   return tiles()[i].workspace(shape_of(shape), static_cast<int>(multiprocessors));
 }
 
-// Addresses: x, weight, bias, residual, y. Clusters: that the device holds at once, 0 where blocks stand alone. Out: see
-// Launch::launch.
+// Addresses: x, weight, bias, residual, y. Clusters: that the device holds at once, 0 where blocks stand alone. Out:
+// see Launch::launch.
 void launch(int64_t i, const int64_t* shape, const int64_t* addresses, int64_t multiprocessors, int64_t clusters,
             int64_t* out) {
   const auto at = [&](int k) { return reinterpret_cast<void*>(addresses[k]); };

@@ -1,6 +1,6 @@
-// What nvcc knows and a C++ compiler does not: with this header in front, the latter compiles csrc/cuda/conv_sm90.cuh and
-// CUTLASS behind it. Functions of the device become plain ones; the headers beside this one, which shadow CUTLASS's of the
-// same names, are the instructions: they note what they are given, and nothing waits.
+// What nvcc knows and a C++ compiler does not: with this header in front, the latter compiles csrc/cuda/conv_sm90.cuh
+// and CUTLASS behind it. Functions of the device become plain ones; the headers beside this one, which shadow CUTLASS's
+// of the same names, are the instructions: they note what they are given, and nothing waits.
 #pragma once
 
 #include <cuda.h>
