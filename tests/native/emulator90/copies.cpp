@@ -173,7 +173,10 @@ void ask_load(const std::string& text, const Operand* o) {
   const Coordinates from = coordinates_of(map, o, groups[1]);
   std::array<int64_t, 3> offsets{};
   if (im2col) {
-    for (size_t i = 0; i < groups[3].size(); ++i) offsets[i] = static_cast<uint16_t>(o[groups[3][i]].bits);
+    for (size_t i = 0; i < groups[3].size(); ++i) {
+      offsets[i] = static_cast<uint16_t>(o[groups[3][i]].bits);
+      if (offsets[i] > 255) fail("an offset of more than 8 bits");
+    }
   }
   uint32_t to = static_cast<uint32_t>(o[groups[0][0]].bits), barrier = static_cast<uint32_t>(o[groups[2][0]].bits);
   if (to % 128 != 0) fail("a copy to an address that is not aligned");
