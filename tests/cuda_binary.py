@@ -39,7 +39,8 @@ CONVOLUTIONS = """
 (HGMMA); the sm_80 ones, which every newer GPU runs too, by cp.async and mma.sync (HMMA). Registers are what a block
 is launched with: the sm_90 kernels move most of the loading warps' to the multiplying ones. Products are in the code:
 the loop over the depth is written twice on sm_90, its start and its body, each with one wait. No kernel spills, uses
-local memory or double precision; stream-K alone has atomics, for its counters and for a mode that is not used.
+local memory or double precision; stream-K alone has atomics, for its counters and to add up the parts of a tile that
+three blocks or more share, each after the one before it.
 
 | kernel | element | tile | depth | cluster | registers | shared memory, B | threads | blocks | products | waits |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |

@@ -187,7 +187,8 @@ struct Sm90 {
     a.epilogue.thread.bias_ptr = static_cast<const Memory*>(t.bias);
     a.epilogue.thread.activation = {t.lower, t.upper};
     a.hw_info.sm_count = multiprocessors;
-    if constexpr (kSchedule == Schedule::kStreamK) {  // blocks add up in a fixed order
+    if constexpr (kSchedule == Schedule::kStreamK) {
+      // Blocks add up in a fixed order: by atomics, but each waits for the one before it.
       using Parameters = cutlass::gemm::kernel::detail::PersistentTileSchedulerSm90StreamKParams;
       a.scheduler.reduction_mode = Parameters::ReductionMode::Deterministic;
     }
