@@ -15,8 +15,8 @@
 
 namespace fastres {
 
-// y = act(sums + bias [+ residual]) of kVector neighbouring channels, in fp32, rounded once. CUTLASS's name for y is Z; T
-// is a second output, which there is none of.
+// y = act(sums + bias [+ residual]) of kVector neighbouring channels, in fp32, rounded once. CUTLASS's name for y is Z;
+// T is a second output, which there is none of.
 template <class Memory, int kVector>
 struct ConvEpilogue {
   using ElementOutput = Memory;
@@ -80,8 +80,8 @@ struct Sm80 {
   using Kernel = typename cutlass::conv::kernel::DefaultConv2dFpropWithBroadcast<
       Memory, Layout, Memory, Layout, Memory, Layout, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80,
       cutlass::gemm::GemmShape<kRows, kColumns, kDepth>, cutlass::gemm::GemmShape<kWarpRows, kWarpColumns, kDepth>,
-      cutlass::gemm::GemmShape<16, 8, std::is_same_v<T, float> ? 8 : 16>, ConvEpilogue<Memory, kVector>, Swizzle, kStages,
-      cutlass::arch::OpMultiplyAdd, cutlass::conv::IteratorAlgorithm::kOptimized,
+      cutlass::gemm::GemmShape<16, 8, std::is_same_v<T, float> ? 8 : 16>, ConvEpilogue<Memory, kVector>, Swizzle,
+      kStages, cutlass::arch::OpMultiplyAdd, cutlass::conv::IteratorAlgorithm::kOptimized,
       cutlass::conv::StrideSupport::kStrided>::Kernel;
   using Checks = cutlass::conv::device::ImplicitGemmConvolution<Kernel>;
   static constexpr Dynamic kBlocks{Kernel::kThreadCount, sizeof(typename Kernel::SharedStorage), 1};
@@ -93,7 +93,8 @@ struct Sm80 {
         {narrow(shape.k), narrow(shape.r), narrow(shape.s), narrow(shape.c)},
         {narrow(shape.padding[0]), narrow(shape.padding[0]), narrow(shape.padding[1]), narrow(shape.padding[1])},
         {narrow(shape.stride[0]), narrow(shape.stride[1])}, {narrow(shape.dilation[0]), narrow(shape.dilation[1])},
-        {narrow(shape.n), narrow(shape.p), narrow(shape.q), narrow(shape.k)}, cutlass::conv::Mode::kCrossCorrelation, 1);
+        {narrow(shape.n), narrow(shape.p), narrow(shape.q), narrow(shape.k)},
+        cutlass::conv::Mode::kCrossCorrelation, 1);
     const auto reference = [](const void* p, int64_t h, int64_t w, int64_t c) {
       const cutlass::Tensor4DCoord extent(1, static_cast<int>(h), static_cast<int>(w), static_cast<int>(c));
       return cutlass::TensorRef<Memory, Layout>(static_cast<Memory*>(const_cast<void*>(p)), Layout::packed(extent));
@@ -115,7 +116,8 @@ struct Sm80 {
       return "a tensor of " + std::to_string(most * sizeof(T)) + " bytes: must be smaller than 2 GiB";
     }
     if (shape.r > 32 || shape.s > 32) return "a kernel of more than 32 taps along an axis";
-    return Checks::can_implement(arguments(shape, {})) == cutlass::Status::kSuccess ? "" : "CUTLASS's can_implement refuses";
+    const bool can = Checks::can_implement(arguments(shape, {})) == cutlass::Status::kSuccess;
+    return can ? "" : "CUTLASS's can_implement refuses";
   }
 
   static int64_t workspace(const ConvShape&, int) { return 0; }
@@ -136,7 +138,8 @@ void Sm80<T, kRows, kColumns, kWarpRows, kWarpColumns, kBytes, kStages>::run(con
                                                                             const Stream& on) {
   const typename Kernel::Params params(arguments(shape.as_line(), tensors));
   allow_dynamic("conv_act", on, kBlocks, conv_sm80_kernel<Sm80>);
-  launch_dynamic("conv_act", on, kBlocks, Swizzle::get_grid_shape(params.grid_tiled_shape), conv_sm80_kernel<Sm80>, params);
+  const dim3 grid = Swizzle::get_grid_shape(params.grid_tiled_shape);
+  launch_dynamic("conv_act", on, kBlocks, grid, conv_sm80_kernel<Sm80>, params);
 }
 
 template <class T, int kRows, int kColumns, int kWarpRows, int kWarpColumns, int kBytes, int kStages>
@@ -144,7 +147,8 @@ void list_conv_sm80(std::vector<ConvTile>& tiles) {
   using Tile = Sm80<T, kRows, kColumns, kWarpRows, kWarpColumns, kBytes, kStages>;
   tiles.push_back({"sm80_" + std::to_string(kRows) + "x" + std::to_string(kColumns), type_constant<T>(), 80, kRows,
                    kColumns, Tile::kDepth, 1, false, Tile::kBlocks.threads, Tile::kBlocks.shared_bytes,
-                   reinterpret_cast<const void*>(&conv_sm80_kernel<Tile>), &Tile::refusal, &Tile::workspace, &Tile::run});
+                   reinterpret_cast<const void*>(&conv_sm80_kernel<Tile>), &Tile::refusal, &Tile::workspace,
+                   &Tile::run});
 }
 
 }  // namespace fastres

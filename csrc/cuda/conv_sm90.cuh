@@ -5,8 +5,8 @@
 //     columns   K channels of y                    a tile: 64 to 256
 //     depth     R * S taps times C channels of x   a step: 128 bytes of one tap's channels, the widest swizzle
 //
-// One warpgroup loads, two multiply: on one tile together (cooperative), or each on its own, so that the epilogue of one
-// goes under the products of the other (ping-pong). Blocks are persistent: one to a multiprocessor, and with stream-K
+// One warpgroup loads, two multiply: on one tile together (cooperative), or each on its own, so that the epilogue of
+// one goes under the products of the other (ping-pong). Blocks are persistent: one to a multiprocessor, and with stream-K
 // they share the depth of tiles that do not fill the last wave.
 //
 // CUTLASS 4.2 has the mainloop (the gather, wgmma) but pairs it with a kernel of one tile a block alone. The
@@ -44,8 +44,8 @@ struct ConvPolicy {
   using Schedule = Kernel;
 };
 
-// The convolution's mainloop with the face of a matrix product's: the problem comes with the arguments, and tensors have
-// a batch mode, of size 1.
+// The convolution's mainloop with the face of a matrix product's: the problem comes with the arguments, and tensors
+// have a batch mode, of size 1.
 template <class Conv, class Policy>
 struct ConvMainloop : Conv {
   using DispatchPolicy = Policy;
@@ -70,7 +70,8 @@ struct ConvMainloop : Conv {
 
   template <class Shape>
   CUTLASS_DEVICE auto load_init(const Shape& shape, const Params& params) {
-    auto [a, b] = Conv::load_init(shape, params);  // (rows, depth, row tiles, steps), (columns, depth, column tiles, steps)
+    // (rows, depth, row tiles, steps), (columns, depth, column tiles, steps)
+    auto [a, b] = Conv::load_init(shape, params);
     return cute::make_tuple(with_batch(a), with_batch(b));
   }
   template <class A, class B, class Steps, class Coordinate>
@@ -83,8 +84,8 @@ struct ConvMainloop : Conv {
     // The kernel's iterator refers to a shape that is gone by now: made for depths of one mode, it is never looked at
     // there. Ours has three, and carries from one to the next by it.
     const auto shape = cute::shape<3>(cute::get<0>(inputs));
-    Conv::load(params, pipeline, state, inputs, coordinate, cute::make_coord_iterator(*step, shape), steps, thread, rank,
-               storage);
+    const auto from = cute::make_coord_iterator(*step, shape);
+    Conv::load(params, pipeline, state, inputs, coordinate, from, steps, thread, rank, storage);
   }
 
  private:
@@ -133,14 +134,15 @@ struct Sm90 {
   using CopyX = cute::SM90_TMA_LOAD_IM2COL;  // no two blocks of a cluster share pixels
   using CopyWeight = cute::conditional_t<kCluster == 1, cute::SM90_TMA_LOAD, cute::SM90_TMA_LOAD_MULTICAST>;
 
+  using Gather = cutlass::conv::MainloopSm90TmaGmmaWarpSpecializedImplicitGemm<cutlass::conv::Operator::kFprop, kStages,
+                                                                               2, Cluster>;
   using Conv = cutlass::conv::collective::CollectiveConv<
-      cutlass::conv::MainloopSm90TmaGmmaWarpSpecializedImplicitGemm<cutlass::conv::Operator::kFprop, kStages, 2, Cluster>,
-      Tile, Memory, Memory, TiledMma,
+      Gather, Tile, Memory, Memory, TiledMma,
       cutlass::conv::collective::detail::Sm90ImplicitGemmTileTraits<CopyX, Staged<kRows>>,
       cutlass::conv::collective::detail::Sm90ImplicitGemmTileTraits<CopyWeight, Staged<kColumns>>>;
-  using Mainloop = ConvMainloop<Conv, ConvPolicy<kStages, Cluster,
-                                                 cute::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                                                                     cutlass::gemm::KernelTmaWarpSpecializedCooperative>>>;
+  using Persistent = cute::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
+                                         cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
+  using Mainloop = ConvMainloop<Conv, ConvPolicy<kStages, Cluster, Persistent>>;
   using Scheduler = cute::conditional_t<kSchedule == Schedule::kStreamK, cutlass::gemm::StreamKScheduler,
                                         cutlass::gemm::PersistentScheduler>;
   using Problem = cute::Shape<int, int, cute::Shape<int, int, int>, int>;  // rows, columns, (C, S, R), 1
@@ -201,7 +203,9 @@ struct Sm90 {
     const ConvShape shape = given.as_line();
     for (int i = 0; i < 2; ++i) {
       const int64_t reach = (i == 0 ? shape.r - 1 : shape.s - 1) * shape.dilation[i];
-      if (shape.stride[i] > kStride) return "a stride of " + std::to_string(shape.stride[i]) + ", at most 8 can be gathered";
+      if (shape.stride[i] > kStride) {
+        return "a stride of " + std::to_string(shape.stride[i]) + ", at most 8 can be gathered";
+      }
       if (shape.padding[i] > kCorner || reach - shape.padding[i] > kCorner || reach > kOffset) {
         return "padding of " + std::to_string(shape.padding[i]) + " for a kernel that reaches over " +
                std::to_string(reach + 1) + " pixels: too far to be gathered";

@@ -1,5 +1,5 @@
-// conv_act for sm_90a where tiles do not fill the GPU's last wave (stage 4) or not even its first (batch 1): blocks share
-// their depth.
+// conv_act for sm_90a where tiles do not fill the GPU's last wave (stage 4) or not even its first (batch 1): blocks
+// share their depth.
 #include "cuda/conv_sm90.cuh"
 
 namespace fastres {

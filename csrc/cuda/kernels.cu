@@ -17,7 +17,8 @@ std::vector<KernelAttributes> kernel_attributes() {
   list_bn_act_forward(kernels);
   list_bn_act_backward(kernels);
   int major = 0;
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute", device);
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute",
+             device);
   for (const ConvTile& tile : conv_tiles()) {
     if (tile.architecture == 90 && major != 9) continue;
     kernels.push_back({tile.label(), tile.function, tile.threads, tile.shared_bytes});
@@ -45,8 +46,8 @@ std::vector<ConvKernel> conv_kernels() {
   std::vector<ConvKernel> found;
   for (const ConvTile& t : conv_tiles()) {
     const char* element = t.type == Type::kFloat ? "float32" : t.type == Type::kHalf ? "float16" : "bfloat16";
-    found.push_back({t.name, element, t.architecture, t.pixels, t.channels, t.depth, t.cluster, t.splits_depth, t.threads,
-                     t.shared_bytes});
+    found.push_back({t.name, element, t.architecture, t.pixels, t.channels, t.depth, t.cluster, t.splits_depth,
+                     t.threads, t.shared_bytes});
   }
   return found;
 }

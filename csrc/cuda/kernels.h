@@ -37,8 +37,8 @@ struct ConvKernel {
 // In the order of the operator's `tile`; none where the build had no CUTLASS.
 std::vector<ConvKernel> conv_kernels();
 
-// Why kernel `tile` cannot take a convolution; empty: it can. N, H, W, C, K, R, S, P, Q, then stride, padding and dilation,
-// two each. Needs no GPU.
+// Why kernel `tile` cannot take a convolution; empty: it can. N, H, W, C, K, R, S, P, Q, then stride, padding and
+// dilation, two each. Needs no GPU.
 std::string why_not_conv(int tile, const std::array<int64_t, 15>& shape);
 
 int cuda_version();  // of the headers: 13000

@@ -102,15 +102,15 @@ inline cudaLaunchConfig_t dynamic_config(const Dynamic& how, dim3 grid, cudaLaun
   return config;
 }
 
-// Before the first launch on a device: lets the kernel have its shared memory. Returns how many clusters the device holds
-// at once (parts of it may be odd), 0 where blocks stand alone.
+// Before the first launch on a device: lets the kernel have its shared memory. Returns how many clusters the device
+// holds at once (parts of it may be odd), 0 where blocks stand alone.
 template <class Parameters>
 int allow_dynamic(const char* name, const Stream& on, const Dynamic& how, void (*kernel)(Parameters)) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];  // and one; of one kernel: no two have parameters of one type
   if (on.device < kDevices && known[on.device] > 0) return known[on.device] - 1;
-  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared_bytes)),
-             name, on.device);
+  const int bytes = static_cast<int>(how.shared_bytes);
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name, on.device);
   int clusters = 0;
   if (how.cluster > 1) {
     cudaLaunchAttribute attribute{};
