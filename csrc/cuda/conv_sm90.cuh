@@ -6,8 +6,8 @@
 //     depth     R * S taps times C channels of x   a step: 128 bytes of one tap's channels, the widest swizzle
 //
 // One warpgroup loads, two multiply: on one tile together (cooperative), or each on its own, so that the epilogue of
-// one goes under the products of the other (ping-pong). Blocks are persistent: one to a multiprocessor, and with stream-K
-// they share the depth of tiles that do not fill the last wave.
+// one goes under the products of the other (ping-pong). Blocks are persistent: one to a multiprocessor, and with
+// stream-K they share the depth of tiles that do not fill the last wave.
 //
 // CUTLASS 4.2 has the mainloop (the gather, wgmma) but pairs it with a kernel of one tile a block alone. The
 // kernels it has for matrix products are what ConvMainloop below fits it to.
