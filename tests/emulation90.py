@@ -52,7 +52,7 @@ def cuda():
 
 
 def build(command, headers, toolkit, everything, to):
-    """Compiles the library; a minute of a core and 3 GB, three minutes and 6 GB for everything."""
+    """Compiles the library: a minute of a core and 3 GB; three minutes and 4 GB for everything."""
     with tempfile.TemporaryDirectory() as folder:
         cuda_to_cpp.translate_headers(headers, folder)
         translated = Path(folder) / "cuda/conv_sm90.cuh"

@@ -17,7 +17,9 @@ struct Map {
   int64_t dims[5], strides[5];  // innermost first; strides in bytes
   int64_t box[5];               // im2col: channels, pixels
   int64_t steps[5];             // of elements
-  int64_t lower[3], upper[3];   // im2col: corners of the box of pixels, W first, as the dimensions are
+  // im2col: corners of the box of pixels, W first like the dimensions: CUTLASS's order, and that of the offsets in PTX,
+  // where the driver's manual speaks of {D, H, W}.
+  int64_t lower[3], upper[3];
   int swizzle;
   bool rounds;  // loads, to TF32: to the nearest, as cvt.rna does; how is written nowhere
 
@@ -131,7 +133,7 @@ void store(const Map& map, Block& block, uint32_t from, const Coordinates& to) {
 }
 
 int put_on_list(std::function<void()> make) {
-  machine.transfers[machine.next_transfer] = std::move(make);
+  machine.transfers[machine.next_transfer] = {std::move(make), machine.draw(6) == 0};
   return machine.next_transfer++;
 }
 

@@ -94,10 +94,12 @@ void round_of(Block& block) {
   }
 }
 
+// One of the oldest four, and perhaps more of them; late ones only when nothing else happens.
 void some_transfers(bool idle) {
   while (!machine.transfers.empty() && (idle || machine.draw(3) == 0)) {
     auto chosen = machine.transfers.begin();
     std::advance(chosen, machine.draw(static_cast<uint32_t>(std::min<size_t>(machine.transfers.size(), 4))));
+    if (!idle && chosen->second.late) continue;
     machine.make(chosen->first);
     idle = false;
   }
@@ -202,7 +204,7 @@ uint32_t Machine::draw(uint32_t below) {
 void Machine::make(int transfer) {
   const auto found = transfers.find(transfer);
   if (found == transfers.end()) return;
-  const std::function<void()> make = std::move(found->second);
+  const std::function<void()> make = std::move(found->second.make);
   transfers.erase(found);
   ++progress;
   make();
@@ -212,8 +214,8 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
   const int size = config.numAttrs > 0 ? static_cast<int>(config.attrs[0].val.clusterDim.x) : 1;
   const int threads = static_cast<int>(config.blockDim.x);
   if (threads == 0 || threads > 1024 || threads % 32 != 0 || config.dynamicSmemBytes > kShared ||
-      config.gridDim.x == 0 || config.gridDim.x % size != 0) {
-    return cudaErrorInvalidValue;
+      config.gridDim.x == 0 || config.gridDim.y == 0 || config.gridDim.z == 0 || config.gridDim.x % size != 0) {
+    throw std::runtime_error("a launch that no GPU takes");
   }
   blockDim = config.blockDim;
   gridDim = config.gridDim;

@@ -72,10 +72,16 @@ struct Cluster : Rendezvous {
   int live = 0;
 };
 
+// A copy. Those that are late are made when they are waited for, or when nothing else happens any more.
+struct Transfer {
+  std::function<void()> make;
+  bool late;
+};
+
 struct Machine {
   std::vector<Block> blocks;
   std::vector<Cluster> clusters;
-  std::map<int, std::function<void()>> transfers;  // not made yet; by number, in the order in which they were asked for
+  std::map<int, Transfer> transfers;  // not made yet; by number, in the order in which they were asked for
   int next_transfer = 0;
   Block* block = nullptr;  // that runs
   Fiber* fiber = nullptr;
