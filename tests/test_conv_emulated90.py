@@ -149,7 +149,7 @@ def test_stream_k_with_any_number_of_blocks(multiprocessors, parts):
 
 
 @TILES
-@pytest.mark.parametrize("act", ["none", "relu", "relu6"])
+@pytest.mark.parametrize("act", ["none", "relu6"])
 def test_nan_and_infinity_pass(label, act):
     tile = tile_of(label)
     (x, weight, bias, residual, _), how, multiprocessors = operands(tile.dtype, CASES["3x3"], 5)

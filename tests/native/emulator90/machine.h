@@ -1,6 +1,6 @@
 // The emulated GPU: blocks, all of which run at once, their threads, which are fibers, and what the copy engine and the
-// tensor cores still have to do. Order is drawn at random, from a seed: of the threads and blocks at every step, of when
-// a copy takes place, of whether a product is formed when it is asked for or when it is waited for.
+// tensor cores still have to do. Order is drawn at random, from a seed: of the threads and blocks at every step, when a
+// copy takes place, whether a product is formed when it is asked for or when it is waited for.
 #pragma once
 
 #include <setjmp.h>

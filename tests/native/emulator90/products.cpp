@@ -1,5 +1,6 @@
 // wgmma: products of 64 rows by N columns, both operands in shared memory in the 128-byte swizzle, both with the depth
 // innermost. Each thread forms its own elements. ldmatrix and stmatrix: 8x8 matrices spread over a warp.
+#pragma GCC optimize("O3")  // the flags ask for what compiles CUTLASS in little time
 #include <algorithm>
 #include <cstdlib>
 
@@ -122,6 +123,7 @@ void ask(const std::string& text, const Operand* o, size_t count) {
   p.adds = rest[2].number() != 0;
   check_descriptor(p.a);
   check_descriptor(p.b);
+  p.to.reserve(elements);
   for (size_t i = 0; i < elements; ++i) p.to.push_back(static_cast<float*>(o[i].to));
   Fiber& fiber = *machine.fiber;
   if (!fiber.fenced) fail("wgmma without wgmma.fence before it");
