@@ -51,7 +51,7 @@ setup: $(STAMP_EXTENSION)  ## create .venv, install the lock and the package, bu
 demo: $(STAMP_EXTENSION)  ## train on real digits, freeze, and compare ResNet-50 with eager on real photographs
 	@$(VENV)/bin/fastres demo $(ARGS)
 
-test: $(STAMP_EXTENSION)  ## the default tests (ARGS="tests/test_bn_act.py" to choose)
+test: $(STAMP_EXTENSION)  ## the default tests (ARGS="tests/ops/test_bn_act.py" to choose)
 	$(PYTEST) $(ARGS)
 
 test-full: $(STAMP_EXTENSION) $(STAMP_LOOPS)  ## every test, also those that take minutes or build and install packages

@@ -28,7 +28,7 @@ WORKERS, WORKER_MIB = 4, 16 << 10
 
 def gpu_files(root: Path) -> list[str]:
     """The test files that mark anything `gpu`: the others, and what they import, need not be there."""
-    found = [p for p in sorted((root / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
+    found = [p for p in sorted((root / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
     return [str(path.relative_to(root)) for path in found]
 
 
@@ -133,7 +133,7 @@ def sanitizer(run: Run, limit_s: float) -> Outcome:
         else:
             options = ["--tool", name, "--error-exitcode", "86", "--print-limit", "20"]
             before = ["compute-sanitizer", *options, "--target-processes", "application-only"]
-        arguments = ["-m", "pytest", "tests/test_gpu_sanitize.py", "-q", "-rs", "-m", "sanitize"]
+        arguments = ["-m", "pytest", "tests/gpu/test_gpu_sanitize.py", "-q", "-rs", "-m", "sanitize"]
         arguments += ["-p", "no:cacheprovider", "-p", "no:xdist", *plugin(record)]
         ended = run.python(arguments, _left(end) / (len(tools) - i), environment, before)
         text = "\n".join(ended.tail)

@@ -52,7 +52,9 @@ WORKER_GIB = 5  # of GPU memory, at the most
 ROUNDS = 11
 GAIN, LOSS = 1.02, 0.97
 FAULTS = re.compile(r"illegal (memory access|instruction)|misaligned address|unspecified launch failure")
-REGISTERS = 128  # of kernels that move data: with more, an SM holds too few threads (tests/test_triton_compile.py)
+REGISTERS = (
+    128  # of kernels that move data: with more, an SM holds too few threads (tests/kernels/test_triton_compile.py)
+)
 
 
 def plan(device: torch.device, chosen: list[Problem]) -> dict[Entry, list[Problem]]:

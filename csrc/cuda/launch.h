@@ -1,6 +1,6 @@
 // How the CUDA kernels cut a tensor up: heads, vectors and tails of flat arrays, tiles of images, splits of reductions.
 // Plain C++ without CUDA or torch: the host plans a launch with it, the device finds its elements with it, and
-// tests/test_cuda_launch.py holds both against an index model on a machine without a GPU.
+// tests/emulation/test_cuda_launch.py holds both against an index model on a machine without a GPU.
 //
 // An image tensor is a matrix of rows, each a line of positions; a channel is `plane` neighbouring positions:
 //

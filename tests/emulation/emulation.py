@@ -1,0 +1,117 @@
+"""The CUDA kernels on a machine without a GPU: the shipped sources, compiled by the C++ compiler against the headers of
+native/emulator, where the threads of a block are fibers. `kernels()` has the operators that the C++ modules
+register, on CPU tensors; `library()` is everything that tests/emulation/native/emulated.cpp offers.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted([*ROOT.glob("csrc/**/*.*"), *ROOT.glob("tests/emulation/native/**/*.*")])
+KERNELS = [ROOT / "csrc/cuda" / name for name in ("add_relu_flat.cu", "bn_act_forward.cu", "bn_act_backward.cu")]
+FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-w", f"-I{ROOT}/csrc"]
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MULTIPROCESSORS = 3  # few: each block has several row tiles, and there are several blocks to a tile
+
+
+def compiler():
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    return command if shutil.which(command[0]) else None
+
+
+def compiled(name, sources, flags, about=""):
+    """The library of these C++ sources; kept under build/ for as long as all sources, the flags and `about` stay."""
+    command = compiler()
+    if command is None or not (ROOT / "csrc").exists():
+        pytest.skip("no C++ compiler or no sources")
+    text = b"".join(path.read_bytes() for path in SOURCES) + repr((command, FLAGS, flags, about)).encode()
+    built = ROOT / "build" / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    if not built.exists():
+        built.parent.mkdir(exist_ok=True)
+        partial = built.with_suffix(f".{os.getpid()}")  # another worker may be building the same
+        arguments = [*FLAGS, *flags, "-x", "c++", *map(str, sources), "-o", str(partial)]
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        partial.replace(built)
+    return ctypes.CDLL(str(built))
+
+
+@cache
+def library():
+    """tests/emulation/native/emulated.cpp, compiled."""
+    loaded = compiled(
+        "emulated",
+        [ROOT / "tests/emulation/native/emulated.cpp", *KERNELS],
+        [f"-I{ROOT}/tests/emulation/native/emulator"],
+    )
+    for name in ("add_relu", "add_relu_backward", "bn_act", "bn_act_backward"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    for name in ("element", "channel"):
+        getattr(loaded, name).restype = ctypes.c_int64
+    loaded.fast_divide.restype = ctypes.c_uint32
+    return loaded
+
+
+def pointer(t):
+    """A tensor's memory, or None; a numpy-like view is not made: bf16 has none."""
+    return None if t is None else ctypes.c_void_p(t.data_ptr())
+
+
+class Emulated:
+    """The operators of fastres._C_cuda, by their names in torch.ops.fastres."""
+
+    def __init__(self, multiprocessors):
+        self.multiprocessors = multiprocessors
+
+    def _run(self, name, *arguments):
+        message = getattr(library(), name)(*arguments, ctypes.c_int(self.multiprocessors))
+        if message is not None:
+            raise RuntimeError(message.decode())
+
+    def _image(self, x, channels_last):
+        n, c, h, w = x.shape
+        sizes = [ctypes.c_int64(v) for v in (n, c, h * w)]
+        return [ctypes.c_int(TYPES[x.dtype]), *sizes, ctypes.c_int(channels_last)]
+
+    def _add_relu_native(self, x, residual, y):
+        kind, numel = ctypes.c_int(TYPES[x.dtype]), ctypes.c_int64(x.numel())
+        self._run("add_relu", kind, *map(pointer, (x, residual, y)), numel)
+
+    def _add_relu_backward_native(self, dy, y, dx):
+        kind, numel = ctypes.c_int(TYPES[y.dtype]), ctypes.c_int64(y.numel())
+        self._run("add_relu_backward", kind, *map(pointer, (dy, y, dx)), numel)
+
+    def bn_act(
+        self, x, weight, bias, residual, y, mean, var, channels_last, training, eps, act, running=(), momentum=0
+    ):
+        running_mean, running_var, count = running or (None, None, None)
+        if not training:
+            running_mean, running_var = mean.clone(), var.clone()  # mean and var are written, as copies
+        tensors = map(pointer, (x, residual, y, weight, bias, mean, var, running_mean, running_var, count))
+        numbers = ctypes.c_float(momentum), ctypes.c_float(eps), ctypes.c_int(act == "relu"), ctypes.c_int(training)
+        self._run("bn_act", *self._image(x, channels_last), *tensors, *numbers)
+
+    _bn_act_native = bn_act
+
+    def _bn_act_backward_native(
+        self, dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, channels_last, training, eps, act
+    ):
+        y = y if act == "relu" else None
+        tensors = map(pointer, (dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual))
+        numbers = ctypes.c_float(eps), ctypes.c_int(training)
+        self._run("bn_act_backward", *self._image(dy, channels_last), *tensors, *numbers)
+
+
+@cache
+def kernels(multiprocessors=MULTIPROCESSORS):
+    library()
+    return Emulated(multiprocessors)

@@ -1,0 +1,143 @@
+"""The convolutions for sm_90a on a machine without a GPU: csrc/cuda/conv_sm90.cuh and the CUTLASS below it, translated
+by cuda_to_cpp.py, compiled by the C++ compiler and run by native/emulator90. All blocks of a launch run at
+once, their threads are fibers, and what runs next is drawn from a seed.
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cuda_to_cpp
+from emulation import ROOT, compiler, pointer
+
+SHIPPED = [ROOT / "csrc/element.h", *(ROOT / "csrc/cuda" / name for name in ("conv_act.h", "runtime.h", "launch.h"))]
+SHIPPED += sorted(ROOT.glob("csrc/cuda/conv_*.cu*"))
+OWN = [ROOT / "tests/emulation/native/emulated90.cpp", *sorted((ROOT / "tests/emulation/native/emulator90").glob("*"))]
+FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-w", "-fpermissive", "-U_FORTIFY_SOURCE", "-Wl,-Bsymbolic"]
+FLAGS += ["-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-include", f"{ROOT}/tests/emulation/native/emulator90/prelude.h"]
+TYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32}
+GUARD = 4096  # elements around y that must stay as they are
+
+
+def cutlass():
+    """The folder of CUTLASS's headers, or None."""
+    given = os.environ.get("FASTRES_CUTLASS")
+    spec = None if given else importlib.util.find_spec("cutlass_library")
+    roots = [Path(given)] if given else [Path(where) for where in spec.submodule_search_locations] if spec else []
+    for root in roots:
+        for source in (root, root / "source", root / "cutlass_library/source"):
+            if (source / "include/cutlass/version.h").exists():
+                return source / "include"
+    return None
+
+
+def cuda():
+    """The folder of CUDA's headers, or None."""
+    nvcc = shutil.which("nvcc")
+    roots = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent, "/usr/local/cuda"]
+    found = [Path(root) / "include" for root in roots if root]
+    return next((folder for folder in found if (folder / "cccl/cuda/std").exists()), None)
+
+
+def build(command, headers, toolkit, everything, to):
+    """Compiles the library: a minute of a core and 3 GB; three minutes and 4 GB for everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        cuda_to_cpp.translate_headers(headers, folder)
+        translated = Path(folder) / "cuda/conv_sm90.cuh"
+        translated.parent.mkdir()
+        translated.write_text(cuda_to_cpp.translate((ROOT / "csrc/cuda/conv_sm90.cuh").read_text()))
+        includes = [f"-I{path}" for path in (folder, ROOT / "csrc")]
+        for path in (headers.parent / "tools/util/include", toolkit, toolkit / "cccl"):
+            includes += ["-isystem", str(path)]
+        defines = ["-DEMULATED_ALL", "-DFASTRES_CONV_SM90"] if everything else []
+        sources = [str(path) for path in OWN if path.suffix == ".cpp"]
+        line = [*command, *FLAGS, *defines, *includes, *sources, "-o", str(to)]
+        done = subprocess.run(line, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+
+@cache
+def library(everything=False):
+    """The compiled library; kept under build/ for as long as its sources stay."""
+    command, headers, toolkit = compiler(), cutlass(), cuda()
+    if command is None or headers is None or toolkit is None or not (ROOT / "csrc").exists():
+        pytest.skip("no C++ compiler, no CUTLASS, no CUDA headers or no sources")
+    sources = [*SHIPPED, *OWN, Path(cuda_to_cpp.__file__), headers / "cutlass/version.h"]
+    text = b"".join(path.read_bytes() for path in sources) + repr((command, FLAGS, str(toolkit), everything)).encode()
+    built = ROOT / "build" / f"emulated90-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    built.parent.mkdir(exist_ok=True)
+    with open(ROOT / "build/emulated90.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be building the same
+        if not built.exists():
+            partial = built.with_suffix(".partial")
+            build(command, headers, toolkit, everything, partial)
+            partial.replace(built)
+    loaded = ctypes.CDLL(str(built))
+    loaded.conv_act.restype = loaded.tile_label.restype = ctypes.c_char_p
+    loaded.counted.restype = ctypes.c_int64
+    return loaded
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A kernel of the library."""
+
+    number: int
+    everything: bool
+    label: str
+    rows: int
+    columns: int
+    cluster: int
+    splits_depth: bool
+
+    @property
+    def dtype(self):
+        return TYPES[self.label.split("<")[1].split(",")[0]]
+
+    def counted(self, what):
+        """How often something ran in the last call."""
+        return library(self.everything).counted(what.encode())
+
+    def run(self, x, weight, bias, residual, act="none", stride=1, padding=0, dilation=1, multiprocessors=2, seed=0):
+        """y, all of it written and nothing beside it; raises what the kernel or the emulated GPU says."""
+        (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
+        pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
+        p, q = F.conv2d(x[:, :1].float(), weight[:1, :1].float(), None, *pairs).shape[2:]
+        images = (t if t is None else t.contiguous(memory_format=torch.channels_last) for t in (x, weight, residual))
+        x, weight, residual = images
+        memory = torch.full((2 * GUARD + n * p * q * k,), float("nan"), dtype=self.dtype)
+        y = memory[GUARD:-GUARD].view(n, p, q, k).permute(0, 3, 1, 2)
+        before = memory.view(torch.uint8).clone()
+        sizes = (ctypes.c_int64 * 15)(n, h, w, c, k, r, s, p, q, *(v for pair in pairs for v in pair))
+        tensors = map(pointer, (x, weight, bias, residual, y))
+        how = act.encode(), ctypes.c_int(multiprocessors), ctypes.c_uint64(seed)
+        message = library(self.everything).conv_act(self.number, sizes, *tensors, *how)
+        if message is not None:
+            raise RuntimeError(message.decode())
+        after, edge = memory.view(torch.uint8), GUARD * memory.element_size()
+        assert torch.equal(before[:edge], after[:edge]) and torch.equal(before[-edge:], after[-edge:])
+        return y
+
+
+def tiles(everything=False):
+    """Every kernel of the library, by its label."""
+    loaded, found = library(everything), {}
+    for number in range(loaded.tiles()):
+        numbers = (ctypes.c_int * 4)()
+        loaded.tile_numbers(number, numbers)
+        label = loaded.tile_label(number).decode()
+        rows, columns, cluster, splits_depth = numbers
+        found[label] = Tile(number, everything, label, rows, columns, cluster, bool(splits_depth))
+    return found
