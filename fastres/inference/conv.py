@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastres.inference.gate import is_captured_elsewhere
 from fastres.nn.steps import fused_conv_act, is_bare
-from fastres.ops._autograd import goes_straight
+from fastres.ops._autograd import is_plain_eager
 from fastres.ops._conv_backends import ACTIVATIONS, Conv, output_size, why_not_onednn
 from fastres.ops._tensors import is_channels_last
 
@@ -90,7 +90,7 @@ class FrozenConv(nn.Conv2d):
 
     def run(self, x: Tensor, residual: Tensor | None, act: str, overwrite: bool = False) -> Tensor:
         """The call with its epilogue; `overwrite`: the residual is nobody else's, and y may take its memory."""
-        if not self.exact and goes_straight(x, residual):
+        if not self.exact and is_plain_eager(x, residual):
             weight = self.weight_for(x)
             if weight is not None:
                 y = self.onednn(x, weight, residual, act, overwrite)

@@ -15,7 +15,7 @@ from fastres.inference.conv import frozen_convs
 from fastres.inference.graphs import Graphs
 from fastres.inference.program import Programs
 from fastres.inference.recipe import source_tensors
-from fastres.ops._autograd import goes_straight
+from fastres.ops._autograd import is_plain_eager
 from fastres.verify.runs import named_tensors
 
 VARIANTS = 8  # other calls that a frozen model keeps a network for
@@ -62,7 +62,7 @@ def _is_not_finite(inputs: Any) -> bool:
     """Whether a tensor on a CPU is not finite: then its sum is not (nor is, rarely, that of a finite one: no harm)."""
     tensors = inputs[0] if not inputs[1] and all(isinstance(t, Tensor) for t in inputs[0]) else None
     for t in tensors if tensors is not None else named_tensors(inputs, "").values():
-        if t.is_floating_point() and t.device.type == "cpu" and goes_straight(t):
+        if t.is_floating_point() and t.device.type == "cpu" and is_plain_eager(t):
             if not math.isfinite(float(t.detach().sum())):
                 return True
     return False

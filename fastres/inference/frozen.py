@@ -25,7 +25,7 @@ from fastres.inference.plan import Plan, choose_packs
 from fastres.inference.recipe import GraphRecipe, Recipe, source_tensors
 from fastres.inference.report import FreezeReport
 from fastres.inference.signature import Call, Signature
-from fastres.ops._autograd import goes_straight
+from fastres.ops._autograd import is_plain_eager
 from fastres.verify.runs import call, map_tensors
 
 logger = logging.getLogger("fastres")
@@ -233,7 +233,7 @@ class FrozenModel(nn.Module):
         count = self.plan.images_at_a_time
         if not count or kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 4:
             return False
-        return len(args[0]) > count and goes_straight(args[0])
+        return len(args[0]) > count and is_plain_eager(args[0])
 
     def _in_parts(self, run: Callable[[Tensor], Any], images: Tensor) -> Any:
         """A few images at a time: inputs and activations stay in cache, and below the size that malloc maps anew."""

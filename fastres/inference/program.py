@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastres.nn.steps import has_global_hooks
-from fastres.ops._autograd import goes_straight, recorded_below
+from fastres.ops._autograd import is_plain_eager, recorded_below
 
 _SIGNATURES = 8  # that a model keeps a program for
 _REFUSED_TAGS = (torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape)
@@ -231,7 +231,7 @@ class Programs:
             return module(*args, **kwargs)
         leaves, tree = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if not tensors or any(t.device.type != "cpu" for t in tensors) or not goes_straight(*tensors):
+        if not tensors or any(t.device.type != "cpu" for t in tensors) or not is_plain_eager(*tensors):
             return module(*args, **kwargs)
         key = tuple((t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else (type(t), t) for t in leaves), tree
         try:

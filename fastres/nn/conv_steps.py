@@ -28,7 +28,7 @@ from fastres._dispatch import AUTO, choose
 from fastres.nn.fold import Folded, Refusal, fold
 from fastres.nn.memory import call_reading
 from fastres.nn.steps import bn_step, has_global_hooks, is_plain, norm_act
-from fastres.ops._autograd import any_requires_grad, goes_straight
+from fastres.ops._autograd import any_requires_grad, is_plain_eager
 from fastres.ops._conv_backends import conv_then
 from fastres.ops.conv_act import OPERATOR
 
@@ -168,7 +168,7 @@ def folded(x: Any, conv: nn.Conv2d, bn: nn.BatchNorm2d, residual: Any = None) ->
         )
     except KeyError:  # a replica of nn.DataParallel
         return None
-    if tensors[4] is None or not goes_straight(x, residual, *tensors):
+    if tensors[4] is None or not is_plain_eager(x, residual, *tensors):
         return None
     if torch.is_grad_enabled() and any_requires_grad(x, residual, *tensors):
         _folds.pop(bn, None)

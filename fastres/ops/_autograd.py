@@ -45,7 +45,7 @@ def _only_a_recorder() -> bool:
     return _dispatch_modes() == getattr(_recorder, "depth", 0) == 1
 
 
-def goes_straight(first: object, *others: object) -> bool:
+def is_plain_eager(first: object, *others: object) -> bool:
     """Whether a call would reach the kernel as it is: no tensor subclass, mode, transform or tracer stands between.
 
     `first` is the tensor that carries the call: x, or in backward dy, which torch.autograd.grad(is_grads_batched=True)

@@ -2,7 +2,7 @@
 
 The general way goes through the dispatcher: the operator, its Python kernel, a backend that fills preallocated
 outputs. The short way is one call of a kernel that allocates, computes and moves the running statistics; it is taken
-where nothing stands between the call and the kernel (`goes_straight`) and the kernel knows the layout, which it says by
+where nothing stands between the call and the kernel (`is_plain_eager`) and the kernel knows the layout, which it says by
 what it returns.
 
 Saved for backward, by what the gradients are made of:
@@ -28,7 +28,7 @@ from torch.autograd.graph import increment_version
 
 from fastres._dispatch import Backend
 from fastres.ops import _bn_reference, _ownership
-from fastres.ops._autograd import any_requires_grad, goes_straight
+from fastres.ops._autograd import any_requires_grad, is_plain_eager
 from fastres.ops._tensors import is_channels_last, memory_format
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias, dresidual
@@ -232,7 +232,7 @@ class _Direct(torch.autograd.Function):
                 y = output_of(ctx, saved)
             if x is None:  # not read: only its layout is asked for
                 x = dy.contiguous(memory_format=ctx.format) if y is None else y
-            if goes_straight(dy, x, y, weight, bias):
+            if is_plain_eager(dy, x, y, weight, bias):
                 large = dy.is_cpu and dy.numel() >= REUSE_FROM
                 reuse = large and (relu or not needs[3]) and _ownership.is_unshared(dy)
                 bits = needs[0] | needs[1] << 1 | needs[2] << 2 | (needs[3] and relu) << 3

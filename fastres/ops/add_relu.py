@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
-from fastres.ops._autograd import goes_straight, leave_to_the_general_way, register_autograd
+from fastres.ops._autograd import is_plain_eager, leave_to_the_general_way, register_autograd
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -125,7 +125,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (y,), needs = ctx.saved_tensors, ctx.needs_input_grad
-        if not torch.is_grad_enabled() and goes_straight(dy, y):
+        if not torch.is_grad_enabled() and is_plain_eager(dy, y):
             dx = ctx.backend.direct_backward(dy, y)
             if dx is not None:
                 return dx if needs[0] else None, dx if needs[1] else None, None
@@ -217,7 +217,7 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = AUTO) -> Tensor:
     """
     if not (isinstance(x, Tensor) and isinstance(residual, Tensor)):
         _check(x, residual)
-    if goes_straight(x, residual):
+    if is_plain_eager(x, residual):
         chosen = choose(OPERATOR, backend, x)
         if chosen.direct is not None:
             grad = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)

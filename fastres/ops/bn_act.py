@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
 from fastres.ops import _bn_autograd, _bn_reference
-from fastres.ops._autograd import goes_straight, leave_to_the_general_way, register_autograd
+from fastres.ops._autograd import is_plain_eager, leave_to_the_general_way, register_autograd
 from fastres.ops._bn_autograd import Call, call_direct, update_running
 from fastres.ops._tensors import (
     check_activation,
@@ -376,7 +376,7 @@ def bn_act(
     if momentum is None and training and running_mean is not None and num_batches_tracked is None:
         raise ValueError("bn_act: num_batches_tracked: got None, expected a scalar tensor when momentum is None")
     tensors = weight, bias, running_mean, running_var, residual
-    if act in ACTS and (momentum is not None or recompute) and goes_straight(x, *tensors):
+    if act in ACTS and (momentum is not None or recompute) and is_plain_eager(x, *tensors):
         chosen = choose(OPERATOR, backend, x)
         if chosen.direct is not None or recompute:
             call = Call(running_mean, running_var, num_batches_tracked, training, momentum, eps, act, chosen, recompute)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register, settings
 from fastres.ops import _conv_backends
-from fastres.ops._autograd import any_requires_grad, goes_straight, register_autograd
+from fastres.ops._autograd import any_requires_grad, is_plain_eager, register_autograd
 from fastres.ops._conv_backends import ACTS, Conv, Pair, output_size, pair
 from fastres.ops._flops import register_flops
 from fastres.ops._tensors import (
@@ -388,7 +388,7 @@ def conv_act(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    if goes_straight(x, weight, bias, residual) and not (
+    if is_plain_eager(x, weight, bias, residual) and not (
         torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual)
     ):
         return _straight(x, weight, bias, residual, stride, padding, dilation, groups, act, backend)

@@ -1,7 +1,7 @@
 """What the compiled CUDA kernels are made of, read from the binary: registers, memory, kinds of instructions.
 
-`python tests/emulation/cuda_binary.py` writes docs/kernels-cuda.md from the fastres._C_cuda that is built; Triton's wheel brings
-cuobjdump and nvdisasm.
+`python tests/emulation/cuda_binary.py` writes docs/kernels-cuda.md from the fastres._C_cuda that is built; Triton's
+wheel brings cuobjdump and nvdisasm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ SCHEDULES = ("cooperative", "pingpong", "streamk")
 HEAD = """# The CUDA kernels, as compiled
 
 Written by `python tests/emulation/cuda_binary.py` from the built `fastres._C_cuda`;
-`tests/emulation/test_cuda_binary.py` fails when it no longer says what the binary holds. {architecture}, CUDA {cuda}, `{flags}`.
+`tests/emulation/test_cuda_binary.py` fails when it no longer says what the binary holds. {architecture}, CUDA {cuda},
+`{flags}`.
 
 The number behind the type is how many elements a thread moves at once: 8 or 4 are 16 bytes, 1 is the path for lines or
 addresses that do not divide. Blocks: how many fit a multiprocessor by registers, threads and shared memory
