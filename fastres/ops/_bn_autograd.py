@@ -2,8 +2,8 @@
 
 The general way goes through the dispatcher: the operator, its Python kernel, a backend that fills preallocated
 outputs. The short way is one call of a kernel that allocates, computes and moves the running statistics; it is taken
-where nothing stands between the call and the kernel (`is_plain_eager`) and the kernel knows the layout, which it says by
-what it returns.
+where nothing stands between the call and the kernel (`is_plain_eager`) and the kernel knows the layout, which it says
+by what it returns.
 
 Saved for backward, by what the gradients are made of:
 
