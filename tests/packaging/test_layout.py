@@ -1,5 +1,5 @@
-"""The house: imports run one way and in no circle, `import fastres` stays light, a library never prints, an operator has
-all its files and is named nowhere else, no file is long without a reason.
+"""The house: imports run one way and in no circle, `import fastres` stays light, a library never prints, an operator
+has all its files and is named nowhere else, no file is long without a reason.
 
 Everything here reads the sources and runs none of them, but for `import fastres` in a fresh process.
 """
