@@ -16,23 +16,36 @@ import importlib.util
 import inspect
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 
 def run_in_own_process(function: Callable[..., Any], *args: Any, timeout: float = 240, **kwargs: Any) -> str:
-    """Call a function of a module's top level in a fresh process; return what it printed, raise what it raised."""
+    """Call a function of a module's top level in a fresh process; return what it printed, fail where it fails."""
     function = inspect.unwrap(function)
     command = [sys.executable, __file__, inspect.getsourcefile(function), function.__qualname__]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    given = pickle.dumps((args, kwargs))
-    done = subprocess.run(command, input=given, capture_output=True, timeout=timeout, env=env)
-    out, err = (text.decode(errors="replace") for text in (done.stdout, done.stderr))
-    assert done.returncode == 0, f"{function.__qualname__} ended with {done.returncode}\n{out[-2000:]}\n{err[-6000:]}"
-    return out
+    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as said:  # pipes end with the last process
+        pickle.dump((args, kwargs), given)
+        given.seek(0)
+        files = {"stdin": given, "stdout": said, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **files, env=env, start_new_session=True)
+        try:
+            code = process.wait(timeout)
+        finally:  # with all that it has started
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    assert code == 0, f"{function.__qualname__} ended with {code}\n{text[-6000:]}"
+    return text
 
 
 def own_process(test: Callable[..., Any]) -> Callable[..., None]:
