@@ -50,9 +50,8 @@ def library(everything=False):
     need_gcc()
     command, headers, toolkit = compiler(), cutlass_headers(), toolkit_headers()
     sources = [*SHIPPED, *OWN, Path(cuda_to_cpp.__file__), headers / "cutlass/version.h"]
-    text = (
-        b"".join(path.read_bytes() for path in sources) + repr((command, FLAGS, str(toolkit[0]), everything)).encode()
-    )
+    about = command, FLAGS, str(toolkit[0]), everything
+    text = b"".join(path.read_bytes() for path in sources) + repr(about).encode()
     built = ROOT / "build" / f"emulated90-{hashlib.sha256(text).hexdigest()[:16]}.so"
     built.parent.mkdir(exist_ok=True)
     with open(ROOT / "build/emulated90.lock", "w") as lock:
