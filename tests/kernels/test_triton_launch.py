@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import fastres.kernels  # noqa: E402
 import pytest
 import torch
 
