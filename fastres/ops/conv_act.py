@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register, settings
-from fastres.ops import _conv_backends
+from fastres.ops import _conv_backends, _conv_frozen
 from fastres.ops._autograd import any_requires_grad, is_plain_eager, register_autograd
 from fastres.ops._conv_backends import ACTS, Conv, Pair, output_size, pair
 from fastres.ops._flops import register_flops
@@ -399,3 +399,24 @@ def conv_act(
         return _BEHIND[act](z)
     y: Tensor = _OP(x, weight, bias, residual, *pairs, groups, act, backend)
     return y
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    act: str,
+    backend: str = AUTO,
+) -> Tensor:
+    """The operator's call in a frozen network."""
+    where = tuple(stride), tuple(padding), tuple(dilation), groups
+    return conv_act(x, weight, bias, residual, *where, act=act, backend=backend)
+
+
+OPERATOR.call, OPERATOR.stock, OPERATOR.bind = _call, _conv_frozen.stock, _conv_frozen.bind

@@ -1,0 +1,134 @@
+"""What a frozen model shows of its source besides its answers: the plain data it carries, and its class's name.
+
+Code around a model reads such things: Hugging Face's pipelines its `config`, timm's transforms its `pretrained_cfg`. A
+frozen model of a transformers model is of a subclass of FrozenModel with the name of the source's class, because
+`pipeline(...)` looks that name up among the classes that its task knows.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastres.inference.frozen import FrozenModel
+from fastres.inference.file.values import FrozenFileError, encode, short
+
+# What transformers' models keep on their classes and its pipelines read.
+_HUB = ("main_input_name", "base_model_prefix", "input_modalities")
+_CLASSES: dict[str, type[FrozenModel]] = {}
+
+
+def take_likeness(frozen: FrozenModel, source: nn.Module) -> FrozenModel:
+    """Give ``frozen`` copies of the plain data among the attributes of ``source``; a snapshot, as all of it is.
+
+    Plain data is numbers, strings, None, dtypes and devices, tuples, lists and dicts of them, and the configuration of
+    a transformers model. Names that begin with an underscore stay behind, and those that FrozenModel has itself.
+    """
+    found = {name: value for name, value in vars(source).items() if _is_plain(value)}
+    if not is_hub_model(source):
+        return give_likeness(frozen, {"attributes": found})
+    found |= {name: getattr(source, name) for name in _HUB if _is_plain(getattr(source, name, None))}
+    return give_likeness(frozen, {"attributes": found, "class": type(source).__name__, "config": source.config})
+
+
+def give_likeness(frozen: FrozenModel, likeness: Mapping[str, Any]) -> FrozenModel:
+    """Give ``frozen`` copies of these attributes, and the class's name and configuration of a transformers model."""
+    found = dict(likeness["attributes"])
+    if likeness.get("config") is not None:
+        found["config"] = likeness["config"]
+    names = [name for name in found if not name.startswith("_") and not hasattr(frozen, name)]
+    for name in names:
+        setattr(frozen, name, copy.deepcopy(found[name]))
+    frozen._likeness = tuple(names)
+    if likeness.get("class"):
+        frozen.__class__ = hub_class(likeness["class"])
+    return frozen
+
+
+def likeness_to_json(frozen: FrozenModel) -> dict[str, Any]:
+    """The likeness as plain data, for a file; a configuration of a class that is not transformers' own stays behind."""
+    found = {name: getattr(frozen, name) for name in frozen._likeness}
+    config = found.pop("config", None)
+    data: dict[str, Any] = {"attributes": found}
+    if isinstance(frozen, _HubModel):
+        data["class"] = type(frozen).__name__
+        if type(config).__module__.startswith("transformers."):
+            data["config"] = [config.model_type, config.to_dict()]
+    elif config is not None:
+        found["config"] = config
+    try:
+        return {"likeness": encode(data)}
+    except FrozenFileError:  # numbers of more than 64 bits, say: the network matters more
+        return {}
+
+
+def likeness_from_json(data: Any) -> dict[str, Any]:
+    """What `give_likeness` takes, of the plain data of `likeness_to_json`.
+
+    Raises:
+        FrozenFileError: it is something else, or needs a transformers that is not here.
+    """
+    if not isinstance(data, dict) or not isinstance(data.get("attributes"), dict):
+        raise FrozenFileError("it does not say what its source was like")
+    name, config = data.get("class"), data.get("config")
+    names = [*data["attributes"], *([] if name is None else [name])]
+    if not all(isinstance(n, str) and n.isidentifier() for n in names):
+        raise FrozenFileError(f"{short(names)} are no names of attributes and a class")
+    return {**data, "config": None if config is None else _config(config)}
+
+
+def _config(data: Any) -> Any:
+    if not isinstance(data, list) or len(data) != 2 or not isinstance(data[0], str) or not isinstance(data[1], dict):
+        raise FrozenFileError(f"{short(data)} is no configuration")
+    try:
+        known = importlib.import_module("transformers").CONFIG_MAPPING
+        return known[data[0]].from_dict(data[1])
+    except Exception as error:  # a kind of model that the transformers here lacks, or values that it refuses
+        what = f"the configuration of its source, a {short(data[0])} of transformers"
+        raise FrozenFileError(f"{what}, cannot be made here: {short(str(error))}") from error
+
+
+def is_hub_model(model: nn.Module) -> bool:
+    """Whether it is a transformers model, asked without importing transformers."""
+    bases = type(model).__mro__
+    return any(base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.") for base in bases)
+
+
+def hub_class(name: str) -> type[FrozenModel]:
+    """The subclass of FrozenModel called ``name``, always the same one."""
+    if name not in _CLASSES:
+        _CLASSES[name] = type(name, (_HubModel,), {"__module__": __name__, "__doc__": FrozenModel.__doc__})
+    return _CLASSES[name]
+
+
+class _HubModel(FrozenModel):
+    """Of a transformers model. Its classes are made when they are needed, so a pickle holds the name of one."""
+
+    def can_generate(self) -> bool:
+        """False: there is no ``generate`` here."""
+        return False
+
+    def _get_name(self) -> str:
+        return f"FrozenModel of {type(self).__name__}"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        made = super().__reduce_ex__(protocol)
+        return _blank, (type(self).__name__,), *made[2:]
+
+
+def _blank(name: str) -> FrozenModel:
+    made = hub_class(name)
+    return made.__new__(made)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return type(value) in (tuple, list) and all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return type(value) is dict and all(_is_plain(key) and _is_plain(item) for key, item in value.items())
+    return value is None or type(value) in (bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)
