@@ -70,7 +70,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Choices:
-    """Ways to run one call: what makes calls alike, as a line, and by name what prepares each; the first is the default."""
+    """Ways to run one call, the default first.
+
+    `key` is a line that is equal for calls alike; `ways` has by name what prepares each.
+    """
 
     key: str
     ways: dict[str, Callable[[], Prepared]]

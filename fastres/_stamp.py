@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ class Stamp:
         tensors: by name.
     """
 
-    def __init__(self, tensors: Mapping[Hashable, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[Any, Tensor]) -> None:
         self._seen = {name: (weakref.ref(t), _address(t), version(t)) for name, t in tensors.items()}
 
-    def holds(self, now: Mapping[Hashable, Tensor] | None = None) -> bool:
+    def holds(self, now: Mapping[Any, Tensor] | None = None) -> bool:
         """Whether no tensor was replaced, added, removed, moved or written to since.
 
         Args:

@@ -97,10 +97,11 @@ class Constants:
         """The value in memory of its own, floating ones in ``dtype``."""
         if node.op == "get_attr":
             t = self.tensors[str(node.target)].detach()
-            return t.to(dtype, copy=True) if t.is_floating_point() else t.clone()
-        t = self.exact(node)
-        self._exact.pop(node, None)
-        return t.to(dtype, copy=True).contiguous() if t.is_floating_point() else t.clone()
+        else:
+            t = self.exact(node)
+            self._exact.pop(node, None)
+        t = t.to(dtype, copy=True) if t.is_floating_point() else t.clone()
+        return t.contiguous()
 
     def is_worth_keeping(self, node: fx.Node) -> bool:
         """Whether the value is not much larger than what it is made of."""

@@ -238,6 +238,8 @@ def _our_norm(graph: fx.Graph, node: fx.Node) -> None:
 
 def _our_conv(graph: fx.Graph, node: fx.Node) -> None:
     a = arguments(node)
+    if a["scale"] is not None:
+        return
     where = pair(a["stride"]), pair(a["padding"]), pair(a["dilation"]), a["groups"]
     conv = _insert(graph, node, aten.conv2d.default, (a["x"], a["weight"], a["bias"], *where))
     _tail(graph, node, conv, a["residual"], a["act"], node)
@@ -249,7 +251,7 @@ def _our_add(graph: fx.Graph, node: fx.Node) -> None:
     _tail(graph, node, y, None, "relu", node)
 
 
-_OURS = {
+_OURS: dict[Any, Any] = {
     torch.ops.fastres.bn_act.default: _our_norm,
     torch.ops.fastres.conv_act.default: _our_conv,
     torch.ops.fastres.add_relu.default: _our_add,

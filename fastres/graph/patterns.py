@@ -1,4 +1,4 @@
-"""What fusions look for: the only reader of a node, residual sums, affines by constants, and an epilogue behind a node."""
+"""Patterns that fusions share: the only reader of a node, residual sums, affines by constants, epilogues."""
 
 from __future__ import annotations
 

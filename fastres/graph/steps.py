@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class Graph:
         return self.inputs + len(self.constants)
 
     def check(self) -> None:
-        """Raise unless each slot is written once, before it is read, and freed after its last reader alone.
+        """Raise unless each slot is written once, before it is read, and read no more once it is freed.
 
         Raises:
             ValueError: the message names the step.
@@ -101,8 +101,6 @@ class Graph:
             if step.writes in written or not step.writes < self.size:
                 raise ValueError(f"{step} writes to a slot that is taken, or is none")
             written.add(step.writes)
-            if not set(step.frees) <= written - freed - set(range(self.first_constant, self.first_result)):
-                raise ValueError(f"{step} frees a slot that holds nothing of its own")
             freed |= set(step.frees)
         if not {slot.index for slot in slots_in(self.outputs)} <= written - freed:
             raise ValueError("an output is not written, or freed")
@@ -141,25 +139,27 @@ def of_fx(graph: fx.Graph, made_of: Mapping[str, str]) -> Graph:
             return slice(spelled(value.start), spelled(value.stop), spelled(value.step))
         return {key: spelled(v) for key, v in value.items()} if isinstance(value, dict) else value
 
-    last: dict[int, int] = {}  # slot -> the step that reads it last
-    for i, node in enumerate(calls):
-        last |= {places[source]: i for source in node.all_input_nodes}
     (output,) = graph.find_nodes(op="output")
-    kept = {places[node] for node in output.all_input_nodes} | set(range(len(inputs), first))
-    steps = []
-    for i, node in enumerate(calls):
-        frees = sorted({s for s in map(places.__getitem__, node.all_input_nodes) if last[s] == i and s not in kept})
-        steps.append(
-            Step(
-                node.target,  # type: ignore[arg-type]
-                spelled(node.args),
-                spelled(dict(node.kwargs)),
-                places[node],
-                tuple(frees if places[node] in last or places[node] in kept else [*frees, places[node]]),
-                str(node.meta.get("name", "")),
-            )
-        )
-    return Graph(len(inputs), tuple(names), steps, spelled(output.args[0]), {n: made_of.get(n, "") for n in names})
+    steps = [
+        Step(node.target, spelled(node.args), spelled(dict(node.kwargs)), places[node], (), node.meta.get("name", ""))
+        for node in calls
+    ]
+    return freed(
+        Graph(len(inputs), tuple(names), steps, spelled(output.args[0]), {n: made_of.get(n, "") for n in names})
+    )
+
+
+def freed(graph: Graph) -> Graph:
+    """The graph with each step freeing the slots that it reads last, and its own where nobody reads it."""
+    last: dict[int, int] = {}  # slot -> the step that reads it last
+    for i, step in enumerate(graph.steps):
+        last |= dict.fromkeys(step.reads, i)
+    kept = {slot.index for slot in slots_in(graph.outputs)} | set(range(graph.first_constant, graph.first_result))
+    for i, step in enumerate(graph.steps):
+        frees = {slot for slot in step.reads if last[slot] == i}
+        frees |= set() if step.writes in last else {step.writes}
+        graph.steps[i] = replace(step, frees=tuple(sorted(frees - kept)))
+    return graph
 
 
 def type_of(value: tuple[Any, ...] | list[Any]) -> type:

@@ -7,14 +7,14 @@ frozen.py     FrozenModel; hub.py: what it shows of its source
 tune.py       what is chosen by measuring
 verify.py     the referee's verdict; checks.py: what is refused; report.py
 fallback.py   a network without a graph
-file/         FrozenModel.save, fastres.load
+file/         FrozenModel.save; load.py: fastres.load
 """
 
 from fastres.graph.rows import FreezeRow
-from fastres.inference.file import load
 from fastres.inference.file.values import FrozenFileError
 from fastres.inference.freeze import freeze
 from fastres.inference.frozen import FrozenModel
+from fastres.inference.load import load
 from fastres.inference.report import FreezeReport
 
 __all__ = ["FreezeReport", "FreezeRow", "FrozenFileError", "FrozenModel", "freeze", "load"]

@@ -1,13 +1,13 @@
 """The executor: a loop over the list of a network's operator calls, lowered once for each input signature.
 
-    exact    a call whose input is not finite takes a plan of its own, of calls that pass NaN as eager's do
-    traced   under torch.export, torch.compile and torch.jit.trace the steps run stock operators, as they are written
+exact    a call whose input is not finite takes a plan of its own, of calls that pass NaN as eager's do
+traced   under torch.export, torch.compile and torch.jit.trace the steps run stock operators, as they are written
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,7 @@ class Executor:
     def __init__(self, graph: Graph, choices: Mapping[str, str] | None = None, exact: bool = False) -> None:
         self.graph, self.choices, self.exact = graph, dict(choices or {}), exact
         self._plans: dict[Any, _Plan] = {}
+        self._stock = [(_stock(step.operator), step.args, step.kwargs, step.writes) for step in graph.steps]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Executor:
         return Executor(self.graph, self.choices, self.exact)
@@ -94,10 +95,8 @@ class Executor:
     def trace(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Any]:
         """The same by stock operators."""
         values: list[Any] = [*inputs, *constants, *[None] * len(self.graph.steps)]
-        for step in self.graph.steps:
-            operator = operator_of(step.operator)
-            function = step.operator if operator is None or operator.stock is None else operator.stock
-            values[step.writes] = function(*filled(step.args, values), **filled(step.kwargs, values))
+        for function, args, kwargs, writes in self._stock:
+            values[writes] = function(*filled(args, values), **filled(kwargs, values))
         return list(filled(self.graph.outputs, values))
 
     def ways(self, inputs: Sequence[Tensor]) -> dict[int, str]:
@@ -122,6 +121,12 @@ class Executor:
             kept = [item for item in self._plans.items() if item[0] != key][1 - _PLANS :]
             self._plans = {**dict(kept), key: _Plan(found.calls, stamp, found.ways)}  # replaced: others read it
         return found.outputs
+
+
+def _stock(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, or for one of ours the stock operators that compute the same."""
+    ours = operator_of(operator)
+    return operator if ours is None or ours.stock is None else ours.stock
 
 
 def _is_not_finite(inputs: Sequence[Tensor]) -> bool:

@@ -244,7 +244,13 @@ def _spread(source: nn.Module, dtype: torch.dtype, given: Any, want: Any) -> flo
         return 0.0
     worst = 0.0
     for g, w in zip(tree_leaves(got), tree_leaves(want), strict=False):
-        if isinstance(w, Tensor) and isinstance(g, Tensor) and w.is_floating_point() and w.shape == g.shape and w.numel():
+        if (
+            isinstance(w, Tensor)
+            and isinstance(g, Tensor)
+            and w.is_floating_point()
+            and w.shape == g.shape
+            and w.numel()
+        ):
             worst = max(worst, float((g.to(w.dtype) - w).abs().max() / w.abs().max().clamp_min(1e-30)))
     return worst if math.isfinite(worst) else 0.0
 

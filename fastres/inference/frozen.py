@@ -8,7 +8,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_unflatten
 
 from fastres._stamp import Stamp
 from fastres.graph import export
-from fastres.graph.export import CaptureError, Captured, capture_for, sharing_copy
+from fastres.graph.export import Captured, CaptureError, capture_for, sharing_copy
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.rows import FreezeRow
 from fastres.graph.signature import Call, Signature
@@ -26,7 +26,12 @@ from fastres.graph.steps import Graph
 from fastres.inference.cuda_graphs import Graphs
 from fastres.inference.executor import Executor, is_traced
 from fastres.inference.fallback import swapped_copy
+from fastres.inference.file.document import Stored
+from fastres.inference.file.likeness import likeness_to_json
+from fastres.inference.file.store import write
+from fastres.inference.file.values import FrozenFileError
 from fastres.inference.network import Network, fold, held, hold, in_layout, source_tensors
+from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
 from fastres.nn.steps import has_global_hooks, is_bare
 from fastres.verify.runs import call, map_tensors
@@ -36,27 +41,12 @@ logger = logging.getLogger("fastres")
 VARIANTS = 8  # other calls that a frozen model keeps a network for
 
 
-@dataclass
-class Plan:
-    """How a frozen network runs.
-
-    Attributes:
-        channels_last: the memory layout of 4-dimensional inputs and weights; else NCHW.
-        images_at_a_time: larger batches run in parts of so many images; None: whole.
-        choices: the way to run a step, by the key of its choice, where it is not the default (`fastres._dispatch`).
-    """
-
-    channels_last: bool = False
-    images_at_a_time: int | None = None
-    choices: dict[str, str] = field(default_factory=dict)
-
-
 class Source:
     """Where a snapshot came from: a weak reference, and what its tensors were. Copies share it, pickles drop it."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = None if model is None else weakref.ref(model)
-        self._stamp = Stamp({} if model is None else {**source_tensors(model)})
+        self._stamp = Stamp({} if model is None else source_tensors(model))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
         return self
@@ -72,7 +62,7 @@ class Source:
     def moved(self) -> bool:
         """Whether a tensor of the source was replaced, added, removed or written to since."""
         model = self.model
-        return model is not None and not self._stamp.holds({**source_tensors(model)})
+        return model is not None and not self._stamp.holds(source_tensors(model))
 
 
 class LikeItsSource:
@@ -108,8 +98,8 @@ class FrozenModel(nn.Module):
 
     It is a snapshot: plain tensors, which ``state_dict()``, ``deepcopy`` and ``.to(device)`` handle as usual, and a
     weak reference to the source, so that freezing keeps no training model alive. ``train()`` raises. ``is_stale()``
-    says whether the source's weights have changed since, ``refresh()`` folds them again. It has no submodules to hook or
-    to replace: it runs a list of steps, ``graph``.
+    says whether the source's weights have changed since, ``refresh()`` folds them again. It has no submodules to hook
+    or to replace: it runs a list of steps, ``graph``.
 
     Attributes:
         report: what was folded and fused, the plan, times and the referee's verdict.
@@ -143,8 +133,9 @@ class FrozenModel(nn.Module):
         self._variants: list[Network] = []  # for calls unlike the example; newest last
         self._cuda_graphs = Graphs()
         self._likeness: tuple[str, ...] = ()  # the attributes that it has of its source
+        self._hub_class = ""  # its source's class, if that is transformers'
         self._constants: tuple[Tensor, ...] | None = None  # of `weights`, in the graph's order
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
         self._pass_nan()
 
     def __getattr__(self, name: str) -> Any:
@@ -167,7 +158,7 @@ class FrozenModel(nn.Module):
         return replica
 
     def _pass_nan(self) -> None:
-        """A network whose numbers may make NaN of finite inputs passes them on, as eager does; oneDNN's ReLU does not."""
+        """Where its numbers may make NaN of finite inputs, pass them on as eager does; oneDNN's ReLU does not."""
         if self._network is None:
             return
         refused = any(row.reason in ("BAD_VARIANCE", "OVERFLOW") for row in self.report.rows)
@@ -240,9 +231,10 @@ class FrozenModel(nn.Module):
         count = self.plan.images_at_a_time
         return bool(count) and len(inputs) == 1 and inputs[0].ndim == 4 and len(inputs[0]) > (count or 0)
 
-    def _parts(self, images: Tensor) -> Sequence[Tensor]:
+    def _parts(self, images: Tensor) -> tuple[Tensor, ...]:
         """A few images at a time: activations stay in cache, and below the size that malloc maps anew."""
-        return images.detach().split(self.plan.images_at_a_time or len(images))
+        parts: tuple[Tensor, ...] = images.detach().split(self.plan.images_at_a_time or len(images))
+        return parts
 
     # ---- other calls than the example's -----------------------------------------------------------------------------
 
@@ -458,9 +450,30 @@ class FrozenModel(nn.Module):
                 message says what.
             OSError: there is no such folder, it is full, ...
         """
-        from fastres.inference.file import save
-
-        save(self, path)
+        network = self._network
+        if network is None:
+            raise FrozenFileError(
+                f"path: {os.fspath(path)!r} is not written: {self.report.model} was frozen without a graph, so that "
+                f"its own Python code runs it, which no file holds ({self.report.capture_reason}); save the source's "
+                "state_dict and freeze it again"
+            )
+        captured, graph = network.captured, network.executor.graph
+        stored = Stored(
+            graph=graph,
+            tensors=dict(zip(graph.constants, self._constants_of(network), strict=True)),
+            signature=self._signature.parameters,
+            tree=captured.tree,
+            plain=captured.plain,
+            inputs=captured.inputs,
+            outputs=captured.outputs,
+            batch=captured.batch,
+            dtype=self.dtype,
+            plan=self.plan,
+            device=self.device,
+            report=self.report,
+            likeness=likeness_to_json(self._likeness, self, self._hub_class),
+        )
+        write(path, stored)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

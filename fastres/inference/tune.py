@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_flatten
 from fastres._dispatch import Argument, Choices, Prepared
 from fastres.inference.checks import without_writing
 from fastres.inference.frozen import FrozenModel
-from fastres.inference.report import FreezeReport
 from fastres.verify.runs import call, named_tensors
 
 logger = logging.getLogger("fastres")
@@ -157,9 +156,7 @@ def tune_plan(
     return frozen
 
 
-def choose_layout(
-    frozen: FrozenModel, source: nn.Module, inputs: Any, device: torch.device, how: Tune
-) -> FrozenModel:
+def choose_layout(frozen: FrozenModel, source: nn.Module, inputs: Any, device: torch.device, how: Tune) -> FrozenModel:
     """The frozen model in channels_last or, where that does not run or is measured slower, in NCHW."""
     report = frozen.report
     images = any(t.ndim == 4 and t.is_floating_point() for t in named_tensors(inputs, "").values())

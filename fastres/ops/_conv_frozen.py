@@ -85,7 +85,7 @@ def bind(
         if residual is None:
             name, scalars = _UNARY[act]
             return Prepared(_onednn.default, (_X, *rest, name, scalars, ""))
-        epilogue = "add", None, _BINARY[act], [], None
+        epilogue: tuple[Any, ...] = "add", None, _BINARY[act], [], None
         over = Prepared(torch.ops.mkldnn._convolution_pointwise_.binary, (_RESIDUAL, _X, *rest, *epilogue))
         return Prepared(_onednn.binary, (_X, _RESIDUAL, *rest, *epilogue), _RESIDUAL.place, over)
 

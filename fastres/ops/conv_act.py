@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register, settings
+from fastres._dispatch import AUTO, REFERENCE, Backend, Choices, Operator, choose, register, settings
 from fastres.ops import _conv_backends, _conv_frozen
 from fastres.ops._autograd import any_requires_grad, is_plain_eager, register_autograd
 from fastres.ops._conv_backends import ACTS, Conv, Pair, output_size, pair
@@ -434,7 +434,13 @@ def _call(
 ) -> Tensor:
     """The operator's call in a frozen network."""
     where = tuple(stride), tuple(padding), tuple(dilation), groups
-    return conv_act(x, weight, bias, residual, *where, act=act, backend=backend)
+    return conv_act(x, weight, bias, residual, scale, *where, act=act, backend=backend)
 
 
-OPERATOR.call, OPERATOR.stock, OPERATOR.bind = _call, _conv_frozen.stock, _conv_frozen.bind
+def _bind(x: Tensor, *arguments: Any) -> Choices | None:
+    """Ways to run the call in a frozen network, once its arguments are known to fit each other."""
+    _check(x, *arguments[:9])
+    return _conv_frozen.bind(x, *arguments)
+
+
+OPERATOR.call, OPERATOR.stock, OPERATOR.bind = _call, _conv_frozen.stock, _bind

@@ -57,7 +57,7 @@ def _write(found: _Found, weights: Weights) -> None:
     with weights.graph.inserting_before(last):
         kept = [weights.kept(t, f"{name}.{part}", dtype) for t, part in zip(tensors, parts, strict=True)]
         arguments = (x, *kept, found.residual, False, eps, found.act)
-        outputs = weights.graph.call_function(_BN_ACT, arguments)  # type: ignore[arg-type]
+        outputs = weights.graph.call_function(_BN_ACT, arguments)
         outputs.meta = {"row": True}
         new = weights.graph.call_function(operator.getitem, (outputs, 0))
     weights.replace(found.nodes, new, row)

@@ -4,9 +4,9 @@
     add      a residual of the output's shape, whatever made it
     act      ReLU, and without a residual ReLU6, Hardswish, SiLU
 
-Every node is read by the next alone, so the call runs where the last node stood. With weights for good the affines are
-folded into the convolution in float64; otherwise they are conv_act's scale and bias, computed in every call. 1-D and 3-D
-convolutions are folded where they can be, and called as they were.
+Every node is read by the next alone, so the call runs where the last node stood. Where new constants may be made, the
+affines are folded into the convolution in float64; otherwise they are conv_act's scale and bias, computed in every
+call. 1-D and 3-D convolutions are folded where they can be, and called as they were.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _fold(found: _Found, weights: Weights) -> Folded | Refusal:
 
 
 def _applied(node: fx.Node, x: fx.Node, value: Any, scale: Any, shift: Any) -> tuple[Any, Any]:
-    """(scale, shift) after a product or sum with `value`: of tensors, or of proxies, which write the arithmetic down."""
+    """(scale, shift) after a product or sum with `value`: tensors, or proxies, which write the arithmetic down."""
     name = arithmetic(node)
     if name == "mul":
         return scale * value, shift * value
@@ -149,7 +149,8 @@ def _in_graph(found: _Found, weights: Weights) -> tuple[fx.Node, fx.Node]:
     current = found.conv
     for node in found.affines:
         if node.target is aten.batch_norm.default:
-            gamma, beta, mean, var = (None if t is None else per_channel(t) for t in node.args[1:5])
+            statistics: list[Any] = [None if t is None else per_channel(t) for t in node.args[1:5]]
+            gamma, beta, mean, var = statistics
             factor = (var + node.args[7]).rsqrt()
             factor = factor if gamma is None else factor * gamma
             scale, shift = factor if scale is None else scale * factor, (shift - mean) * factor
@@ -203,7 +204,7 @@ def _write(found: _Found, weights: Weights) -> None:
             dtype = weights.dtype_of(conv)
             weight, bias = weights.kept(weight, f"{name}.weight", dtype), weights.kept(bias, f"{name}.bias", dtype)
         if found.is_2d:
-            new = graph.call_function(_CONV_ACT, (x, weight, bias, found.residual, scale, *where, found.act))  # type: ignore[arg-type]
+            new = graph.call_function(_CONV_ACT, (x, weight, bias, found.residual, scale, *where, found.act))
         else:
             new = graph.call_function(conv.target, (x, weight, bias, *where))  # type: ignore[arg-type]
     weights.replace(found.nodes, new, row)
@@ -221,9 +222,7 @@ def _row(name: str, found: _Found, has_bias: bool, weights: Weights) -> FreezeRo
     message = "; ".join(part for part in (f"{folded} folded" if folded else stop.message, _readers(found)) if part)
     shape = found.conv.args[1].meta["size"]  # type: ignore[union-attr]
     held = (math.prod(shape) + shape[0]) * weights.dtype.itemsize  # what was folded is no longer read
-    return FreezeRow(
-        name, "conv", " + ".join(["conv", *parts]), stop.code, message, (*took, *parts), weights=held
-    )
+    return FreezeRow(name, "conv", " + ".join(["conv", *parts]), stop.code, message, (*took, *parts), weights=held)
 
 
 def _kind(found: _Found) -> str:
@@ -239,9 +238,7 @@ def _readers(found: _Found) -> str:
     if found.act != "none":
         return ""
     users = found.nodes[-1].users
-    names = sorted(
-        {str(u.target).removeprefix("aten.") if u.op == "call_function" else u.op for u in users}
-    )
+    names = sorted({str(u.target).removeprefix("aten.") if u.op == "call_function" else u.op for u in users})
     return f"read by {', '.join(names)}"
 
 

@@ -1,4 +1,4 @@
-"""Global average pool -> flatten -> linear becomes a mean and a matrix product, with no view between: a ResNet's head."""
+"""Global average pool -> flatten -> linear becomes a mean and a matrix product, with no view between."""
 
 from __future__ import annotations
 

@@ -8,11 +8,14 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.utils._pytree import TreeSpec
 
 from fastres.graph.export import Dims
-from fastres.inference.json_graph import graph_from_json, graph_to_json
+from fastres.graph.rows import FreezeRow
+from fastres.graph.steps import Graph, Step, freed, slots_in
+from fastres.inference.file.likeness import likeness_from_json
+from fastres.inference.file.operators import target_from_json, target_to_json
 from fastres.inference.file.trees import (
     Parameters,
     signature_from_json,
@@ -20,11 +23,12 @@ from fastres.inference.file.trees import (
     spec_from_json,
     spec_to_json,
 )
-from fastres.inference.file.values import Decoder, FrozenFileError, encode, short
-from fastres.inference.hub import likeness_from_json
+from fastres.inference.file.values import DTYPES, Decoder, FrozenFileError, encode, short
 from fastres.inference.plan import Plan
-from fastres.inference.report import FreezeReport, FreezeRow
+from fastres.inference.report import FreezeReport
 from fastres.verify.verdict import Row, Verification
+
+MAX_STEPS = 50_000
 
 
 @dataclass
@@ -32,7 +36,8 @@ class Stored:
     """What a file holds: a network and how it is called.
 
     Attributes:
-        module: the network; it takes flat tensors and returns a flat tuple.
+        graph: the network's steps.
+        tensors: its constants, by name.
         signature: name, kind and default of the source's parameters.
         tree, plain: the bound arguments' tree, and those of its leaves that are no tensors, by place.
         inputs: of each tensor its sizes, a name for one that may vary, and its dtype.
@@ -42,10 +47,11 @@ class Stored:
         plan: how it runs.
         device: what it was planned on, and runs on.
         report: of the freeze.
-        likeness: of its source, see `likeness_to_json`; nothing in files without one.
+        likeness: of its source, see likeness.py; nothing in files without one.
     """
 
-    module: fx.GraphModule
+    graph: Graph
+    tensors: dict[str, Tensor]
     signature: Parameters
     tree: TreeSpec
     plain: tuple[tuple[int, Any], ...]
@@ -61,14 +67,18 @@ class Stored:
 
 def to_json(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The document, and the tensors that go with it by name. Raises FrozenFileError for what no file can hold."""
-    graph, tensors = graph_to_json(stored.module)
+    for name, t in stored.tensors.items():
+        if t.layout is not torch.strided or t.is_quantized or t.dtype not in DTYPES.values():
+            raise FrozenFileError(f"{name} is {t.layout} and {t.dtype}: a file holds dense ones of {', '.join(DTYPES)}")
+        if t.is_meta:
+            raise FrozenFileError(f"{name} is on meta and has no values")
     report = _data(stored.report)
     report["rows"] = [_data(row) for row in stored.report.rows]
     verdict = stored.report.verification
     if verdict is not None:  # one that failed is false
         report["verification"] = {**_data(verdict), "rows": [_data(row) for row in verdict.rows]}
     document = {
-        "graph": graph,
+        "graph": graph_to_json(stored.graph),
         "signature": signature_to_json(stored.signature),
         "tree": spec_to_json(stored.tree),
         "plain": encode(stored.plain),
@@ -81,7 +91,7 @@ def to_json(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "report": encode(report),
         **stored.likeness,
     }
-    return document, tensors
+    return document, stored.tensors
 
 
 def _data(instance: Any) -> dict[str, Any]:
@@ -107,17 +117,19 @@ def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
     if type(saved) is not torch.device:
         raise FrozenFileError("it names no device")
     device = _available(saved if device is None else device, asked=device is not None)
-    module = graph_from_json(document["graph"], tensors, saved, device)
+    graph = graph_from_json(document["graph"], {saved: device, torch.device(saved.type): device})
+    if set(graph.constants) != set(tensors):
+        raise FrozenFileError("its tensors are not the constants of its graph")
+    held = {name: tensors[name].to(device) for name in graph.constants}
     inputs, plain, tree = value(document["inputs"]), value(document["plain"]), spec_from_json(document["tree"])
     outputs, batch = spec_from_json(document["outputs"]), document["batch"]
     dtype, plan = value(document["dtype"]), _made(Plan, value(document["plan"]))
-    returned: Any = module.graph.output_node().args[0]
-    count = len(module.graph.find_nodes(op="placeholder"))
+    count = graph.inputs
     if not isinstance(inputs, list) or len(inputs) != count or not all(map(_is_input, inputs)):
         raise FrozenFileError("its inputs are not those of its graph")
     if not isinstance(plain, tuple) or not all(type(p) is tuple and len(p) == 2 and type(p[0]) is int for p in plain):
         raise FrozenFileError("its arguments that are no tensors are no list")
-    if tree.num_leaves != count + len(plain) or outputs.num_leaves != len(returned):
+    if tree.num_leaves != count + len(plain) or outputs.num_leaves != len(graph.outputs):
         raise FrozenFileError("the trees of its inputs and outputs do not have as many leaves as its graph")
     parts = plan.images_at_a_time
     if tree.type is not tuple or [child.type for child in tree._children] != [tuple, dict]:
@@ -128,7 +140,61 @@ def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
         raise FrozenFileError(f"{short(dtype)} is no dtype to compute in")
     signature, report = signature_from_json(document["signature"]), _report(value(document["report"]))
     likeness = likeness_from_json(value(document["likeness"])) if "likeness" in document else {}
-    return Stored(module, signature, tree, plain, inputs, outputs, batch, dtype, plan, device, report, likeness)
+    return Stored(graph, held, signature, tree, plain, inputs, outputs, batch, dtype, plan, device, report, likeness)
+
+
+def graph_to_json(graph: Graph) -> dict[str, Any]:
+    """The steps in their order; what a step writes and frees follows from its place.
+
+    Raises:
+        FrozenFileError: the graph holds something that no file can; the message names the step.
+    """
+    steps = []
+    for step in graph.steps:
+        try:
+            row = {
+                "operator": target_to_json(step.operator),
+                "args": [encode(a) for a in step.args],
+                "kwargs": {name: encode(value) for name, value in step.kwargs.items()},
+                "name": step.name,
+            }
+        except FrozenFileError as error:
+            raise FrozenFileError(f"step {step.name or step}: {error}") from error
+        steps.append(row)
+    outputs = [encode(value) for value in graph.outputs]
+    return {"inputs": graph.inputs, "constants": list(graph.constants), "steps": steps, "outputs": outputs}
+
+
+def graph_from_json(data: Any, moved: Mapping[torch.device, torch.device]) -> Graph:
+    """The steps. Raises FrozenFileError for anything that ``graph_to_json`` does not write."""
+    if not isinstance(data, dict):
+        raise FrozenFileError("its JSON describes no graph")
+    inputs, names, rows = data.get("inputs"), data.get("constants"), data.get("steps")
+    if type(inputs) is not int or not 0 <= inputs <= MAX_STEPS or not isinstance(names, list):
+        raise FrozenFileError("its graph has no number of inputs, or no list of constants")
+    if not all(isinstance(name, str) and 0 < len(name) < 1000 for name in names) or len(set(names)) < len(names):
+        raise FrozenFileError("its graph has constants that are no names, or one twice")
+    if not isinstance(rows, list) or len(rows) + len(names) > MAX_STEPS or not isinstance(data.get("outputs"), list):
+        raise FrozenFileError("its graph has no list of steps, or none of outputs")
+    first = inputs + len(names)
+    steps = []
+    for i, row in enumerate(rows):
+        decode = Decoder(first + i, moved)
+        if not isinstance(row, dict) or set(row) != {"operator", "args", "kwargs", "name"}:
+            raise FrozenFileError(f"{short(row)} is no step")
+        if not isinstance(row["args"], list) or not isinstance(row["kwargs"], dict) or type(row["name"]) is not str:
+            raise FrozenFileError(f"{short(row)}: its arguments are no list and no object")
+        args = tuple(decode(a) for a in row["args"])
+        kwargs = {name: decode(value) for name, value in row["kwargs"].items()}
+        operator = target_from_json(row["operator"], args, kwargs)
+        steps.append(Step(operator, args, kwargs, first + i, (), row["name"]))
+    outputs = tuple(Decoder(first + len(steps))(value) for value in data["outputs"])
+    graph = freed(Graph(inputs, tuple(names), steps, outputs))
+    graph.check()
+    read = {slot for step in steps for slot in step.reads} | {slot.index for slot in slots_in(outputs)}
+    if not set(range(inputs, first)) <= read:
+        raise FrozenFileError("it has constants that its graph does not use")
+    return graph
 
 
 def _available(device: torch.device, asked: bool) -> torch.device:

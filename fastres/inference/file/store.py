@@ -3,14 +3,14 @@
 ::
 
     metadata   format   "fastres.frozen"
-               version  "1"            of the format; a file of a later one is refused
+               version  "2"            of the format; a file of another one is refused
                fastres, torch          the versions that wrote it
                model                   JSON: graph, signature, trees of inputs and outputs, dtype, layout, plan, report
                sha256                  of all of the above and of every tensor's name, dtype, shape and bytes
     tensors    the weights under the names of the frozen network, plain and contiguous, shared ones once
 
-Nothing in a file is code, and none of its names is looked up but on lists of fastres' own: see json_graph.py,
-json_ops.py and json_specs.py. The checksum finds damage; it is no signature, and a file is safe to open without it.
+Nothing in a file is code, and none of its names is looked up but on lists of fastres' own: see operators.py and
+trees.py. The checksum finds damage; it is no signature, and a file is safe to open without it.
 
 Reading takes the memory of the weights once, plus the largest tensor; they are independent of the file then. Writing
 takes a copy of those weights that are not contiguous or not on the CPU. A file is written beside its place under
@@ -33,12 +33,11 @@ import torch
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor
 
-from fastres.inference.json_graph import layout
 from fastres.inference.file.document import Stored, from_json, to_json
 from fastres.inference.file.values import FrozenFileError, dump, parse, short
 
 FORMAT = "fastres.frozen"
-VERSION = 1
+VERSION = 2
 _KEYS = {"format", "version", "fastres", "torch", "model", "sha256"}
 _SAFETENSORS = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
@@ -101,9 +100,8 @@ def _read(name: str, device: torch.device | None) -> Stored:
             metadata = file.metadata() or {}
             _check(metadata)
             document = parse(metadata["model"])
-            graph = document.get("graph") if isinstance(document, dict) else None
-            if not isinstance(graph, dict):
-                raise FrozenFileError("its JSON describes no graph")
+            if not isinstance(document, dict):
+                raise FrozenFileError("its JSON describes no network")
             tensors: dict[str, Tensor] = {}
             names = sorted(file.keys())
             table = []
@@ -113,10 +111,10 @@ def _read(name: str, device: torch.device | None) -> Stored:
                     raise FrozenFileError(f"its tensor {short(key)} is of {kind}, none of {', '.join(_SAFETENSORS)}")
                 table.append((key, _SAFETENSORS[kind], shape))
             digest = _digest(metadata, table)
-            for key, _, shape in table:
+            for key, _, _ in table:
                 raw = file.get_tensor(key)
                 _update(digest, raw)
-                tensors[key] = _own(raw, layout(graph, key, shape))
+                tensors[key] = _own(raw)
     except (SafetensorError, OverflowError) as error:
         raise FrozenFileError(f"it is no safetensors file, or a damaged one: {error}") from error
     if digest.hexdigest() != metadata["sha256"]:
@@ -149,8 +147,14 @@ def _check(metadata: Mapping[str, str]) -> None:
     if int(version) > VERSION:
         writer = short(metadata.get("fastres", "unknown"))
         raise FrozenFileError(
-            f"it has version {version} of the format, written by fastres {writer}; this fastres reads up to {VERSION}: "
+            f"it has version {version} of the format, written by fastres {writer}; this fastres reads {VERSION}: "
             "upgrade fastres"
+        )
+    if int(version) < VERSION:
+        writer = short(metadata.get("fastres", "unknown"))
+        raise FrozenFileError(
+            f"it has version {version} of the format, written by fastres {writer}; this fastres reads {VERSION} alone: "
+            "freeze the model again and save it"
         )
     if set(metadata) != _KEYS:
         raise FrozenFileError(f"its metadata are {short(sorted(metadata))}, expected {', '.join(sorted(_KEYS))}")
@@ -169,13 +173,11 @@ def _update(digest: Any, t: Tensor) -> None:
         digest.update((ctypes.c_ubyte * size).from_address(t.data_ptr()))
 
 
-def _own(raw: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+def _own(raw: Tensor) -> Tensor:
     """The tensor in memory of torch's own, which is aligned as kernels like it."""
     if raw.dtype is torch.bool and bool((raw.view(torch.uint8) > 1).any()):
         raise FrozenFileError("a boolean tensor of it holds neither true nor false")
-    if strides is None:
-        return torch.empty(raw.shape, dtype=raw.dtype, device="cpu").copy_(raw)
-    return torch.empty_strided(raw.shape, strides, dtype=raw.dtype, device="cpu").copy_(raw)
+    return torch.empty(raw.shape, dtype=raw.dtype, device="cpu").copy_(raw)
 
 
 def _target(path: str | os.PathLike[str]) -> str:

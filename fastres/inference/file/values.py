@@ -3,7 +3,7 @@
 None, bools, integers of 64 bits, finite floats, strings and lists are themselves; everything else is an object with one
 key that names its kind::
 
-    {"node": "conv1"}  {"tuple": [1, 2]}  {"dict": [["k", 1]]}  {"slice": [0, null, 1]}  {"float": "inf"}
+    {"slot": 3}  {"tuple": [1, 2]}  {"dict": [["k", 1]]}  {"slice": [0, null, 1]}  {"float": "inf"}
     {"dtype": "float32"}  {"device": "cpu"}  {"layout": "strided"}  {"memory_format": "channels_last"}
 
 Nothing else is written and nothing else is read: no class, no module and no attribute is looked up by a name from a
@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import fx
+
+from fastres.graph.steps import Slot
 
 INT64 = 2**63
 MAX_DEPTH = 32
@@ -51,7 +52,7 @@ class FrozenFileError(ValueError):
 
 
 def encode(value: Any, depth: int = 0) -> Any:
-    """The JSON of a plain value, nested as it likes up to MAX_DEPTH; nodes of a graph become their names.
+    """The JSON of a plain value, nested as it likes up to MAX_DEPTH.
 
     Raises:
         FrozenFileError: a value of another kind.
@@ -65,13 +66,13 @@ def encode(value: Any, depth: int = 0) -> Any:
         return value
     if kind is float:
         return value if math.isfinite(value) else {"float": repr(value)}
-    if isinstance(value, fx.Node):
-        return {"node": value.name}
-    if kind is list or kind is fx.immutable_collections.immutable_list:
+    if kind is Slot:
+        return {"slot": value.index}
+    if kind is list:
         return [encode(v, depth + 1) for v in value]
     if kind is tuple or kind is torch.Size:
         return {"tuple": [encode(v, depth + 1) for v in value]}
-    if kind is dict or kind is fx.immutable_collections.immutable_dict:
+    if kind is dict:
         return {"dict": [[encode(k, depth + 1), encode(v, depth + 1)] for k, v in value.items()]}
     if kind is slice:
         return {"slice": [encode(v, depth + 1) for v in (value.start, value.stop, value.step)]}
@@ -89,14 +90,12 @@ class Decoder:
     """Plain values from JSON.
 
     Args:
-        nodes: the nodes that values may refer to, by name; None: none.
+        slots: how many slots values may refer to.
         moved: a device in the file -> the device to use instead.
     """
 
-    def __init__(
-        self, nodes: Mapping[str, fx.Node] | None = None, moved: Mapping[torch.device, torch.device] | None = None
-    ) -> None:
-        self.nodes = nodes
+    def __init__(self, slots: int = 0, moved: Mapping[torch.device, torch.device] | None = None) -> None:
+        self.slots = slots
         self.moved = moved or {}
 
     def __call__(self, data: Any, depth: int = 0) -> Any:
@@ -110,10 +109,10 @@ class Decoder:
         if not isinstance(data, dict) or len(data) != 1:
             raise FrozenFileError(f"{short(data)} is no plain value")
         ((word, content),) = data.items()
-        if word == "node":
-            if self.nodes is None or not isinstance(content, str) or content not in self.nodes:
-                raise FrozenFileError(f"{short(content)} is used but not computed before")
-            return self.nodes[content]
+        if word == "slot":
+            if type(content) is not int or not 0 <= content < self.slots:
+                raise FrozenFileError(f"{short(content)} is no slot")
+            return Slot(content)
         if word == "tuple" and isinstance(content, list):
             return tuple(self(v, depth + 1) for v in content)
         if word == "dict" and isinstance(content, list):

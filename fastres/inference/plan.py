@@ -1,0 +1,20 @@
+"""The plan of a frozen network: what tuning chose, and a file keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Plan:
+    """How a frozen network runs.
+
+    Attributes:
+        channels_last: the memory layout of 4-dimensional inputs and weights; else NCHW.
+        images_at_a_time: larger batches run in parts of so many images; None: whole.
+        choices: the way to run a step, by the key of its choice, where it is not the default (`fastres._dispatch`).
+    """
+
+    channels_last: bool = False
+    images_at_a_time: int | None = None
+    choices: dict[str, str] = field(default_factory=dict)
