@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 import fastres.ops  # noqa: F401  the operators that fusions write
-from fastres.graph.export import Captured
+from fastres.graph.captured import Captured
 from fastres.graph.fusions import Weights, fuse
 from fastres.graph.normalize import normalize
 from fastres.graph.rows import FreezeRow

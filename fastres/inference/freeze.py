@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from fastres.graph.export import Captured, CaptureError, batch_of, capture_for, dtype_of, sharing_copy
+from fastres.graph.captured import Captured
+from fastres.graph.export import CaptureError, batch_of, capture_for, dtype_of, sharing_copy
 from fastres.graph.fold import short
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.signature import Signature

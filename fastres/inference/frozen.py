@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from fastres._stamp import Stamp
 from fastres.graph import export
-from fastres.graph.export import Captured, CaptureError, capture_for, sharing_copy
+from fastres.graph.captured import Captured
+from fastres.graph.export import CaptureError
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.rows import FreezeRow
 from fastres.graph.signature import Call, Signature
@@ -30,64 +27,16 @@ from fastres.inference.file.document import Stored
 from fastres.inference.file.likeness import likeness_to_json
 from fastres.inference.file.store import write
 from fastres.inference.file.values import FrozenFileError
-from fastres.inference.network import Network, fold, held, hold, in_layout, source_tensors
+from fastres.inference.network import Network, fold, held, hold, source_tensors
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
+from fastres.inference.source import LikeItsSource, Source
 from fastres.nn.steps import has_global_hooks, is_bare
 from fastres.verify.runs import call, map_tensors
 
 logger = logging.getLogger("fastres")
 
 VARIANTS = 8  # other calls that a frozen model keeps a network for
-
-
-class Source:
-    """Where a snapshot came from: a weak reference, and what its tensors were. Copies share it, pickles drop it."""
-
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._model = None if model is None else weakref.ref(model)
-        self._stamp = Stamp({} if model is None else source_tensors(model))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        return self
-
-    def __reduce__(self) -> tuple[type[Source], tuple[()]]:
-        return Source, ()
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The source, while somebody else keeps it."""
-        return None if self._model is None else self._model()
-
-    def moved(self) -> bool:
-        """Whether a tensor of the source was replaced, added, removed or written to since."""
-        model = self.model
-        return model is not None and not self._stamp.holds(source_tensors(model))
-
-
-class LikeItsSource:
-    """`FrozenModel.forward`: a method with the signature of the source's, by which exporters name inputs and sizes."""
-
-    def __get__(self, frozen: FrozenModel | None, owner: type[FrozenModel]) -> Any:
-        if frozen is None:
-            return self
-        if torch.compiler.is_dynamo_compiling():  # which follows methods of classes alone
-            return frozen._forward
-
-        def forward(self: FrozenModel, *args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
-
-        forward.__signature__ = _method_signature(frozen._signature)  # type: ignore[attr-defined]
-        return MethodType(forward, frozen)
-
-
-def _method_signature(forward: Signature) -> inspect.Signature:
-    """With `self`, which a bound method's signature leaves out."""
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    taken = {name for name, _, _ in forward.parameters}
-    own = own if "self" not in taken else own.replace(name="_self")
-    rest = [inspect.Parameter(name, kind, default=default) for name, kind, default in forward.parameters]
-    return inspect.Signature([own, *rest])
 
 
 class FrozenModel(nn.Module):
@@ -290,16 +239,12 @@ class FrozenModel(nn.Module):
             if self.is_stale():
                 raise RuntimeError(f"{what}, and its source has changed since: refresh() first")
             try:
-                captured = capture_for(sharing_copy(source).eval(), given, self.dtype)
+                found = self._network.captured_again(
+                    source, given, self.dtype, self.plan, self._constants_of(self._network)
+                )
             except CaptureError as error:
                 raise ValueError(f"{what}, and it cannot be for this: {error}") from error
-            own = self._network.executor
-            mine = zip(own.graph.constants, self._constants_of(self._network), strict=True)
-            shared = {own.graph.made_of[name]: t for name, t in mine}
-            made = fold(captured, source, self.dtype, shared, self._device())
-            constants = in_layout(tuple(made.constants.values()), self.plan.channels_last)
             logger.info("freeze: %s captured again for %s", self.report.model, _describe(given))
-            found = Network(captured, Executor(made.graph, self.plan.choices, own.exact), constants)
             self._variants = [*self._variants[1 - VARIANTS :], found]
             return found
 
@@ -457,23 +402,11 @@ class FrozenModel(nn.Module):
                 f"its own Python code runs it, which no file holds ({self.report.capture_reason}); save the source's "
                 "state_dict and freeze it again"
             )
-        captured, graph = network.captured, network.executor.graph
-        stored = Stored(
-            graph=graph,
-            tensors=dict(zip(graph.constants, self._constants_of(network), strict=True)),
-            signature=self._signature.parameters,
-            tree=captured.tree,
-            plain=captured.plain,
-            inputs=captured.inputs,
-            outputs=captured.outputs,
-            batch=captured.batch,
-            dtype=self.dtype,
-            plan=self.plan,
-            device=self.device,
-            report=self.report,
-            likeness=likeness_to_json(self._likeness, self, self._hub_class),
-        )
-        write(path, stored)
+        graph, tensors = network.executor.graph, self._constants_of(network)
+        constants = dict(zip(graph.constants, tensors, strict=True))
+        likeness = likeness_to_json(self._likeness, self, self._hub_class)
+        how = network.captured, self._signature.parameters, self.dtype, self.plan, self.device, self.report, likeness
+        write(path, Stored(graph, constants, *how))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

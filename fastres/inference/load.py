@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import fx
 
-from fastres.graph.export import Captured
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.signature import Signature
 from fastres.inference.file.store import read
@@ -41,21 +39,12 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
         True
     """
     stored = read(path, device)
-    captured = Captured(
-        graph=fx.Graph(),
-        inputs=stored.inputs,
-        outputs=stored.outputs,
-        tree=stored.tree,
-        plain=stored.plain,
-        constants={},
-        batch=stored.batch,
-    )
     report = stored.report
     report.device = str(stored.device)
     if report.cuda_graph.startswith("on"):
         report.cuda_graph = "off: loaded from a file, record_graph() records it again"
     made = Rewritten(stored.graph, stored.tensors, report.rows)
-    frozen = FrozenModel(made, None, Signature(stored.signature), report, stored.dtype, captured, stored.plan)
+    frozen = FrozenModel(made, None, Signature(stored.signature), report, stored.dtype, stored.captured, stored.plan)
     if stored.plan.channels_last:
         frozen.use_channels_last()
     return give_likeness(frozen, stored.likeness) if stored.likeness else frozen

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastres.graph.export import Captured
+from fastres.graph.captured import Captured
+from fastres.graph.export import capture_for, sharing_copy
 from fastres.graph.rewrite import Rewritten, rewrite
+from fastres.graph.signature import Call
 from fastres.inference.executor import Executor
+from fastres.inference.plan import Plan
 
 
 def source_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -43,6 +45,23 @@ class Network:
     def __init__(self, captured: Captured, executor: Executor, constants: tuple[Tensor, ...] | None = None) -> None:
         self.captured, self.executor, self.constants = captured, executor, constants
 
+    def captured_again(
+        self, source: nn.Module, given: Call, dtype: torch.dtype, plan: Plan, constants: Sequence[Tensor]
+    ) -> Network:
+        """The network of the same source for another call; what is equal of `constants`, this one's, is shared.
+
+        Raises:
+            CaptureError: the source has no graph for that call.
+        """
+        captured = capture_for(sharing_copy(source).eval(), given, dtype)
+        graph = self.executor.graph
+        shared = {graph.made_of[name]: t for name, t in zip(graph.constants, constants, strict=True)}
+        made = fold(captured, source, dtype, shared, constants[0].device if constants else None)
+        tensors = list(made.constants.values())
+        if plan.channels_last:
+            tensors = [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
+        return Network(captured, Executor(made.graph, plan.choices, self.executor.exact), tuple(tensors))
+
 
 class Holder(nn.Module):
     """A part of a tree of tensors with dotted names; runs nothing."""
@@ -62,14 +81,7 @@ def hold(tensors: Mapping[str, Tensor]) -> Holder:
     return root.eval()
 
 
-def held(root: nn.Module, names: Any) -> tuple[Tensor, ...]:
+def held(root: nn.Module, names: Iterable[str]) -> tuple[Tensor, ...]:
     """The tensors of a tree by their dotted names."""
     buffers = dict(root.named_buffers(remove_duplicate=False))
     return tuple(buffers[name] for name in names)
-
-
-def in_layout(tensors: tuple[Tensor, ...], channels_last: bool) -> tuple[Tensor, ...]:
-    """4-dimensional tensors in channels_last, or as they are."""
-    if not channels_last:
-        return tensors
-    return tuple(t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors)

@@ -8,10 +8,9 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import TreeSpec
+from torch import Tensor, fx
 
-from fastres.graph.export import Dims
+from fastres.graph.captured import Captured
 from fastres.graph.rows import FreezeRow
 from fastres.graph.steps import Graph, Step, freed, slots_in
 from fastres.inference.file.likeness import likeness_from_json
@@ -38,11 +37,8 @@ class Stored:
     Attributes:
         graph: the network's steps.
         tensors: its constants, by name.
+        captured: the call that it answers.
         signature: name, kind and default of the source's parameters.
-        tree, plain: the bound arguments' tree, and those of its leaves that are no tensors, by place.
-        inputs: of each tensor its sizes, a name for one that may vary, and its dtype.
-        outputs: the tree that the flat outputs are leaves of.
-        batch: what the varying size was in the capture.
         dtype: what it computes in.
         plan: how it runs.
         device: what it was planned on, and runs on.
@@ -52,12 +48,8 @@ class Stored:
 
     graph: Graph
     tensors: dict[str, Tensor]
+    captured: Captured
     signature: Parameters
-    tree: TreeSpec
-    plain: tuple[tuple[int, Any], ...]
-    inputs: list[tuple[Dims, torch.dtype]]
-    outputs: TreeSpec
-    batch: int
     dtype: torch.dtype
     plan: Plan
     device: torch.device
@@ -80,11 +72,11 @@ def to_json(stored: Stored) -> tuple[dict[str, Any], dict[str, Tensor]]:
     document = {
         "graph": graph_to_json(stored.graph),
         "signature": signature_to_json(stored.signature),
-        "tree": spec_to_json(stored.tree),
-        "plain": encode(stored.plain),
-        "inputs": encode([(tuple(dims), dtype) for dims, dtype in stored.inputs]),
-        "outputs": spec_to_json(stored.outputs),
-        "batch": stored.batch,
+        "tree": spec_to_json(stored.captured.tree),
+        "plain": encode(stored.captured.plain),
+        "inputs": encode([(tuple(dims), dtype) for dims, dtype in stored.captured.inputs]),
+        "outputs": spec_to_json(stored.captured.outputs),
+        "batch": stored.captured.batch,
         "dtype": encode(stored.dtype),
         "plan": encode(_data(stored.plan)),
         "device": encode(stored.device),
@@ -140,7 +132,8 @@ def _rebuilt(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device:
         raise FrozenFileError(f"{short(dtype)} is no dtype to compute in")
     signature, report = signature_from_json(document["signature"]), _report(value(document["report"]))
     likeness = likeness_from_json(value(document["likeness"])) if "likeness" in document else {}
-    return Stored(graph, held, signature, tree, plain, inputs, outputs, batch, dtype, plan, device, report, likeness)
+    captured = Captured(fx.Graph(), inputs, outputs, tree, plain, {}, batch)
+    return Stored(graph, held, captured, signature, dtype, plan, device, report, likeness)
 
 
 def graph_to_json(graph: Graph) -> dict[str, Any]:
