@@ -31,7 +31,8 @@ pytestmark = pytest.mark.skipif(
 
 def fused_conv_act(stride: int, padding: int, act: str, backend: str = "auto") -> Forward:
     def forward(x, weight, bias, residual=None):
-        return fastres.functional.conv_act(x, weight, bias, residual, stride, padding, act=act, backend=backend)
+        where = {"stride": stride, "padding": padding}
+        return fastres.functional.conv_act(x, weight, bias, residual, **where, act=act, backend=backend)
 
     return forward
 

@@ -3,8 +3,8 @@
 Formula, x [N, C, H, W], weight [K, C / groups, R, S], per output pixel (n, p, q) and output channel k of group g:
 
     h = p * stride_h - padding_h + r * dilation_h,   w = q * stride_w - padding_w + s * dilation_w
-    z = sum over r, s, c of x[n, g * C / groups + c, h, w] * weight[k, c, r, s]     x is 0 outside the image
-        + bias[k] [+ residual[n, k, p, q]]                                          in fp32, rounded once to x's dtype
+    conv = sum over r, s, c of x[n, g * C / groups + c, h, w] * weight[k, c, r, s]  x is 0 outside the image
+    z = [scale[k] *] conv [+ bias[k]] [+ residual[n, k, p, q]]                      in fp32, rounded once to x's dtype
     act(z) = z < 0 ? 0 : z  for "relu" (NaN and -0.0 pass, as in torch.relu);  z  for "none"
              min(max(z, 0), 6)  for "relu6";  z * relu6(z + 3) / 6  for "hardswish";  z / (1 + exp(-z))  for "silu"
     y = act(z)
@@ -73,7 +73,7 @@ def why_not(
 def conv_act_forward(
     x: torch.Tensor,  # [N, C, H, W] float32, float16 or bfloat16; dense, channels_last or NCHW
     weight: torch.Tensor,  # [K, C / groups, R, S], x's dtype, any strides
-    bias: torch.Tensor | None,  # [K] fp32; None: 0
+    bias: torch.Tensor | None,  # [K], any floating dtype; None: 0
     residual: torch.Tensor | None,  # [N, K, P, Q], y's dtype and strides; None: 0
     y: torch.Tensor,  # [N, K, P, Q], x's dtype, written; dense, channels_last or NCHW
     *,
@@ -81,10 +81,11 @@ def conv_act_forward(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     groups: int,
+    scale: torch.Tensor | None = None,  # [K], any floating dtype; None: 1
     act: str,
     tf32: bool,
 ) -> None:
-    """y = act(conv2d(x, weight) + bias [+ residual]): one launch. `tf32`: products of fp32 tensors may be TF32."""
+    """y = act([scale *] conv2d(x, weight) [+ bias] [+ residual]), one launch. `tf32`: fp32 products may be TF32."""
     _, _, height, width = x.shape
     n, k, out_height, out_width = y.shape
     if y.numel() == 0:
@@ -108,7 +109,7 @@ def conv_act_forward(
     pointwise = (r, s, *stride, *padding) == (1, 1, 1, 1, 0, 0)
     with device_guard(x):
         conv_act_forward_kernel[(tiles_m * tiles_n * groups,)](
-            x, weight, bias, residual, y,
+            x, weight, bias, residual, scale, y,
             height, width, c // unit, groups, pixels, out_height, out_width, out_channels // out_unit,
             *stride, *padding, *dilation, *weight.stride(), tiles_m, tiles_n,
             R=r, S=s, POINTWISE=pointwise, FLAT=flat, X_LAST=x_last, WEIGHT_LAST=weight_last, Y_LAST=y_last,

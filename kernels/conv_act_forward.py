@@ -83,8 +83,9 @@ def inside(h, w, height, width):
 def conv_act_forward_kernel(
     x_ptr,  # [N, C, H, W]
     weight_ptr,  # [K, C / groups, R, S]
-    bias_ptr,  # [K] fp32 or None
+    bias_ptr,  # [K] or None
     residual_ptr,  # [N, K, P, Q], y's strides, or None
+    scale_ptr,  # [K] or None
     y_ptr,  # [N, K, P, Q], written
     height,  # H
     width,  # W
@@ -182,6 +183,8 @@ def conv_act_forward_kernel(
             z = tl.dot(x, weight, z, input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
 
     # epilogue: what the convolution's own kernel can do for free, in fp32 and before the one rounding
+    if scale_ptr is not None:
+        z *= tl.load(scale_ptr + out_k, column_valid, other=0.0).to(tl.float32)[None, :]
     if bias_ptr is not None:
         z += tl.load(bias_ptr + out_k, column_valid, other=0.0).to(tl.float32)[None, :]
     all_out_channels = tl.cast(out_channels, tl.int64) * groups

@@ -124,7 +124,8 @@ def compiled(layer: Layer) -> None:
     """Runs the Triton kernel once; in a process of its own."""
     device = torch.device("cuda:0")
     x, weight, bias, residual = layer.tensors(device)
-    conv_act(x, weight, bias, residual, layer.conv.stride, layer.conv.padding, act="relu", backend="triton")
+    where = {"stride": layer.conv.stride, "padding": layer.conv.padding}
+    conv_act(x, weight, bias, residual, **where, act="relu", backend="triton")
     torch.cuda.synchronize(device)
 
 

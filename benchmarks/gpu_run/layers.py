@@ -108,10 +108,10 @@ def native(kernel: _conv_tiles.Kernel, layer: Layer, tensors: Sequence[Tensor | 
 
 def candidates(layer: Layer, tensors: Sequence[Any], y: Tensor, device: torch.device) -> dict[str, Call]:
     """The backends, asked for by name, and each kernel of ours, which all write y."""
-    where = (layer.conv.stride, layer.conv.padding)
+    where = {"stride": layer.conv.stride, "padding": layer.conv.padding}
     found: dict[str, Call] = {}
     for name in BACKENDS if device.type == "cuda" else ON_CPU:
-        found[name] = lambda name=name: conv_act(*tensors, *where, act="relu", backend=name)
+        found[name] = lambda name=name: conv_act(*tensors, **where, act="relu", backend=name)
 
     def launch(kernel: _conv_tiles.Kernel) -> Tensor:
         native(kernel, layer, tensors, y)

@@ -100,8 +100,8 @@ def fused_conv_act(
     if residual is None or residual.dtype == x.dtype:
         shape = x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], *map(pair, where[:3]))
         if residual is None or residual.shape == shape:
-            return conv_act(x, weight, bias, residual, *where, act=act, backend=backend)
-    y = conv_act(x, weight, bias, None, *where, act="none", backend=backend)
+            return conv_act(x, weight, bias, residual, None, *where, act=act, backend=backend)
+    y = conv_act(x, weight, bias, None, None, *where, act="none", backend=backend)
     y = (y + residual.expand_as(y)).to(y.dtype)
     return ACTIVATIONS[act](y)
 

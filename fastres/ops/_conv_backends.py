@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastres.ops import _conv_tiles
 from fastres.ops._conv_tiles import Problem
-from fastres.ops._tensors import KERNEL_DTYPES, memory_format, why_not_cpu, why_not_cuda, why_not_triton
+from fastres.ops._tensors import KERNEL_DTYPES, memory_format, stats_dtype, why_not_cpu, why_not_cuda, why_not_triton
 
 Pair = Sequence[int]
 
@@ -44,6 +44,7 @@ class Conv:
     act: str
     residual: bool
     tf32: bool = False  # whether products of float32 tensors on a GPU may be TF32
+    scale: bool = False
 
 
 def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
@@ -73,12 +74,32 @@ def why_not_reference(x: Tensor, call: Conv) -> list[str]:
 
 
 def reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shape: Sequence[int],
+    call: Conv,
 ) -> Tensor:
-    z = F.conv2d(x, weight, bias, call.stride, call.padding, call.dilation, call.groups)
+    where = call.stride, call.padding, call.dilation, call.groups
+    if scale is not None:
+        return scaled(F.conv2d(x, weight, None, *where), bias, residual, scale, call.act)
+    z = F.conv2d(x, weight, bias, *where)
     if residual is not None:
         z = z.add_(residual)
     return ACTIVATIONS[call.act](z)
+
+
+def scaled(c: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor, act: str) -> Tensor:
+    """act(scale * c [+ bias] [+ residual]) in stock PyTorch, rounded once; may write over c, [N, K, P, Q]."""
+    dtype = stats_dtype(c)
+    z = c.to(dtype).mul_(scale[:, None, None])
+    if bias is not None:
+        z = z.add_(bias[:, None, None])
+    if residual is not None:
+        z = z.add_(residual)
+    return ACTIVATIONS[act](z).to(c.dtype)
 
 
 def why_not_conv_cpu(x: Tensor, call: Conv) -> list[str]:
@@ -86,9 +107,17 @@ def why_not_conv_cpu(x: Tensor, call: Conv) -> list[str]:
 
 
 def cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shape: Sequence[int],
+    call: Conv,
 ) -> Tensor:
     where = call.stride, call.padding, call.dilation, call.groups
+    if scale is not None:
+        return scaled(F.conv2d(x, weight, None, *where), bias, residual, scale, call.act)
     return conv_then(x, weight, bias, residual, *where, call.act)
 
 
@@ -128,7 +157,7 @@ def why_not_onednn(x: Tensor, call: Conv) -> list[str]:
         return [f"x is on {x.device}, oneDNN runs on cpu"]
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return ["this build of torch has no oneDNN, or torch.backends.mkldnn.enabled is False"]
-    reasons = []
+    reasons = ["its epilogue has no scale per channel"] if call.scale else []
     if x.dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         reasons.append("float16 needs a CPU with avx512_fp16 or AMX")
     elif x.dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -143,7 +172,13 @@ def why_not_onednn(x: Tensor, call: Conv) -> list[str]:
 
 
 def onednn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shape: Sequence[int],
+    call: Conv,
 ) -> Tensor:
     # oneDNN's own ReLU turns NaN into 0: the activation runs in place behind it, on an output that is still in cache.
     layout = memory_format(call.channels_last)
@@ -166,7 +201,7 @@ def why_not_cudnn(x: Tensor, call: Conv) -> list[str]:
         return [f"x is on {x.device}, cuDNN runs on cuda"]
     if not (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled):
         return ["cuDNN is missing, or torch.backends.cudnn.enabled is False"]
-    reasons = []
+    reasons = ["its epilogue has no scale per channel"] if call.scale else []
     if x.dtype not in KERNEL_DTYPES:
         reasons.append(f"dtype {x.dtype} runs through the reference")
     if call.act != "relu":
@@ -177,7 +212,13 @@ def why_not_cudnn(x: Tensor, call: Conv) -> list[str]:
 
 
 def cudnn(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shape: Sequence[int],
+    call: Conv,
 ) -> Tensor:
     where = call.stride, call.padding, call.dilation, call.groups
     if residual is None:
@@ -191,7 +232,7 @@ def cudnn(
 def why_not_conv_cuda(x: Tensor, call: Conv) -> list[str]:
     if why_not_cuda(x):
         return why_not_cuda(x)
-    reasons = []
+    reasons = ["the kernels' epilogue has no scale per channel"] if call.scale else []
     if call.empty:
         reasons.append("an empty tensor runs through the reference")
     if not call.channels_last:
@@ -224,7 +265,13 @@ def measured(x: Tensor, call: Conv) -> tuple[str, ...]:
 
 
 def cuda(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shape: Sequence[int],
+    call: Conv,
 ) -> Tensor:
     problem = problem_of(x, call)
     tile = _conv_tiles.choose(problem, torch.cuda.get_device_properties(x.device).multi_processor_count)
@@ -263,7 +310,13 @@ def why_not_conv_triton(x: Tensor, call: Conv) -> list[str]:
 
 
 def triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, shape: Sequence[int], call: Conv
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    shape: Sequence[int],
+    call: Conv,
 ) -> Tensor:
     from fastres.kernels.conv_act import conv_act_forward
 
@@ -279,6 +332,7 @@ def triton(
         padding=call.padding,
         dilation=call.dilation,
         groups=call.groups,
+        scale=scale,
         act=call.act,
         tf32=tf32_allowed(),
     )

@@ -1,16 +1,18 @@
 """conv_act: a convolution with the bias, the residual addition and the activation that follow it.
 
-    formula    c = conv2d(x, weight) [+ bias]        stride, padding, dilation, groups as torch.nn.functional.conv2d
-               z = c [+ residual]
+    formula    c = conv2d(x, weight)                 stride, padding, dilation, groups as torch.nn.functional.conv2d
+               z = [scale *] c [+ bias] [+ residual] scale, bias: one number per output channel
                y = act(z)                            "relu" (NaN passes), "none"; "relu6", "hardswish", "silu"
     gradient   g         = 0 where y <= 0, else dy   act="relu"; g = dy for act="none"
-               dx        = conv2d's gradient of x at g
-               dweight   = conv2d's gradient of weight at g
+               dx        = conv2d's gradient of x at scale * g
+               dweight   = conv2d's gradient of weight at scale * g
+               dscale    = sum g * c                 over N, H, W; c is computed again
                dbias     = sum g                     over N, H, W
                dresidual = g
 
 One pass over the output where a backend writes it with its epilogue, instead of three. Saved for backward: x, weight,
-and y for its sign. The other activations' gradients need z: where gradients are wanted they run behind act="none".
+scale, and y for its sign. The other activations' gradients need z: where gradients are wanted they run behind
+act="none". With a scale everything after the convolution is computed in float32 (float64 for float64) and rounded once.
 """
 
 from __future__ import annotations
@@ -23,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register, settings
-from fastres.ops import _conv_backends
+from fastres._dispatch import AUTO, REFERENCE, Backend, Choices, Operator, choose, register, settings
+from fastres.ops import _conv_backends, _conv_frozen
 from fastres.ops._autograd import any_requires_grad, is_plain_eager, register_autograd
 from fastres.ops._conv_backends import ACTS, Conv, Pair, output_size, pair
 from fastres.ops._flops import register_flops
@@ -33,14 +35,15 @@ from fastres.ops._tensors import (
     empty_elementwise,
     is_channels_last,
     memory_format,
+    stats_dtype,
 )
 
 _BEHIND: dict[str, Callable[[Tensor], Tensor]] = {"relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
 
 _LIB = torch.library.Library("fastres", "FRAGMENT")
 _LIB.define(
-    "conv_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, SymInt[2] stride, SymInt[2] padding, "
-    'SymInt[2] dilation, SymInt groups, str act, str backend="auto") -> Tensor'
+    "conv_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, SymInt[2] stride, "
+    'SymInt[2] padding, SymInt[2] dilation, SymInt groups, str act, str backend="auto") -> Tensor'
 )
 _LIB.define(
     "_conv_act_native(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) y, int stride_h, "
@@ -56,6 +59,7 @@ def _check(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    scale: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
@@ -91,16 +95,18 @@ def _check(
         )
     shape = n, k, p, q
     others: list[tuple[str, Tensor | None, tuple[int, ...] | None]]
-    others = [("weight", weight, None), ("bias", bias, (k,)), ("residual", residual, shape)]
+    others = [("weight", weight, None), ("bias", bias, (k,)), ("residual", residual, shape), ("scale", scale, (k,))]
     for name, other, like in others:
         if other is None:
             continue
         check_activation("conv_act", name, other)
         if like is not None and tuple(other.shape) != like:
-            what = "weight's output channels" if name == "bias" else "the output's shape"
+            what = "the output's shape" if name == "residual" else "weight's output channels"
             raise ValueError(f"conv_act: {name}: got shape {list(other.shape)}, expected {list(like)}, {what}")
-        if other.dtype != x.dtype:
-            raise TypeError(f"conv_act: {name}: got dtype {other.dtype}, expected x's dtype {x.dtype}")
+        wide = name == "scale" or (name == "bias" and scale is not None)
+        if other.dtype != x.dtype and not (wide and other.dtype is stats_dtype(x)):
+            also = f" or {stats_dtype(x)}" if wide and stats_dtype(x) is not x.dtype else ""
+            raise TypeError(f"conv_act: {name}: got dtype {other.dtype}, expected x's dtype {x.dtype}{also}")
         if other.device != x.device:
             raise ValueError(f"conv_act: {name}: got device {other.device}, expected x's device {x.device}")
     if act not in ACTS:
@@ -118,6 +124,7 @@ def _kind(
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
     stride: int | Pair = 1,
     padding: int | Pair = 0,
     dilation: int | Pair = 1,
@@ -137,6 +144,7 @@ def _kind(
         act,
         residual is not None,
         x.dtype is torch.float32 and x.device.type == "cuda" and _conv_backends.tf32_allowed(),
+        scale is not None,
     )
 
 
@@ -148,6 +156,7 @@ def _forward(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    scale: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
@@ -155,11 +164,11 @@ def _forward(
     act: str,
     backend: str = AUTO,
 ) -> Tensor:
-    y, _ = _run(x, weight, bias, residual, stride, padding, dilation, groups, act, backend)
+    y, _ = _run(x, weight, bias, residual, scale, stride, padding, dilation, groups, act, backend)
     return y
 
 
-_Again = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+_Again = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
 def _run(
@@ -167,6 +176,7 @@ def _run(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    scale: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
@@ -175,14 +185,14 @@ def _run(
     backend: str,
 ) -> tuple[Tensor, _Again | None]:
     """y, and what computes it for tensors alike without asking anything again; None where y's strides need a look."""
-    shape = _check(x, weight, bias, residual, stride, padding, dilation, groups, act)
-    call = _kind(x, weight, bias, residual, stride, padding, dilation, groups, act)
+    shape = _check(x, weight, bias, residual, scale, stride, padding, dilation, groups, act)
+    call = _kind(x, weight, bias, residual, scale, stride, padding, dilation, groups, act)
     forward = choose(OPERATOR, backend, x, call).forward
-    y: Tensor = forward(x, weight, bias, residual, shape, call)
+    y: Tensor = forward(x, weight, bias, residual, scale, shape, call)
     n, k, p, q = shape
     plain = k > 1 and p * q > 1 and (residual is None or residual.stride() == y.stride())
     if plain and y.is_contiguous(memory_format=memory_format(call.channels_last)):
-        return y, lambda x, weight, bias, residual: forward(x, weight, bias, residual, shape, call)
+        return y, lambda x, weight, bias, residual, scale: forward(x, weight, bias, residual, scale, shape, call)
     like = _empty_output(x, weight, residual, shape, act, "meta")
     if y.stride() == like.stride():
         return y, None
@@ -207,6 +217,7 @@ def _fake_forward(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    scale: Tensor | None,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
@@ -214,41 +225,45 @@ def _fake_forward(
     act: str,
     backend: str = AUTO,
 ) -> Tensor:
-    shape = _check(x, weight, bias, residual, stride, padding, dilation, groups, act)
+    shape = _check(x, weight, bias, residual, scale, stride, padding, dilation, groups, act)
     return _empty_output(x, weight, residual, shape, act, x.device)
 
 
+def _per_channel(t: Tensor, like: Tensor) -> Tensor:
+    return t.to(like.dtype)[:, None, None]  # [K, 1, 1]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, _, ctx.stride, ctx.padding, ctx.dilation, ctx.groups, ctx.act, ctx.backend = inputs
-    ctx.bias_size = None if bias is None else list(bias.shape)
-    ctx.save_for_backward(x, weight, output if ctx.act == "relu" else None)
+    x, weight, bias, _, scale, *ctx.where, ctx.act, ctx.backend = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(x, weight, scale, output if ctx.act == "relu" else None)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, y = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    x, weight, scale, y = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_residual, needs_scale = ctx.needs_input_grad[:5]
+    stride, padding, dilation, groups = ctx.where
     if y is None:
         g = dy
     elif torch.is_grad_enabled():  # create_graph=True: linear in dy, so one mask serves every order
         g = torch.where(y.detach() <= 0, 0, dy)
     else:
         g = torch.ops.fastres.add_relu_backward.default(dy, y)
-    dx = dweight = dbias = None
-    if needs_x or needs_weight or needs_bias:
-        dx, dweight, dbias = torch.ops.aten.convolution_backward.default(
-            g,
-            x,
-            weight,
-            ctx.bias_size,
-            ctx.stride,
-            ctx.padding,
-            ctx.dilation,
-            False,
-            [0, 0],
-            ctx.groups,
-            [needs_x, needs_weight, needs_bias],
+    dx = dweight = dbias = dscale = None
+    dc, needs = g, [needs_x, needs_weight, needs_bias]
+    if scale is not None:
+        wide, dims = g.to(stats_dtype(x)), (0, 2, 3)
+        dc, needs = (wide * _per_channel(scale, wide)).to(x.dtype), [needs_x, needs_weight, False]
+        if needs_scale:
+            dscale = (wide * F.conv2d(x, weight, None, *ctx.where)).sum(dims).to(scale.dtype)
+        if needs_bias:
+            dbias = wide.sum(dims).to(ctx.bias_dtype)
+    if any(needs):
+        dx, dweight, db = torch.ops.aten.convolution_backward.default(
+            dc, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, needs
         )
-    return dx, dweight, dbias, g if needs_residual else None, None, None, None, None, None, None
+        dbias = db if scale is None else dbias
+    return dx, dweight, dbias, g if needs_residual else None, dscale, *[None] * 6
 
 
 for _key in ("CPU", "CUDA"):
@@ -307,6 +322,7 @@ def _straight(
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
+    scale: Tensor | None,
     stride: int | Pair,
     padding: int | Pair,
     dilation: int | Pair,
@@ -316,19 +332,19 @@ def _straight(
 ) -> Tensor:
     tf32 = x.dtype is torch.float32 and x.device.type == "cuda" and _conv_backends.tf32_allowed()
     where = stride, padding, dilation, groups, act, backend, settings(), tf32
-    key = _alike(x), _alike(weight), _alike(bias), _alike(residual), *where
+    key = _alike(x), _alike(weight), _alike(bias), _alike(residual), _alike(scale), *where
     try:
         again = _seen[key]
     except (KeyError, TypeError):  # TypeError: a list, which is no key
         pairs = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
-        y, made = _run(x, weight, bias, residual, *pairs, groups, act, backend)
+        y, made = _run(x, weight, bias, residual, scale, *pairs, groups, act, backend)
         if made is not None:
             if len(_seen) >= _SEEN:
                 _seen.clear()
             with suppress(TypeError):
                 _seen[key] = made
         return y
-    return again(x, weight, bias, residual)
+    return again(x, weight, bias, residual, scale)
 
 
 # ---- public function -------------------------------------------------------------------------------------------------
@@ -339,6 +355,7 @@ def conv_act(
     weight: Tensor,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
+    scale: Tensor | None = None,
     stride: int | Pair = 1,
     padding: int | Pair = 0,
     dilation: int | Pair = 1,
@@ -347,16 +364,17 @@ def conv_act(
     act: str = "relu",
     backend: str = AUTO,
 ) -> Tensor:
-    """y = act(conv2d(x, weight, bias) [+ residual]), the epilogue in the convolution's own pass where a backend can.
+    """y = act([scale *] conv2d(x, weight) [+ bias] [+ residual]), in the convolution's own pass where a backend can.
 
-    Gradients flow to x, weight, bias and residual, to any order. Under torch.autocast every tensor is cast to the
-    autocast dtype, as conv2d's are.
+    Gradients flow to x, weight, bias, residual and scale, to any order. Under torch.autocast every tensor is cast to
+    the autocast dtype, as conv2d's are; scale, and with it bias, stay as they are.
 
     Args:
         x: [N, C, H, W], float32, float16, bfloat16 or float64; channels_last is the fast path.
         weight: [K, C / groups, R, S], x's dtype.
-        bias: [K], x's dtype, or None.
+        bias: [K], x's dtype, or None. It is added after the scale; with one it may be float32 like it.
         residual: [N, K, P, Q], x's dtype and device, added before the activation.
+        scale: [K], x's dtype or float32, or None: a factor per output channel, such as a batch norm's.
         stride, padding, dilation: a number or two, as for conv2d; padding is of zeros.
         groups: divides C and K.
         act: "relu", "none", "relu6", "hardswish" or "silu".
@@ -386,16 +404,43 @@ def conv_act(
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        bias = bias if bias is None or scale is not None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    if is_plain_eager(x, weight, bias, residual) and not (
-        torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual)
+    if is_plain_eager(x, weight, bias, residual, scale) and not (
+        torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual, scale)
     ):
-        return _straight(x, weight, bias, residual, stride, padding, dilation, groups, act, backend)
+        return _straight(x, weight, bias, residual, scale, stride, padding, dilation, groups, act, backend)
     pairs = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
-    tensors = [t for t in (x, weight, bias, residual) if t is not None]
+    tensors = [t for t in (x, weight, bias, residual, scale) if t is not None]
     if act in _BEHIND and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        z: Tensor = _OP(x, weight, bias, residual, *pairs, groups, "none", backend)
+        z: Tensor = _OP(x, weight, bias, residual, scale, *pairs, groups, "none", backend)
         return _BEHIND[act](z)
-    y: Tensor = _OP(x, weight, bias, residual, *pairs, groups, act, backend)
+    y: Tensor = _OP(x, weight, bias, residual, scale, *pairs, groups, act, backend)
     return y
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    act: str,
+    backend: str = AUTO,
+) -> Tensor:
+    """The operator's call in a frozen network."""
+    where = tuple(stride), tuple(padding), tuple(dilation), groups
+    return conv_act(x, weight, bias, residual, scale, *where, act=act, backend=backend)
+
+
+def _bind(x: Tensor, *arguments: Any) -> Choices | None:
+    """Ways to run the call in a frozen network, once its arguments are known to fit each other."""
+    _check(x, *arguments[:9])
+    return _conv_frozen.bind(x, *arguments)
+
+
+OPERATOR.call, OPERATOR.stock, OPERATOR.bind = _call, _conv_frozen.stock, _bind

@@ -344,7 +344,7 @@ def test_the_kernel_gets_dense_aligned_channels_last_tensors(stand_in, act):
         residual = residual if kind else None
         how = (2, 2), (1, 1), (1, 1), 1
         arguments = x, weight, bias, residual
-        y = _conv_backends.cuda(*arguments, (2, 24, 5, 4), _kind(*arguments, *how, act))
+        y = _conv_backends.cuda(*arguments, None, (2, 24, 5, 4), _kind(*arguments, None, *how, act))
         z = F.conv2d(x, weight, bias, *how)
         torch.testing.assert_close(y, _conv_backends.ACTIVATIONS[act](z if residual is None else z + residual))
         got = stand_in[-1]

@@ -42,7 +42,9 @@ def out_size(x, weight, stride, padding, dilation):
     ]
 
 
-def run(x, weight, bias, residual, *, x_last=True, weight_order=KRSC, y_last=True, act="relu", offset=0, **how):
+def run(
+    x, weight, bias, residual, scale=None, *, x_last=True, weight_order=KRSC, y_last=True, act="relu", offset=0, **how
+):
     """conv_act_forward between guard bands -> y."""
     how = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1, "tf32": False} | how
     geometry = {name: how[name] for name in ("stride", "padding", "dilation")}
@@ -53,7 +55,7 @@ def run(x, weight, bias, residual, *, x_last=True, weight_order=KRSC, y_last=Tru
     args = [placed, weight_placed, arena.input(bias, offset=offset)]
     args.append(placed if residual is x else arena.input(residual, y_last, offset))
     y = arena.output((x.shape[0], weight.shape[0], *out_size(x, weight, **geometry)), x.dtype, y_last, offset)
-    conv_act_forward(*args, y, act=act, **how)
+    conv_act_forward(*args, y, act=act, scale=arena.input(scale, offset=offset), **how)
     arena.check()
     return y
 
@@ -65,15 +67,19 @@ def convolution64(x, weight, bias, residual, stride=(1, 1), padding=(0, 0), dila
     return z if residual is None else z + residual.double()
 
 
-def check(n, c, size, k, kernel, *, dtype=torch.float32, bias=True, residual=True, act="relu", groups=1, **how):
+def check(
+    n, c, size, k, kernel, *, dtype=torch.float32, bias=True, residual=True, scale=False, act="relu", groups=1, **how
+):
     """Small integers give the exact result."""
     x, weight = integers(n, c, *size, dtype=dtype), integers(k, c // groups, *kernel, dtype=dtype)
     geometry = {name: how.get(name, (d, d)) for name, d in (("stride", 1), ("padding", 0), ("dilation", 1))}
     shape = (n, k, *out_size(x, weight, **geometry))
     bias, residual = integers(k) if bias else None, integers(*shape, dtype=dtype) if residual else None
-    z = convolution64(x, weight, bias, residual, **geometry, groups=groups)
+    scale = integers(k) if scale else None
+    exact = weight if scale is None else weight.double() * scale[:, None, None, None].double()
+    z = convolution64(x, exact, bias, residual, **geometry, groups=groups)
     assert z.abs().amax() <= 2048  # what fp16 holds
-    y = run(x, weight, bias, residual, act=act, groups=groups, **how)
+    y = run(x, weight, bias, residual, scale, act=act, groups=groups, **how)
     assert torch.equal(y.double(), ACTS[act](z)), (n, c, size, k, kernel, groups, act, how)
 
 
@@ -104,6 +110,7 @@ def geometries(count):
         "dtype": turns(*DTYPES),
         "bias": turns(True, False),
         "residual": turns(True, False),
+        "scale": turns(True, False),
         "act": turns("relu", "none", "relu6"),
         "offset": turns(0, 0, 1),
         "tf32": turns(True, False),
