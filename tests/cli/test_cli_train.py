@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +14,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
+from cli_cases import FASTRES, started  # noqa: E402
 from fastres import cli  # noqa: E402
 from fastres.lab import datasets, loop, train_command  # noqa: E402
 from fastres.lab.train_command import Request  # noqa: E402
@@ -59,21 +58,18 @@ def test_without_out_the_folder_is_named_by_the_run(tmp_path, monkeypatch, capsy
 
 
 def test_ctrl_c_is_one_line_and_the_run_goes_on(tmp_path):
-    command = [sys.executable, "-m", "fastres", *QUICK, "--iterations", "400", "--out", str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    try:
+    command = [*FASTRES, *QUICK, "--iterations", "400", "--out", str(tmp_path)]
+    with started(command) as process:
         assert process.stdout.readline().startswith("resnet8 on digits")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
     assert (process.returncode, err) == (130, "fastres: interrupted\n")
     assert f"interrupted; the same command goes on from {tmp_path}" in out
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["iteration"]
     assert 1 <= done < 400
-    rest = subprocess.run([*command, "--stop-after", str(done + 1)], capture_output=True, text=True, env=env)
-    assert rest.returncode == 0 and f"{done + 1} of 400 iterations" in rest.stdout
+    with started([*command, "--stop-after", str(done + 1)]) as rest:
+        out, err = rest.communicate(timeout=120)
+    assert rest.returncode == 0 and f"{done + 1} of 400 iterations" in out, err
 
 
 def test_options_become_the_spec():
@@ -144,13 +140,6 @@ def test_bad_arguments_are_one_line_before_any_work(arguments, message, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_fits_and_names_the_options(capsys):
-    assert cli.main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80 and "torchrun --nproc-per-node 2 -m fastres train" in text
-    assert all(option in text for option in ("--recipe", "--bn-batch", "--no-swap", "--nchw", "--data-root"))
-
-
 # ---- images in folders, with worker processes ------------------------------------------------------------------------
 
 
@@ -187,16 +176,9 @@ def test_images_in_folders_resume_exactly(folders_run, tmp_path, capsys):
 def test_ctrl_c_with_worker_processes(folders_run, tmp_path):
     """A terminal sends it to all of them: the workers stay till the loop has ended its iteration."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "fastres", *folders_run, "--iterations", "500", "--out", str(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
-    )
-    try:
+    with started([*FASTRES, *folders_run, "--iterations", "500", "--out", str(out)], start_new_session=True) as process:
         assert process.stdout.readline().startswith("resnet8 on imagenet")
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
     assert (process.returncode, err) == (130, "fastres: interrupted\n")
     assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["iteration"] >= 1

@@ -39,6 +39,7 @@ RANK = {
     "_C": 10,
     "_dispatch": 10,
     "_log": 11,
+    "_stamp": 11,
 }
 NEVER_AT_IMPORT = ("triton", "torchvision", "timm", "transformers", "sklearn", "matplotlib", "rich", "typer")
 OPERATORS = sorted(path.stem for path in (ROOT / "fastres/ops").glob("[!_]*.py"))
@@ -240,12 +241,8 @@ NAMED = {
     "csrc/module.cpp": (2, "docstrings of the list of conv_act's kernels"),
     "csrc/cuda/kernels.cu": (1, "the list of conv_act's kernels"),
     "csrc/cuda/bn_act_backward.cu": (2, "a ReLU's gradient alone is add_relu's"),
-    # the writers of fused steps of before graph/fusions, which needs no line here
-    "fastres/compile/cpu.py": (5, "a writer of steps"),
-    "fastres/compile/fuse.py": (2, "a writer of steps"),
-    "fastres/inference/build.py": (3, "a writer of steps"),
-    "fastres/inference/normal.py": (3, "a writer of steps"),
-    "fastres/inference/regions.py": (2, "a writer of steps"),
+    "fastres/graph/normalize.py": (3, "an operator's call, read"),
+    "fastres/compile.py": (2, "which convolutions it has written"),
     "fastres/inference/report.py": (3, "counts by kind"),
 }
 
