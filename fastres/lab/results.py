@@ -1,4 +1,4 @@
-"""Result files: written whole or not at all, and carrying what is needed to repeat them."""
+"""Result files: written whole or not at all, and carrying what it takes to reproduce them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastres.ops._conv_backends import tf32_allowed
 
 
 def prepare_folder(folder: Path, files: list[str]) -> None:
-    """Makes `folder` and proves that `files` can be written in it, before any work is done.
+    """Create `folder` and prove that `files` can be written in it, before any work is done.
 
     Raises OutputError, naming the path and the reason.
     """
@@ -38,9 +38,9 @@ def prepare_folder(folder: Path, files: list[str]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Calls `write` on a temporary file beside `path` and renames it: readers see the old file or the whole new one.
+    """Call `write` on a temporary file next to `path` and rename it: readers see the old file or the whole new one.
 
-    Raises OutputError; the temporary file is gone, whatever happens.
+    Raises OutputError; the temporary file is removed in any case.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -52,18 +52,18 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except OSError as error:
         raise OutputError(f"output file {path}: cannot be written: {error.strerror or error}") from error
     finally:
-        with contextlib.suppress(OSError):  # renamed already, or never made
+        with contextlib.suppress(OSError):  # renamed already, or never created
             temporary.unlink()
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Strict JSON (no NaN), indented, written atomically."""
+    """Write strict JSON (no NaN), indented, atomically."""
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """The command, commit, versions, CPU, GPU, threads and flags of a result."""
+    """The command, commit, versions, CPU, GPU, threads and flags behind a result."""
     return {
         "command": command,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -102,7 +102,7 @@ def _gpu(device: torch.device) -> dict[str, Any] | None:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "+" where files differ from it; None for an installed package."""
+    """The checkout's commit, with "+" if files differ from it; None for an installed package."""
     root = Path(fastres.__file__).parents[1]
     if not (root / ".git").exists():
         return None
@@ -110,6 +110,6 @@ def _commit() -> str | None:
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
         status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git here: the result says so with None
+    except (OSError, subprocess.SubprocessError):  # no git: the result says None
         return None
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")

@@ -1,4 +1,4 @@
-"""The folder of a run: what it must hold before the run begins, and that one process at a time trains in it."""
+"""The folder of a run: its spec and result files, and the lock that keeps a second run out of it."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _FILES = ["spec.json", "checkpoint.pt", "log.csv", "result.json"]
 
 
 def result_in(folder: Path, spec: RunSpec) -> RunResult | None:
-    """The result of a run that is done in `folder`, None for one that is not; reads alone.
+    """The result of the finished run in `folder`, None where it is not finished; writes nothing.
 
-    Raises RunError where the folder holds another run than `spec`, or a damaged one.
+    Raises RunError where the folder holds a run other than `spec`, or a damaged one.
     """
     if not (folder / "spec.json").exists():
         return None
     differences = spec.differences(read_json(folder / "spec.json"))
     if differences:
         raise RunError(
-            f"output folder {folder}: holds another run: {'; '.join(differences)}; give another folder, or delete this"
+            f"output folder {folder}: holds another run: {'; '.join(differences)}; use another, or delete it"
         )
     if not (folder / "result.json").exists():
         return None
@@ -39,14 +39,14 @@ def result_in(folder: Path, spec: RunSpec) -> RunResult | None:
     try:
         return RunResult.from_dict(data)
     except (KeyError, TypeError, AttributeError, LabError) as error:
-        raise RunError(f"output file {folder / 'result.json'}: got no or other {error}, expected a result") from error
+        raise RunError(f"output file {folder / 'result.json'}: missing or wrong: {error}; expected a result") from error
 
 
 @contextmanager
-def alone(folder: Path, spec: RunSpec, here: Place) -> Iterator[None]:
-    """The folder, made, with spec.json in it, and held against a second run.
+def lock_run_folder(folder: Path, spec: RunSpec, here: Place) -> Iterator[None]:
+    """Create the folder with spec.json in it, and hold its lock against a second run.
 
-    A killed run's data workers hold it for some seconds more.
+    Waits up to ten seconds for the lock: a killed run's data workers hold it a little longer than the run.
 
     Raises OutputError where it cannot be written, RunError where another process holds it or it holds another run.
     """
@@ -65,16 +65,16 @@ def alone(folder: Path, spec: RunSpec, here: Place) -> Iterator[None]:
                     raise RunError(f"output folder {folder}: another process is training in it") from error
                 time.sleep(0.1)
         for name in _FILES:
-            for torn in folder.glob(f".{name}.*.tmp"):  # of a run that was killed while it wrote
+            for torn in folder.glob(f".{name}.*.tmp"):  # left by a run that was killed while writing
                 torn.unlink()
-        result_in(folder, spec)  # nobody else has begun another run in the meantime
+        result_in(folder, spec)  # raises if another run has started here in the meantime
         write_json(folder / "spec.json", spec.to_dict())
         here.wait()
         yield
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of the run; raises RunError."""
+    """The JSON object in a file of a run; raises RunError."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -69,7 +69,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on(tmp_path):
     finally:
         process.kill()
     assert (process.returncode, err) == (130, "fastres: interrupted\n")
-    assert f"interrupted; the same command goes on from {tmp_path}" in out
+    assert f"interrupted; run the same command again to resume from {tmp_path}" in out
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["iteration"]
     assert 1 <= done < 400
     rest = subprocess.run([*command, "--stop-after", str(done + 1)], capture_output=True, text=True, env=env)
