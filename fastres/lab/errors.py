@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -53,6 +55,12 @@ class DivergedError(LabError, RuntimeError):
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none: messages of ours are one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """A question that names the nearest of `names`, to end a message about an unknown one; empty if none is near."""
+    near = difflib.get_close_matches(name, names, 3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def require(module: str, what: str, extra: str) -> Any:

@@ -34,7 +34,6 @@ from fastres.lab import datasets, networks
 from fastres.lab.batches import DataSet, stream
 from fastres.lab.devices import channels_last
 from fastres.lab.errors import DivergedError, RunError
-from fastres.lab.loop_log import Log
 from fastres.lab.loop_state import (
     DTYPES,
     Point,
@@ -49,7 +48,7 @@ from fastres.lab.loop_state import (
 from fastres.lab.processes import Place, interrupts, place
 from fastres.lab.recipes import TrainRecipe
 from fastres.lab.results import environment, write_json
-from fastres.lab.run_folder import RUN, lock_run_folder, read_json, result_in
+from fastres.lab.run_folder import RUN, Log, lock_run_folder, read_json, result_in
 
 __all__ = ["Point", "RunResult", "RunSpec", "Step", "run", "trained"]
 

@@ -10,7 +10,6 @@ cifar-resnet50, cifar-resnet152                    CIFAR of a depth that is also
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import re
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 
 from fastres import models
-from fastres.lab.errors import LabError
+from fastres.lab.errors import LabError, did_you_mean
 
 _IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "plain18", "plain34")
 _V1 = ("resnet50", "resnet101", "resnet152")
@@ -71,9 +70,8 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **options: Any
         maker = models.cifar_resnet if kind == "resnet" else models.cifar_plain
         make, taken = lambda **given: maker(depth, **given), models.CifarResNet
     else:
-        near = difflib.get_close_matches(name, names(), 3, 0.5)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise NetworkError(f"network: got {name!r}, expected one of {', '.join(names())}{hint}")
+        expected = f"expected one of {', '.join(names())}{did_you_mean(name, names())}"
+        raise NetworkError(f"network: got {name!r}, {expected}")
     allowed = [key for key in inspect.signature(taken).parameters if key not in _GIVEN]
     unknown = [key for key in options if key not in allowed]
     if unknown:

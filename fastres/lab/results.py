@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.backends import cudnn
 
 import fastres
-from fastres._info import ENVIRONMENT, PACKAGES, cpu, load_average, version
+from fastres._info import ENVIRONMENT, PACKAGES, cpu, gpu, load_average, version
 from fastres.lab.errors import OutputError
 from fastres.ops._conv_backends import tf32_allowed
 
@@ -73,31 +74,18 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": str(device),
         "cpu": cpu(),
-        "gpu": _gpu(device),
+        "gpu": {**gpu(device), "cuda": torch.version.cuda, "cudnn": cudnn.version()} if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
         "flags": {
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "cudnn.allow_tf32": tf32_allowed(),
-            "cudnn.benchmark": torch.backends.cudnn.benchmark,
-            "cudnn.deterministic": torch.backends.cudnn.deterministic,
+            "cudnn.benchmark": cudnn.benchmark,
+            "cudnn.deterministic": cudnn.deterministic,
             "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         },
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-    }
-
-
-def _gpu(device: torch.device) -> dict[str, Any] | None:
-    if device.type != "cuda":
-        return None
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "name": found.name,
-        "memory_mib": found.total_memory >> 20,
-        "capability": f"{found.major}.{found.minor}",
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
     }
 
 
@@ -106,10 +94,12 @@ def _commit() -> str | None:
     root = Path(fastres.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    git = ["git", "-C", str(root)]
+
+    def git(*command: str) -> str:
+        line = ["git", "-C", str(root), *command]
+        return subprocess.run(line, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):  # no git: the result says None
         return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
