@@ -46,9 +46,9 @@ class Request:
     ]
     report: Annotated[bool, Option("--report", help="Print the whole report, not just its first line.")] = False
     image_size: Annotated[str, Option(help="Pixels per side, or HEIGHTxWIDTH.")] = "224"
-    batch: Annotated[int, Option(help="Images in the example; the frozen model takes any number.")] = 1
+    batch: Annotated[int, Option(min=1, help="Images in the example; the frozen model takes any number.")] = 1
     dtype: Annotated[str, Option(help="fp32, bf16 or fp16.")] = "fp32"
-    channels: Annotated[int | None, Option(help="Channels of the images; by default 3.")] = None
+    channels: Annotated[int | None, Option(min=1, help="Channels of the images; by default 3.")] = None
     weights: Annotated[
         Path | None, Option(help="A state_dict (.safetensors, .pt, .pth); by default random weights.")
     ] = None
@@ -113,9 +113,6 @@ def _checked(request: Request) -> tuple[tuple[int, int, int, int], torch.dtype, 
     if not 1 <= len(sides) <= 2 or not all(1 <= number <= _LARGEST for number in numbers):
         wanted = f"a number of pixels from 1 to {_LARGEST}, or HEIGHTxWIDTH"
         raise LabError(f"--image-size: got {request.image_size!r}, expected {wanted}")
-    for option, value in (("--batch", request.batch), ("--channels", request.channels)):
-        if value is not None and value < 1:
-            raise LabError(f"{option}: got {value}, expected at least 1")
     device = pick_device(request.device)
     for path in (request.json, request.save):
         if path is not None:

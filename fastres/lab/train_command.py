@@ -13,7 +13,7 @@ from typer import Argument, Option
 
 from fastres._info import usable_cores
 from fastres.lab import datasets, loop, networks, recipes
-from fastres.lab.errors import LabError, RecipeError
+from fastres.lab.errors import LabError
 from fastres.lab.loop_state import RunResult, RunSpec, Step
 from fastres.lab.recipes import TrainRecipe
 from fastres.lab.terminal import Device, Threads, on_step, progress
@@ -35,9 +35,9 @@ class Request:
         str | None, Option(help="cifar10, cifar10-110, imagenet, digits or digits-quick; by default, the data's.")
     ] = None
     out: Annotated[Path | None, Option(help="The run's folder; by default out/train/...")] = None
-    seed: Annotated[int, Option(help="Seed of weights, order and augmentation.")] = 0
+    seed: Annotated[int, Option(min=0, max=(1 << 63) - 1, help="Seed of weights, order and augmentation.")] = 0
     options: Annotated[list[str] | None, Option("--option", help="A network option, such as shortcut=B.")] = None
-    iterations: Annotated[int | None, Option(help="Override the recipe's; its drops move in proportion.")] = None
+    iterations: Annotated[int | None, Option(min=1, help="Override the recipe's; drops move in proportion.")] = None
     batch_size: Annotated[int | None, Option(help="Images per iteration over all processes.")] = None
     bn_batch: Annotated[int | None, Option(help="Images that share BN statistics.")] = None
     lr: Annotated[float | None, Option(help="The initial learning rate.")] = None
@@ -48,11 +48,13 @@ class Request:
     data_root: Annotated[Path | None, Option(help="The folder that holds CIFAR-10 or ImageNet.")] = None
     device: Device = "auto"
     threads: Threads = None
-    workers: Annotated[int | None, Option(help="Processes that decode ImageNet; by default one per core.")] = None
-    stop_after: Annotated[int | None, Option(help="Stop for now after this many iterations.")] = None
-    checkpoint_every: Annotated[int | None, Option(help="Iterations between checkpoints; by default every 30 s.")] = (
+    workers: Annotated[int | None, Option(min=0, help="Processes that decode ImageNet; by default one per core.")] = (
         None
     )
+    stop_after: Annotated[int | None, Option(min=1, help="Stop for now after this many iterations.")] = None
+    checkpoint_every: Annotated[
+        int | None, Option(min=1, help="Iterations between checkpoints; by default every 30 s.")
+    ] = None
 
 
 def run(console: Console, request: Request, command: str) -> RunResult:
@@ -98,13 +100,6 @@ def run(console: Console, request: Request, command: str) -> RunResult:
 def _spec(request: Request) -> RunSpec:
     if request.data not in datasets.NAMES:
         raise LabError(f"--data: got {request.data!r}, expected one of {', '.join(datasets.NAMES)}")
-    if not 0 <= request.seed < 1 << 63:
-        raise LabError(f"--seed: got {request.seed}, expected 0 to {(1 << 63) - 1}")
-    for option, value in (("--stop-after", request.stop_after), ("--checkpoint-every", request.checkpoint_every)):
-        if value is not None and value < 1:
-            raise LabError(f"{option}: got {value}, expected at least 1")
-    if request.workers is not None and request.workers < 0:
-        raise LabError(f"--workers: got {request.workers}, expected at least 0")
     base = recipes.recipe(request.recipe or DEFAULT_RECIPE[request.data])
     names = ("batch_size", "bn_batch", "lr", "decay")
     changes: dict[str, Any] = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
@@ -120,8 +115,6 @@ def _spec(request: Request) -> RunSpec:
 
 def _rescaled(recipe: TrainRecipe, iterations: int) -> dict[str, Any]:
     """The recipe's changes for fewer or more iterations: milestones in proportion, and at least four tests."""
-    if iterations < 1:
-        raise RecipeError(f"--iterations: got {iterations}, expected at least 1")
     at = sorted({max(1, milestone * iterations // recipe.iterations) for milestone in recipe.milestones})
     every = max(1, min(recipe.test_every, iterations // 4))
     return {"iterations": iterations, "milestones": tuple(at), "test_every": every}
