@@ -44,9 +44,9 @@ from torchvision.models.resnet import BasicBlock
 import fastres
 from fastres.lab.data import Digits, digits
 from fastres.lab.errors import LabError
+from fastres.lab.evaluation import accuracy
 from fastres.lab.results import environment, prepare_folder, write_json
 from fastres.lab.terminal import progress
-from fastres.lab.train import accuracy
 
 # ---- networks and data -----------------------------------------------------------------------------------------------
 

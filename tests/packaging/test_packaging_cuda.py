@@ -53,7 +53,7 @@ class TestCudaConfiguration:
         """Left out with a reason, also where the extension is required: this machine cannot be meant to build it."""
         other = "12.4" if not torch.version.cuda.startswith("12.") else "13.0"
         (line,) = self.says(tree, CUDA_HOME=str(self.toolkit(tmp_path, other)), FASTRES_BUILD_EXT="1")
-        assert f"nvcc is of CUDA {other}" in line and f"this torch of CUDA {torch.version.cuda}" in line
+        assert f"nvcc is CUDA {other}" in line and f"this torch CUDA {torch.version.cuda}" in line
 
     def test_an_incomplete_toolkit(self, tree, tmp_path):
         home = self.toolkit(tmp_path, torch.version.cuda, files=())
@@ -89,7 +89,7 @@ class TestCudaConfiguration:
         home = str(self.toolkit(tmp_path, torch.version.cuda))
         for folder, why in (
             (tmp_path / "nothing", "has no include/cutlass"),
-            (self.cutlass(tmp_path / "old", major=3), "is not of CUTLASS 4"),
+            (self.cutlass(tmp_path / "old", major=3), "is not CUTLASS 4"),
         ):
             lines = self.says(tree, CUDA_HOME=home, FASTRES_CUTLASS=str(folder), FASTRES_BUILD_EXT="1")
             assert "fastres._C_cuda has no convolutions, they run through cuDNN or Triton" in lines[0]

@@ -1,4 +1,4 @@
-"""Result files of experiments, and one page of all that exist.
+"""Result files of experiments, and one page with all that exist.
 
 OUT/paper-NAME-PRESET.json   numbers, tables, findings, environment
 OUT/paper-NAME-PRESET.md     tables and findings
@@ -27,14 +27,14 @@ PAPER = "He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR
 
 
 def stem(experiment: str, preset: str) -> str:
-    """The name of an experiment's files, without ending."""
+    """The name of an experiment's files, without extension."""
     return f"paper-{experiment}-{preset}"
 
 
 def write(
     experiment: Experiment, preset: Preset, outcome: Outcome, where: dict[str, Any], out: Path, plot: bool = True
 ) -> list[Path]:
-    """Writes JSON, Markdown and, where there is something to draw and matplotlib is installed, the PNG."""
+    """Write JSON, Markdown and, with `plot` and something to draw, the PNG."""
     name = stem(experiment.name, preset.name)
     document = {
         "schema": SCHEMA,
@@ -51,15 +51,15 @@ def write(
     paths = [out / f"{name}.json", out / f"{name}.md"]
     if document["plot"]:
         paths.append(out / f"{name}.png")
-        footnote = f"line: mean of the seeds, band: least and largest. {machine(where)}"
+        footnote = f"line: mean of the seeds, band: minimum to maximum. {machine(where)}"
         draw(outcome.panels, paths[-1], f"{experiment.title} ({experiment.source}) - {preset.title}", footnote)
     write_atomically(paths[1], lambda file: file.write((markdown(document, "#") + "\n").encode()))
-    write_json(paths[0], document)  # last: where it is, the others are
+    write_json(paths[0], document)  # last: if it exists, so do the others
     return paths
 
 
 def machine(where: dict[str, Any]) -> str:
-    """One line: device, versions, commit, day."""
+    """One line: device, version, commit, date."""
     device = where["gpu"]["name"] if where["gpu"] else where["cpu"]["model"]
     commit = where["commit"] or "unknown"
     return f"{device}; torch {where['versions']['torch']}; commit {commit[:10]}; {where['time'][:10]}"
@@ -96,12 +96,14 @@ def documents(out: Path) -> list[dict[str, Any]]:
             raise PaperError(f"result {path}: got {error}, expected a result of fastres paper") from error
         found.append(document)
     if not found:
-        raise PaperError(f"out: got {out}, without results; expected a folder that fastres paper EXPERIMENT wrote to")
+        raise PaperError(
+            f"out: got {out}, without results; expected a folder that fastres paper EXPERIMENT has written to"
+        )
     return sorted(found, key=lambda document: (document["number"], document["preset"]))
 
 
 def page(out: Path, kind: str = "md") -> Path:
-    """Writes report.md or report.html, one page of all results in `out`; the HTML holds its plots.
+    """Write report.md or report.html, one page with all results in `out`; the HTML embeds its plots.
 
     Raises:
         PaperError: nothing to report, or an unknown kind; OutputError: the page cannot be written.
