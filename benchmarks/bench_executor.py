@@ -125,5 +125,5 @@ class ExecutorCase(Case):
 CASES = [ExecutorCase("resnet18"), ExecutorCase("resnet50")]
 
 
-def test_executor(case, peer, beside):
-    beside(case, peer)
+def test_executor(case, peer, run_peer):
+    run_peer(case, peer)
