@@ -29,10 +29,8 @@ def machine(where: dict[str, Any], measured: str = "") -> str:
     """The device, its threads, what was measured of it, and the versions, from a result's environment."""
     device = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']['model']}, {where['cpu']['isa']}"
     versions, commit = where["versions"], (where["commit"] or "unknown")[:10]
-    return (
-        f"{device}, {where['threads']} threads{measured}; torch {versions['torch']}, fastres {versions['fastres']}, "
-        f"commit {commit}"
-    )
+    threads = f"{where['threads']} thread{'' if where['threads'] == 1 else 's'}"
+    return f"{device}, {threads}{measured}; torch {versions['torch']}, fastres {versions['fastres']}, commit {commit}"
 
 
 def heading(title: str, where: dict[str, Any], measured: str = "") -> list[str]:
