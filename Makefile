@@ -66,8 +66,8 @@ gpu:  ## on a GPU: build, test, sanitize, tune, measure in ten minutes (PYTHON=p
 gpu-dry-run: $(STAMP_EXTENSION)  ## all phases of `make gpu` on a CPU, tiny; no figure is kept
 	@$(GPU_RUN) $(VPY) -m gpu_run --dry-run $(if $(RESULTS),--results $(RESULTS)) $(if $(PHASES),--phases $(PHASES)) $(ARGS)
 
-gpu-import: $(STAMP_PACKAGE)  ## file what `make gpu` wrote: benchmarks/results, kernels/tuned.json, fastres/ops/conv_measured.json (DIR=build/gpu/results)
-	@$(GPU_RUN) $(VPY) -m gpu_run.keep $(DIR)
+gpu-import: $(STAMP_PACKAGE)  ## import the results of `make gpu`: benchmarks/results, kernels/tuned.json, fastres/ops/conv_measured.json (DIR=build/gpu/results)
+	@$(GPU_RUN) $(VPY) -m gpu_run.import_results $(DIR)
 
 lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict
 	$(VPY) -m ruff check .

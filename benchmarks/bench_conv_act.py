@@ -42,7 +42,11 @@ class ConvActCase(Case):
 
     @property
     def alone(self) -> tuple[str, ...]:
-        return PLAIN[: 1 + self.conv.residual] if self.backends else ()
+        return PLAIN[: 1 + self.conv.residual]
+
+    def peers(self, level: str) -> tuple[str, ...]:
+        found = super().peers(level)
+        return found if self.backends else tuple(peer for peer in found if peer not in PLAIN)
 
     @property
     def id(self) -> str:

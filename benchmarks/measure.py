@@ -186,7 +186,7 @@ class Replay:
 def measure(
     case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...], timer: Timer | None = None
 ) -> Result:
-    """Judge and time the peers of a case. An optional peer that raises is left out; any other error propagates.
+    """Judge and time the peers of a case. Another engine or backend that raises is left out.
 
     The default timer is the case's own, or else the device's.
     """
@@ -219,7 +219,7 @@ def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str,
                 prepared.calls[name] = prepared.build.pop(name)()
             results[name] = prepared.calls[name]()
         except Exception as error:
-            if name not in case.optional:
+            if name in (*case.baselines, *case.ours, *case.alone):
                 raise
             result.left_out[name] = one_line(error).removeprefix("Absent: ")[:300]
     result.verdicts = prepared.judge(results)

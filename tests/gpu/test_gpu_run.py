@@ -76,8 +76,8 @@ def test_dry_run(tmp_path):
     page = (results / files.SUMMARY).read_text()
     assert all(f"| {name} | passed |" in page for name in found["phases"]) and "images/s" not in page
 
-    keep = [sys.executable, "-m", "gpu_run.keep", str(results)]
-    refused = subprocess.run(keep, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    imports = [sys.executable, "-m", "gpu_run.import_results", str(results)]
+    refused = subprocess.run(imports, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1 and "dry run" in refused.stderr and "nothing was changed" in refused.stderr
     assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before
 
