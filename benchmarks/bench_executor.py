@@ -1,4 +1,4 @@
-"""What a frozen network's executor costs beside its operators: ResNet at batch 1, many calls with little work each.
+"""The cost of a frozen network's executor without its operators: ResNet at batch 1, many calls with little work each.
 
 `frozen` is a whole call. `operators` is the time spent inside the operators of one call, `beside_operators` the rest of
 the same call: the signature, the checks, the Python between two operators, with the caches as cold as a network leaves

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -107,40 +106,34 @@ def cuda_home() -> str:
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
 
 
-def torch_facts() -> dict[str, str | None]:
-    """torch's version, the CUDA it was built for and if it can use a GPU, read in another process; or the "error"."""
-    code = (
-        "import json, torch; print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, "
-        "'gpu': str(torch.cuda.is_available())}))"
-    )
-    try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
-    except subprocess.TimeoutExpired:
-        return {"error": "importing it took more than 180 s"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    facts: dict[str, str | None] = json.loads(done.stdout.strip().splitlines()[-1])
-    return facts
+_TORCH = "import torch; print(torch.__version__, torch.version.cuda or '', torch.cuda.is_available(), sep='\\n')"
 
 
-def _torch(gpu: bool) -> tuple[list[Item], str | None]:
-    """torch as an item, and its CUDA version. With `gpu`, torch must be able to use one."""
-    remedy = "pip install torch (PyPI's Linux wheels have CUDA in them)"
+def _torch(gpu: bool) -> tuple[Item, str | None]:
+    """torch, examined in another process, and the CUDA version it was built for; with `gpu` it must find a GPU."""
+
+    def absent(why: str, remedy: str = "pip install torch (PyPI's Linux wheels include CUDA)") -> tuple[Item, None]:
+        return Item("torch", None, remedy, why), None
+
     if module("torch").version is None:
-        return [Item("torch", None, remedy)], None
-    facts = torch_facts()
-    if "error" in facts:
-        return [Item("torch", None, remedy, f"cannot be imported ({facts['error']})")], None
-    if tuple(int(part) for part in re.findall(r"\d+", facts["version"] or "")[:2]) < (2, 11):
-        return [Item("torch", None, "pip install 'torch>=2.11'", f"is {facts['version']}, older than 2.11")], None
+        return absent("is not installed")
+    try:
+        done = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        return absent("cannot be imported (it took more than 180 s)")
+    if done.returncode:
+        return absent(f"cannot be imported ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
+    version, cuda, usable = done.stdout.splitlines()[-3:]
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 11):
+        return absent(f"is {version}, older than 2.11", "pip install 'torch>=2.11'")
     if not gpu:
-        return [Item("torch", facts["version"])], None
-    if facts["cuda"] is None:
-        return [Item("torch", None, remedy, f"{facts['version']} is built without CUDA")], None
-    if facts["gpu"] != "True":
-        why = f"{facts['version']} for CUDA {facts['cuda']} cannot use this GPU"
-        return [Item("torch", None, "a newer driver, or a torch for the driver's CUDA", why)], facts["cuda"]
-    return [Item("torch", f"{facts['version']} (CUDA {facts['cuda']})")], facts["cuda"]
+        return Item("torch", version), None
+    if not cuda:
+        return absent(f"{version} is built without CUDA")
+    if usable != "True":
+        remedy = "a newer driver, or a torch for the driver's CUDA"
+        return Item("torch", None, remedy, f"{version} for CUDA {cuda} cannot use this GPU"), cuda
+    return Item("torch", f"{version} (CUDA {cuda})"), cuda
 
 
 def _nvcc(cuda: str | None) -> Item:
@@ -167,8 +160,7 @@ def required(gpu: bool = True) -> list[Item]:
         version = ".".join(map(str, sys.version_info[:3]))
         items.append(Item("python", None, "make gpu PYTHON=python3.12", f"is {version}, older than 3.11"))
     torch, cuda = _torch(gpu)
-    items += torch
-    items += [module("triton"), module("safetensors"), module("pytest", remedy="pip install 'pytest>=8'")]
+    items += [torch, module("triton"), module("safetensors"), module("pytest", remedy="pip install 'pytest>=8'")]
     items += [module("setuptools", remedy="pip install 'setuptools>=77,<82'"), module("pybind11"), module("ninja")]
     if items[-1].version is None and shutil.which("ninja"):
         items[-1] = Item("ninja", shutil.which("ninja"))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from fastres.kernels import add_relu, bn_act, configs, conv_act
@@ -181,46 +182,26 @@ def rank(kernel: str, shape_class: str) -> int:
 @contextmanager
 def nothing_launched(arch: int) -> Iterator[None]:
     """Make launch functions do everything but launch, as on that architecture."""
-    kind, modules = type(add_relu.add_relu_forward_kernel), (add_relu, bn_act, conv_act)
-    run, real = kind.run, [module.architecture for module in modules]
-    kind.run = lambda *args, **constants: None
-    for module in modules:
-        module.architecture = lambda x: arch
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(type(add_relu.add_relu_forward_kernel), "run", lambda *_, **__: None))
+        for module in (add_relu, bn_act, conv_act):
+            stack.enter_context(patch.object(module, "architecture", lambda x: arch))
         yield
-    finally:
-        kind.run = run
-        for module, architecture in zip(modules, real, strict=True):
-            module.architecture = architecture
 
 
 @contextmanager
 def looked_up() -> Iterator[list[tuple[str, str]]]:
     """Collect the (kernel, shape class) of every entry that launches in the block look up."""
-    real, found = configs.config, []
-
-    def config(kernel: str, arch: int, shape_class: str) -> Any:
-        found.append((kernel, shape_class))
-        return real(kernel, arch, shape_class)
-
-    configs.config = config
-    try:
+    with patch.object(configs, "config", wraps=configs.config) as config:
+        found: list[tuple[str, str]] = []
         yield found
-    finally:
-        configs.config = real
+    found += [(kernel, shape_class) for kernel, _, shape_class in (call.args for call in config.call_args_list)]
 
 
-@contextmanager
-def configured(entry: Entry, config: Any) -> Iterator[None]:
-    """Give the entry this configuration in the block."""
+def configured(entry: Entry, config: Any) -> Any:
+    """Give the entry this configuration in a block."""
     kernel, arch, shape_class = entry
-    rows = configs.TABLE[kernel, arch]
-    shipped = rows[shape_class]
-    rows[shape_class] = config
-    try:
-        yield
-    finally:
-        rows[shape_class] = shipped
+    return patch.dict(configs.TABLE[kernel, arch], {shape_class: config})
 
 
 def candidates(shipped: Any) -> list[Any]:

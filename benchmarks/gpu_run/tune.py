@@ -23,6 +23,7 @@ from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from fastres.kernels import configs, measured
@@ -73,15 +74,11 @@ def launched() -> Iterator[list[Any]]:
     real, found = JITFunction.run, []
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kernel = real(self, *args, **kwargs)
-        found.append(kernel)
-        return kernel
+        found.append(real(self, *args, **kwargs))
+        return found[-1]
 
-    JITFunction.run = run
-    try:
+    with patch.object(JITFunction, "run", run):
         yield found
-    finally:
-        JITFunction.run = real
 
 
 def attempt(entry: Entry, config: Any, chosen: list[Problem], device: torch.device) -> tuple[str, str] | None:

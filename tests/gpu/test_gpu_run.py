@@ -139,7 +139,7 @@ def test_the_gpu_is_the_drivers_first(tmp_path, count, says):
 
 def test_everything_missing_is_said_at_once(monkeypatch):
     monkeypatch.setattr(needs, "find_gpu", lambda: H100)
-    monkeypatch.setattr(needs, "_torch", lambda gpu: ([needs.Item("torch", "2.11.0")], "13.0"))
+    monkeypatch.setattr(needs, "_torch", lambda gpu: (needs.Item("torch", "2.11.0"), "13.0"))
     monkeypatch.setattr(needs, "tool", lambda name, remedy: needs.Item(name, None, remedy, "was not found"))
     real = needs.module
     monkeypatch.setattr(needs, "module", lambda name, *a, **k: real("no_such_" + name if name == "pybind11" else name))
