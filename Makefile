@@ -57,7 +57,7 @@ test: $(STAMP_EXTENSION)  ## the default tests (ARGS="tests/ops/test_bn_act.py" 
 test-full: $(STAMP_EXTENSION) $(STAMP_LOOPS)  ## every test, also those that take minutes or build and install packages
 	$(PYTEST) -m "full or not full" $(ARGS)
 
-bench: $(STAMP_EXTENSION) $(STAMP_BENCH)  ## the benchmarks beside every engine (15 to 20 minutes; ARGS="-k networks")
+bench: $(STAMP_EXTENSION) $(STAMP_BENCH)  ## the benchmarks against every engine (15 to 20 minutes; ARGS="-k networks")
 	$(VPY) -m pytest benchmarks/ $(ARGS)
 
 gpu:  ## on a GPU: build, test, sanitize, tune, measure in ten minutes (PYTHON=python3 RESULTS=dir PHASES=tests,bench)

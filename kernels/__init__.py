@@ -12,7 +12,7 @@ if __name__ == "fastres.kernels":
 
         repair()
 else:
-    # Another package on PyPI is called "kernels", and where a checkout is on the path this folder is found by that name.
+    # Another package on PyPI is called "kernels", and with a checkout on the path this folder is found by that name.
     # transformers looks for that package, and raising here would break its import: be empty, and raise when used.
     def __getattr__(name: str) -> object:
         raise AttributeError(f"this is fastres.kernels, found as {__name__!r}: it has no {name!r} under that name")

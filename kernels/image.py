@@ -143,7 +143,7 @@ def sweep_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """Return base (int64), local [BLOCK_R, BLOCK_L], valid [BLOCK_R, BLOCK_L], channel [BLOCK_L] or [BLOCK_R], its mask.
+    """Return base (int64), local and valid [BLOCK_R, BLOCK_L], channel [BLOCK_L] or [BLOCK_R], and its mask.
 
     The elements of the tile are at base + local. The first program gets the last tile, because it was read last.
     """
@@ -174,7 +174,7 @@ def reduction_tiles(
     BLOCK_L: tl.constexpr,
 ):
     """Return base, step (int64), iterations, local [BLOCK_R, BLOCK_L], in_line [BLOCK_L], rows_left (int64), row_step
-    (int64), part, channel [BLOCK_L] or [BLOCK_R], its mask.
+    (int64), part, channel [BLOCK_L] or [BLOCK_R], and its mask.
 
     In iteration i the tile is at base + i * step + local, and its lanes are in_line & (row < rows_left - i * row_step):
     only rows of channels_last run out; the channels of a row block of NCHW are the same in each image.
