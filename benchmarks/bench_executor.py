@@ -1,4 +1,4 @@
-"""The cost of a frozen network's executor next to its operators: ResNet at batch 1, many calls with little work each.
+"""The cost of a frozen network's executor without its operators: ResNet at batch 1, many calls with little work each.
 
 `frozen` is a whole call. `operators` is the time spent inside the operators of one call, `beside_operators` the rest of
 the same call: the signature, the checks, the Python between two operators, with the caches as cold as a network leaves
@@ -121,5 +121,5 @@ class ExecutorCase(Case):
 CASES = [ExecutorCase("resnet18"), ExecutorCase("resnet50")]
 
 
-def test_executor(case, peer, beside):
-    beside(case, peer)
+def test_executor(case, peer, run_peer):
+    run_peer(case, peer)
