@@ -15,7 +15,8 @@ from measure import Case, Prepared
 from peers import DTYPES, LAYOUTS, Forward, compiled, forward_only, with_gradients
 from shapes import Activation
 
-JUDGED = 16  # images, at most, that the referee sees
+# Images that the referee sees: on a GPU enough for the kernels of large tensors, on a CPU few, as float64 takes long.
+JUDGED = {"cuda": 16, "cpu": 4}
 
 
 class ActivationCase(Case):
@@ -78,7 +79,8 @@ class ActivationCase(Case):
         }
 
         def judge(results):
-            few = [t.detach()[:JUDGED] if t.ndim == 4 else t.detach() for t in inputs]
+            count = self.batch if "compile" in results else JUDGED[device.type]  # another shape would compile again
+            few = [t.detach()[:count] if t.ndim == 4 else t.detach() for t in inputs]
             few = tuple(f.requires_grad_(t.requires_grad) for f, t in zip(few, inputs, strict=True))
             ours = [peer for peer in results if peer not in self.baselines]
             return {peer: judge_call(forwards["eager"], forwards[peer], few, backward=backward) for peer in ours}
