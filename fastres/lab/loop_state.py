@@ -157,9 +157,7 @@ def read_checkpoint(path: Path, spec: RunSpec, parts: Mapping[str, Any]) -> Prog
 
     Raises CheckpointError for a file that cannot be read or does not fit; the parts are unusable then.
     """
-    expected = (
-        f"expected a checkpoint of {spec.network} as fastres train writes; delete the folder to start over"
-    )
+    expected = f"expected a checkpoint of {spec.network} as fastres train writes; delete the folder to start over"
     content = read_file("checkpoint", path, expected)
     schema = content.get("schema") if isinstance(content, dict) else type(content).__name__
     if schema != CHECKPOINT:

@@ -140,7 +140,7 @@ def no_work(monkeypatch):
         raise AssertionError("the demo began its work")
 
     monkeypatch.setattr(demo_digits, "learn", begun)
-    monkeypatch.setattr(demo_photographs, "compare_ways", begun)
+    monkeypatch.setattr(demo_photographs, "compare_configurations", begun)
 
 
 def test_demo_unwritable_output(no_work, tmp_path, capsys):
