@@ -1,4 +1,4 @@
-"""Hugging Face Accelerate with swapped blocks: ResNet-18 on handwritten digits, bf16, gradients of two batches per step.
+"""Hugging Face Accelerate with swapped blocks: ResNet-18 on handwritten digits, bf16, gradients of two batches a step.
 
     pip install "fastres[loops]"            # torchvision, scikit-learn, accelerate, lightning, transformers
     python examples/train_accelerate.py     # or: accelerate launch examples/train_accelerate.py
