@@ -68,7 +68,7 @@ def run(console: Console, request: Request, command: str) -> None:
     pictures = photographs(effort.size)
     console.print(f"\n[bold]3  ResNet-50 on photographs[/]: {', '.join(pictures.names)} at {effort.size}x{effort.size}")
     with progress(console, "   running", remaining=False) as report:
-        table = demo_photographs.compare_ways(network, pictures, device, request.weights, effort, report)
+        table = demo_photographs.compare_configurations(network, pictures, device, request.weights, effort, report)
     _show(console, table)
 
     console.print("\n[bold]4  Results[/]")

@@ -24,7 +24,9 @@ from fastres.lab.recipes import TrainRecipe
 from fastres.verify import Agreement, compare_predictions
 
 WANTED_ACCURACY = 0.97
-RECIPE = TrainRecipe("demo", 64, 176, 0.1, (88, 132), weight_decay=5e-4, augment="digits", test_every=176, log_every=22)
+RECIPE = TrainRecipe(
+    "demo", 64, 220, 0.1, (110, 165), weight_decay=5e-4, augment="digits", test_every=220, log_every=22
+)
 QUICK = replace(RECIPE, name="demo-quick", iterations=12, milestones=(6, 10))
 
 

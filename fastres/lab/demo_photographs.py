@@ -117,7 +117,23 @@ def resnet50(weights: Path | None) -> nn.Module:
     return model.eval()
 
 
-def compare_ways(
+@dataclass(frozen=True)
+class _Candidate:
+    """A model and its input; a call is one forward pass of the whole batch."""
+
+    model: nn.Module
+    x: Tensor  # [batch, 3, size, size]
+    plan: dict[str, str]
+    dtype: str = "fp32"
+    verdict: Verification | None = None
+
+    def __call__(self) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = self.model(self.x)  # [batch, 1000]
+            return logits
+
+
+def compare_configurations(
     model: nn.Module,
     photographs: Photographs,
     device: torch.device,
@@ -138,39 +154,26 @@ def compare_ways(
     calibrated = weights is None and bool(calibrate(model, images))
     batch = images if device.type == "cpu" else images.repeat(GPU_BATCH // len(images), 1, 1, 1)
     nhwc = batch.contiguous(memory_format=torch.channels_last)  # the shape stays [batch, 3, size, size]
-    eager_nhwc = channels_last(copy.deepcopy(model))
-
+    candidates = {
+        "eager NCHW": _Candidate(model, batch, {"layout": "NCHW"}),
+        "eager channels_last": _Candidate(channels_last(copy.deepcopy(model)), nhwc, {"layout": "channels_last"}),
+    }
     timer = timer_for(device)
-    pilot = interleave(
-        {"NCHW": _forward(model, batch), "channels_last": _forward(eager_nhwc, nhwc)},
-        rounds=min(3, effort.rounds),
-        warmup=effort.warmup,
-        timer=timer,
-    )
-    layout = min(pilot, key=lambda name: statistics.median(pilot[name]))
-    eager, x = (model, batch) if layout == "NCHW" else (eager_nhwc, nhwc)
+    pilot = interleave(candidates, min(3, effort.rounds), effort.warmup, timer=timer)
+    eager = candidates[_fastest(pilot)]
 
     on_progress(1, total, "swapping")
-    swapped = copy.deepcopy(eager)
-    report = fastres.swap(swapped)
-    blocks = sum(row.status == "swapped" for row in report.rows)
-    verdicts: dict[str, Verification | None] = {}
-    verdicts["swapped"] = fastres.verify(eager, swapped, x, backward=False, training=False)
-    frozen: dict[str, fastres.FrozenModel] = {}
+    swapped = copy.deepcopy(eager.model)
+    blocks = sum(row.status == "swapped" for row in fastres.swap(swapped).rows)
+    verdict = fastres.verify(eager.model, swapped, eager.x, backward=False, training=False)
+    candidates["swapped"] = _Candidate(swapped, eager.x, eager.plan, verdict=verdict)
     for done, (short, dtype) in enumerate({"fp32": torch.float32, "bf16": torch.bfloat16}.items(), start=2):
-        name = f"frozen {short}"
         on_progress(done, total, f"freezing to {short}")
-        frozen[name] = fastres.freeze(eager, x, dtype=dtype, verify="warn")  # a rejection belongs in the table
-        verdicts[name] = frozen[name].report.verification
+        frozen = fastres.freeze(eager.model, eager.x, dtype=dtype, verify="warn")  # the table shows a rejection
+        candidates[f"frozen {short}"] = _Candidate(frozen, eager.x, _plan(frozen), short, frozen.report.verification)
 
-    functions = {
-        "eager NCHW": _forward(model, batch),
-        "eager channels_last": _forward(eager_nhwc, nhwc),
-        "swapped": _forward(swapped, x),
-        **{name: _forward(each, x) for name, each in frozen.items()},
-    }
     samples = interleave(
-        functions,
+        candidates,
         effort.rounds,
         effort.warmup,
         effort.budget_s,
@@ -179,46 +182,28 @@ def compare_ways(
         on_round=lambda done: on_progress(4 + done, total, "timing in rounds"),
     )
     on_progress(total, total, "timed")
-    rows, baseline = _rows(samples, len(batch), layout, frozen, verdicts)
+    baseline = _fastest({name: samples[name] for name in pilot})
+    rows = [
+        Row(
+            name=name,
+            dtype=candidate.dtype,
+            plan=candidate.plan,
+            ours=name not in pilot,
+            seconds=samples[name],
+            batch=len(batch),
+            ratio=None if name == baseline else paired_ratio(samples[baseline], samples[name]),
+            verdict=candidate.verdict,
+        )
+        for name, candidate in candidates.items()
+    ]
     source = str(weights) if weights else "random (seed 0)"
-    answers = _answers(functions["frozen fp32"], photographs.names) if weights else {}
+    answers = _answers(candidates["frozen fp32"](), photographs.names) if weights else {}
     notes = _notes(device, calibrated, effort, rows)
     return Table(rows, baseline, len(batch), effort.size, blocks, source, answers, notes)
 
 
-def _rows(
-    samples: dict[str, list[float]],
-    batch: int,
-    layout: str,
-    frozen: dict[str, fastres.FrozenModel],
-    verdicts: dict[str, Verification | None],
-) -> tuple[list[Row], str]:
-    """The table's rows, in the order of `samples`, and the name of the baseline, the faster eager row."""
-    eager = {"eager NCHW": "NCHW", "eager channels_last": "channels_last"}
-    baseline = min(eager, key=lambda name: statistics.median(samples[name]))
-    rows = [
-        Row(
-            name=name,
-            dtype="bf16" if name == "frozen bf16" else "fp32",
-            plan=_plan(frozen[name]) if name in frozen else {"layout": eager.get(name, layout)},
-            ours=name not in eager,
-            seconds=seconds,
-            batch=batch,
-            ratio=None if name == baseline else paired_ratio(samples[baseline], seconds),
-            verdict=verdicts.get(name),
-        )
-        for name, seconds in samples.items()
-    ]
-    return rows, baseline
-
-
-def _forward(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    def forward() -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = model(x)  # [batch, 1000]
-            return logits
-
-    return forward
+def _fastest(samples: dict[str, list[float]]) -> str:
+    return min(samples, key=lambda name: statistics.median(samples[name]))
 
 
 def _plan(frozen: fastres.FrozenModel) -> dict[str, str]:
@@ -227,11 +212,9 @@ def _plan(frozen: fastres.FrozenModel) -> dict[str, str]:
     return {"layout": layout, "cuda_graph": report.cuda_graph, "folded": str(report.folded)}
 
 
-def _answers(forward: Callable[[], Tensor], names: list[str]) -> dict[str, str]:
-    from torchvision.models import ResNet50_Weights
-
-    categories = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    probability, index = forward().float().softmax(1).max(1)  # [batch]
+def _answers(logits: Tensor, names: list[str]) -> dict[str, str]:
+    categories = require("torchvision.models", "ResNet-50", "train").ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    probability, index = logits.float().softmax(1).max(1)  # [batch]
     return {name: f"{categories[int(index[i])]} ({float(probability[i]):.0%})" for i, name in enumerate(names)}
 
 

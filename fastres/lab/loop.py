@@ -42,7 +42,6 @@ from fastres.lab.loop_state import (
     RunSpec,
     Step,
     read_checkpoint,
-    restore,
     write_checkpoint,
 )
 from fastres.lab.processes import Place, interrupts, place
@@ -124,8 +123,7 @@ def trained(folder: Path, data_root: Path | None = None) -> nn.Module:
     """
     spec = RunSpec.from_dict(read_json(folder / "spec.json"))
     model = _network(spec, datasets.load(spec.data, data_root))
-    _, states = read_checkpoint(folder / "checkpoint.pt", spec, model)
-    model.load_state_dict(states["model"])
+    read_checkpoint(folder / "checkpoint.pt", spec, {"model": model})
     return model.eval()
 
 
@@ -149,8 +147,7 @@ class _Training:
         self.saved: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.progress = Progress(warmed_up=recipe.warmup_lr is None)
         if (folder / "checkpoint.pt").exists():
-            self.progress, states = read_checkpoint(folder / "checkpoint.pt", spec, self.model)
-            restore(folder / "checkpoint.pt", states, self.saved)
+            self.progress = read_checkpoint(folder / "checkpoint.pt", spec, self.saved)
         self.log = Log(folder, self.progress.history, self.progress.iteration) if here.first else None
         # the checkpoint holds the first process's sums: the others' share of one point is lost
         sums = self.progress.sums if here.first else [0.0] * 3

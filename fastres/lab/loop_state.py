@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from fastres.lab.checkpoints import read_file
-from fastres.lab.errors import CheckpointError, RunError, first_line
+from fastres.lab.errors import CheckpointError, RunError
 from fastres.lab.recipes import TrainRecipe
 from fastres.lab.results import write_atomically
 
@@ -153,53 +152,33 @@ def write_checkpoint(path: Path, spec: RunSpec, progress: Progress, parts: Mappi
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def read_checkpoint(path: Path, spec: RunSpec, model: nn.Module) -> tuple[Progress, dict[str, Any]]:
-    """The progress and the states of a checkpoint that `write_checkpoint` made of `spec`; changes nothing.
+def read_checkpoint(path: Path, spec: RunSpec, parts: Mapping[str, Any]) -> Progress:
+    """Load the states of a checkpoint that `write_checkpoint` made of `spec` into `parts`; return its progress.
 
-    Raises CheckpointError for a file that cannot be read or does not fit `spec` and `model`.
+    Raises CheckpointError for a file that cannot be read or does not fit; the parts are unusable then.
     """
-    expected = "expected what fastres train wrote; delete the run's folder to start over"
+    expected = f"expected a checkpoint of {spec.network} as fastres train writes; delete the folder to start over"
     content = read_file("checkpoint", path, expected)
-    if not isinstance(content, dict) or content.get("schema") != CHECKPOINT:
-        got = content.get("schema") if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"checkpoint {path}: got {got!r}, expected the schema {CHECKPOINT!r}")
+    schema = content.get("schema") if isinstance(content, dict) else type(content).__name__
+    if schema != CHECKPOINT:
+        raise CheckpointError(f"checkpoint {path}: got {schema!r}, expected the schema {CHECKPOINT!r}")
     try:
-        differences = spec.differences(content["spec"])
+        if differences := spec.differences(content["spec"]):
+            raise ValueError(f"another run's: {'; '.join(differences)}")
         progress = Progress(**content["progress"])
         progress.history = [Point(**point) for point in progress.history]  # type: ignore[arg-type]
-        states = {name: content[name] for name in ("model", "optimizer", "scaler")}
-        fits = _same_shapes(states["model"], model.state_dict())
-        fits = fits and 0 <= progress.iteration <= spec.recipe.iterations and len(progress.sums) == 3
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path}: missing or wrong: {error}; {expected}") from error
-    if differences:
-        raise CheckpointError(f"checkpoint {path}: belongs to another run: {'; '.join(differences)}")
-    if not fits:
-        raise CheckpointError(f"checkpoint {path}: got other tensors or counts, expected those of {spec.network}")
-    return progress, states
-
-
-def restore(path: Path, states: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
-    """Load the states that `read_checkpoint` returned into `parts`.
-
-    Raises CheckpointError where the optimizer's or the scaler's does not fit; the parts are unusable then.
-    """
-    wanted = "expected the states of the run's network, optimizer and scaler"
-    try:
+        if not 0 <= progress.iteration <= spec.recipe.iterations or len(progress.sums) != 3:
+            raise ValueError(f"iteration {progress.iteration} and {len(progress.sums)} sums")
         for name, part in parts.items():
-            part.load_state_dict(states[name])
-        optimizer = parts["optimizer"]
-        for parameter, state in optimizer.state.items():
-            if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != parameter.shape:
-                raise ValueError(f"a momentum of shape {list(state['momentum_buffer'].shape)}")
+            part.load_state_dict(content[name])
+        for parameter, state in parts["optimizer"].state.items() if "optimizer" in parts else ():
+            momentum = state["momentum_buffer"]
+            if momentum is not None and momentum.shape != parameter.shape:
+                raise ValueError(f"a momentum of shape {list(momentum.shape)}")
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {path}: got {first_line(error)}, {wanted}") from error
-
-
-def _same_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(
-        found[name].shape == t.shape and found[name].dtype == t.dtype for name, t in wanted.items()
-    )
+        reason = " ".join(str(error).split())  # torch's are several lines, with the tensor's name in the second
+        raise CheckpointError(f"checkpoint {path}: got {reason}, {expected}") from error
+    return progress
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

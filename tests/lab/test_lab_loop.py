@@ -231,17 +231,17 @@ def _momentum(path):
 
 BAD = {
     "optimizer": (_changed(optimizer={"state": {}, "param_groups": []}), "got loaded state dict"),
-    "momentum": (_momentum, r"got a momentum of shape \[3\], expected the states"),
+    "momentum": (_momentum, r"got a momentum of shape \[3\], expected"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:500]), "cannot be read"),
     "text": (lambda path: path.write_text("hello"), "cannot be read"),
     "whole module": (lambda path: torch.save(nn.ReLU(), path), "cannot be read"),
     "tensor": (lambda path: torch.save(torch.zeros(1), path), "got 'Tensor', expected the schema"),
     "schema": (_changed(schema="fastres.checkpoint/9"), "got 'fastres.checkpoint/9', expected the schema"),
-    "part missing": (_changed(optimizer=None), "missing or wrong: 'optimizer'"),
-    "progress": (_changed(progress={"iteration": 1, "epoch": 2}), "missing or wrong"),
-    "iteration": (_changed(progress={"iteration": 99}), "got other tensors or counts"),
-    "shape": (_model, "got other tensors or counts, expected those of resnet8"),
-    "another run": (_changed(spec=replace(SPEC, seed=3).to_dict()), "belongs to another run: seed 3, not 0"),
+    "part missing": (_changed(optimizer=None), "got 'optimizer', expected"),
+    "progress": (_changed(progress={"iteration": 1, "epoch": 2}), "got .*unexpected keyword argument 'epoch'"),
+    "iteration": (_changed(progress={"iteration": 99}), "got iteration 99 and 3 sums"),
+    "shape": (_model, "got .*size mismatch for fc.bias.*expected a checkpoint of resnet8"),
+    "another run": (_changed(spec=replace(SPEC, seed=3).to_dict()), "got another run's: seed 3, not 0"),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,13 +37,6 @@ class Table:
         """
         lines = [f"### {self.title}", "", _row(self.head), _row(["---"] * len(self.head)), *map(_row, self.rows)]
         return "\n".join([*lines, *(line for note in self.notes for line in ("", note))])
-
-    def html(self) -> str:
-        """The table as HTML, every text escaped."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>\n" for row in self.rows)
-        notes = "".join(f"<p class=note>{html.escape(note)}</p>\n" for note in self.notes)
-        return f"<h3>{html.escape(self.title)}</h3>\n<table><tr>{head}</tr>\n{rows}</table>\n{notes}"
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Table:
