@@ -1,6 +1,7 @@
 """Shared by all tests: which backends an operator test runs on, and the fp64 comparison of one operator's result.
 
 `FASTRES_TEST_BACKENDS` (comma-separated) picks the backends: the interpreter lane runs the same files with "triton".
+pytest-timeout, where it is installed, ends a test that hangs; where it is not, nothing does.
 """
 
 import os
@@ -17,6 +18,18 @@ def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         names = os.environ.get("FASTRES_TEST_BACKENDS", DEFAULT_BACKENDS).split(",")
         metafunc.parametrize("backend", names)
+
+
+SECONDS, SECONDS_FULL = 300, 1800  # a test may take; those marked `full`, the second
+
+
+def pytest_collection_modifyitems(config, items):
+    """Give every test its time. Ended from a thread: a signal reaches no test that hangs in native code."""
+    if config.pluginmanager.hasplugin("timeout") and config.getoption("timeout") is None:
+        for item in items:
+            if item.get_closest_marker("timeout") is None:
+                seconds = SECONDS_FULL if item.get_closest_marker("full") else SECONDS
+                item.add_marker(pytest.mark.timeout(seconds, method="thread"))
 
 
 @pytest.fixture(autouse=True)

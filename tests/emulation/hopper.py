@@ -1,23 +1,20 @@
-"""What sm_90a's convolutions hand to the copy engine, without a GPU, and a model of that engine.
+"""What sm_90a's convolutions hand to the copy engine, at sizes that no emulator runs (emulation90.py runs small ones).
 
 `library()` is tests/emulation/native/conv_launch.cpp: the shipped tiles, compiled by the C++ compiler. `Tile` calls it:
-descriptors, work, copies. `illegal()` is what the driver asks of a descriptor, `fetch()` what the engine brings for a
-copy, both as cuTensorMapEncodeTiled and cuTensorMapEncodeIm2col are documented (cuda.h, PTX ISA).
+descriptors, work, copies. `illegal()` is what the driver asks of a descriptor, as cuTensorMapEncodeTiled and
+cuTensorMapEncodeIm2col are documented (cuda.h).
 """
 
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from dataclasses import dataclass
 from functools import cache
 
-import pytest
 import torch
 
 import emulation
-from conv_emulation import cutlass_headers, toolkit_headers
-from emulation import ROOT
+from emulation import ROOT, cutlass_headers, toolkit_headers
 
 SHIPPED = sorted(ROOT.glob("csrc/cuda/conv_sm90_*.cu"))
 SOURCE = ROOT / "tests/emulation/native/conv_launch.cpp"
@@ -32,11 +29,8 @@ SWIZZLES = {0: None, 1: 32, 2: 64, 3: 128}
 @cache
 def library():
     """tests/emulation/native/conv_launch.cpp, compiled: half a minute of a core."""
-    toolkit, cutlass, command = toolkit_headers(), cutlass_headers(), emulation.compiler()
-    if toolkit is None or cutlass is None or command is None:
-        pytest.skip("no C++ compiler, or no headers of the CUDA toolkit or of CUTLASS")
-    if "clang" in subprocess.run([*command, "--version"], capture_output=True, text=True).stdout:
-        pytest.skip("CUTLASS's kernels for sm_90a compile for a CPU with g++ alone")
+    emulation.need_gcc()
+    toolkit, cutlass = toolkit_headers(), cutlass_headers()
     own = [
         ROOT / "tests/emulation/native/hopper",
         ROOT / "tests/emulation/native",
@@ -141,22 +135,10 @@ class Descriptor:
             tuple(steps[:rank]), tuple(lower[: rank - 2]), tuple(upper[: rank - 2]), *take,
         )  # fmt: skip
 
-    @property
-    def size(self):
-        return BYTES[self.type]
-
-    @property
-    def bytes(self):
-        """Of one copy."""
-        count = self.size
-        for side in self.box:
-            count *= side
-        return count
-
 
 def illegal(d):
     """What the driver's documentation forbids about a descriptor; empty: nothing."""
-    found, rank = [], len(d.dims)
+    found, rank, width = [], len(d.dims), d.box[0] * BYTES.get(d.type, 1)
 
     def needs(condition, what):
         if not condition:
@@ -170,8 +152,8 @@ def illegal(d):
     needs(all(1 <= v <= 8 for v in d.element_strides[1:]), f"element strides {d.element_strides}")
     needs((d.interleave, d.fill) == (0, 0), "interleave or fill")
     span = SWIZZLES.get(d.swizzle, 0)
-    needs(span is None or d.box[0] * d.size <= span, f"a box {d.box[0] * d.size} bytes wide for a swizzle of {span}")
-    needs(d.box[0] * d.size % 16 == 0, f"a box {d.box[0] * d.size} bytes wide")
+    needs(span is None or width <= span, f"a box {width} bytes wide for a swizzle of {span}")
+    needs(width % 16 == 0, f"a box {width} bytes wide")
     if d.im2col:
         limit = {3: 2**15, 4: 2**7, 5: 2**4}[rank]
         needs(all(-limit <= v < limit for v in d.lower + d.upper), f"corners {d.lower}, {d.upper}")
@@ -196,42 +178,6 @@ class Copy:
     multicast: int
 
 
-@cache
-def walk(d, w, h, n):
-    """The pixels of a column in im2col mode, from (w, h, n) on: along the box's rows, then into the next image."""
-    _, width, height, images = d.dims
-    ends = width + d.upper[0], height + d.upper[1]
-    assert d.lower[0] <= w < ends[0] and d.lower[1] <= h < ends[1] and n >= 0, "starts outside of the bounding box"
-    found = []
-    for _ in range(d.box[1]):
-        found.append((w, h, n))
-        w += d.element_strides[1]
-        if w >= ends[0]:
-            w, h = d.lower[0], h + d.element_strides[2]
-        if h >= ends[1]:
-            h, n = d.lower[1], n + 1
-    return torch.tensor(found)
-
-
-def fetch(d, memory, copy):
-    """What a copy brings, [lines, elements]; `memory`: the elements from the descriptor's address on. 0 outside."""
-    stride = torch.tensor([1, *(v // d.size for v in d.strides)])
-    along = copy.coordinates[0] + torch.arange(d.box[0])
-    if d.im2col:
-        assert len(d.dims) == 4 and all(0 <= v < 256 for v in copy.offsets)
-        places = walk(d, *copy.coordinates[1:4]) + torch.tensor([*copy.offsets, 0])
-    else:
-        assert d.element_strides == (1,) * len(d.dims)
-        sides = [c + torch.arange(b) for c, b in zip(copy.coordinates[1 : len(d.dims)], d.box[1:], strict=True)]
-        places = torch.cartesian_prod(*reversed(sides)).flip(1) if len(sides) > 1 else sides[0][:, None]
-    inside = ((places >= 0) & (places < torch.tensor(d.dims[1:]))).all(1)[:, None] & (
-        (along >= 0) & (along < d.dims[0])
-    )
-    index = (places * stride[1:]).sum(1)[:, None] + along
-    assert index[inside].numel() == 0 or (index[inside].min() >= 0 and index[inside].max() < memory.numel())
-    return torch.where(inside, memory[index.clamp(0, memory.numel() - 1)], 0)
-
-
 # ---- tiles
 
 
@@ -253,9 +199,6 @@ class Launch:
     weight: Descriptor
     residual: Descriptor
     y: Descriptor
-    reads_residual: bool
-    residual_bytes: int  # that the epilogue waits for, per piece of a tile
-    step_bytes: int  # that the mainloop waits for, per step
 
 
 @dataclass(frozen=True)
@@ -269,12 +212,8 @@ class Tile:
     stages: int
     threads: int
     shared_bytes: int
-    step_bytes: int
     splits_depth: int
     pingpong: int
-    x: int  # places in shared memory
-    weight: int
-    epilogue: int
 
     @property
     def size(self):
@@ -294,12 +233,12 @@ class Tile:
     def launch(self, conv, residual=False, bias=True, multiprocessors=132, clusters=0):
         """Addresses are made up: x is at 1, the weight at 2, … times 2^44. `clusters`: that fit the GPU, 0: any."""
         addresses = [(i + 1) << 44 if given else 0 for i, given in enumerate((True, True, bias, residual, True))]
-        out = torch.zeros(10, dtype=torch.int64)
+        out = torch.zeros(7, dtype=torch.int64)
         call("launch", self.index, conv.numbers(), numbers(*addresses), multiprocessors, clusters, out)
         found = [Descriptor.of(row) for row in rows_of("descriptors", 33)]
-        *grid, x, weight, source, y, reads, residual_bytes, step_bytes = out.tolist()
+        *grid, x, weight, source, y = out.tolist()
         assert len(found) == 4
-        return Launch(tuple(grid), *(found[i] for i in (x, weight, source, y)), bool(reads), residual_bytes, step_bytes)
+        return Launch(tuple(grid), *(found[i] for i in (x, weight, source, y)))
 
     def work(self):
         """Of the last launch."""
@@ -312,19 +251,12 @@ class Tile:
         assert count == len(found)
         return [Copy(r[0], r[1], r[2], tuple(r[3:8]), tuple(r[8:10]), r[10]) for r in found.tolist()]
 
-    def places(self):
-        """Where the products look for x's and the weight's elements: [stages, lines, channels] bytes of each."""
-        shapes = [(self.stages, lines, self.depth) for lines in (self.rows, self.columns)]
-        found = [torch.empty(shape, dtype=torch.int64) for shape in shapes]
-        call("places", self.index, *found)
-        return found
-
 
 @cache
 def tiles():
     found = []
     for i in range(call("tile_count")):
-        out = torch.zeros(14, dtype=torch.int64)
+        out = torch.zeros(10, dtype=torch.int64)
         call("tile", i, out)
         found.append(Tile(i, *out.tolist()))
     return tuple(found)

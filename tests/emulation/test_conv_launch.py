@@ -1,90 +1,27 @@
-"""The convolutions for sm_90a up to the instruction, without a GPU: the shipped code says what it hands to the copy
-engine (native/conv_launch.cpp), and a model of the engine and the driver's rules (hopper.py) what comes of it.
+"""The convolutions for sm_90a at sizes that no emulator runs: the shipped code says what it hands to the copy engine
+(native/conv_launch.cpp); places against plain division, descriptors against the driver's rules (hopper.py). What comes
+of it down to the instruction, at small sizes: test_conv_emulated90.py.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 from collections import Counter
 
 import pytest
-import torch
-import torch.nn.functional as F
 
 import hopper
-from hopper import Conv, fetch, illegal
+from hopper import Conv, illegal
 
-pytestmark = pytest.mark.xdist_group("conv_launch")  # the library is compiled once
-
-CHANNELS = ((8, 136), (24, 72), (72, 24), (136, 8), (64, 64), (40, 264))
-GEOMETRIES = [
-    ((r, s), stride, padding, dilation)
-    for (r, s), stride, padding, dilation in itertools.product(
-        [(1, 1), (2, 2), (3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (1, 7), (3, 2)],
-        [(1, 1), (2, 2), (1, 2)],
-        [(0, 0), (1, 1), (2, 2), (3, 3), (0, 3), (2, 1)],
-        [(1, 1), (2, 2), (2, 1)],
-    )
-    if (dilation == (1, 1) or max(r, s) > 1) and (max(r, s) < 5 or stride != (1, 2))
-]
+# The library is compiled once, in half a minute. What the default run has instead is test_conv_emulated90.py.
+pytestmark = [pytest.mark.xdist_group("conv_launch"), pytest.mark.full]
 MULTIPROCESSORS = 132
-
-
-def geometries():
-    """One tile per geometry of convolution, in turn, and one number of channels."""
-    for i, ((r, s), stride, padding, dilation) in enumerate(GEOMETRIES):
-        c, k = CHANNELS[i % len(CHANNELS)]
-        yield i, Conv(1 + i % 3, 9 + i % 5, 8 + i % 7, c, k, r, s, stride, padding, dilation)
 
 
 def distinct():
     """One of the tiles with the same places and coordinates: bf16 is fp16 but for the type."""
     return [tile for tile in hopper.tiles() if tile.type != 1]
-
-
-def integers(*shape):
-    return torch.randint(-4, 5, shape)
-
-
-def product(tile, conv, x, weight):
-    """y [pixels, k] as the tile forms it: each block's pieces of work, from what the model fetches for them."""
-    launch = tile.launch(conv)
-    y = torch.full((conv.pixels + tile.rows, conv.k + tile.columns), torch.nan, dtype=torch.float64)
-    sums, fetched = {}, {}
-    memory = {launch.x: x.flatten(), launch.weight: weight.flatten()}
-
-    def lines(copy, d):
-        key = d.im2col, copy.coordinates, copy.offsets
-        if key not in fetched:
-            fetched[key] = fetch(d, memory[d], copy).double()
-        return fetched[key]
-
-    for work in tile.work():
-        total = sums.setdefault((work.row_tile, work.column_tile), torch.zeros(tile.rows, tile.columns).double())
-        ranks = range(tile.cluster)
-        copies = [tile.load(work.row_tile, work.column_tile, work.step, work.steps, rank) for rank in ranks]
-        own = copies[work.row_tile % tile.cluster]
-        for step in range(work.steps):
-            a = lines(own[2 * step], launch.x)
-            b = torch.cat([lines(copies[rank][2 * step + 1], launch.weight) for rank in ranks])
-            total += a @ b.T
-        if work.last:
-            rows, columns = work.row_tile * tile.rows, work.column_tile * tile.columns
-            if rows < conv.pixels:
-                y[rows : rows + tile.rows, columns : columns + tile.columns] = total
-    assert not y[: conv.pixels, : conv.k].isnan().any()
-    assert (y[conv.pixels :].nan_to_num() == 0).all(), "pixels beyond the last image must come as zeros"
-    return y[: conv.pixels, : conv.k]
-
-
-def expected(conv, x, weight):
-    y = F.conv2d(
-        x.permute(0, 3, 1, 2).double(), weight.permute(0, 3, 1, 2).double(),
-        stride=conv.stride, padding=conv.padding, dilation=conv.dilation,
-    )  # fmt: skip
-    return y.permute(0, 2, 3, 1).reshape(conv.pixels, conv.k)
 
 
 # ---- the library
@@ -97,38 +34,7 @@ def test_every_shipped_tile_is_here():
     assert included == [path.name for path in hopper.SHIPPED]
 
 
-def test_the_model_of_the_engine_on_a_worked_example():
-    """3x3, padding 1, over two images of 3x4: the column starts at the upper left and goes on into the next image."""
-    x = torch.arange(2 * 3 * 4 * 8)
-    d = hopper.Descriptor(
-        True, 1, 1 << 20, (8, 4, 3, 2), (16, 64, 192), (64, 16), (1, 1, 1, 1), (-1, -1), (-1, -1), 0, 3, 0, 0
-    )
-    assert not illegal(d)
-    first = fetch(d, x, hopper.Copy(0, 0, 0, (0, -1, -1, 0, 0), (0, 0), 0))
-    assert first.shape == (16, 64) and (first[:, 8:] == 0).all()
-    rows = first[:, 0].tolist()
-    assert rows[:4] == [0, 0, 0, 0] and rows[4:8] == [0, 0, 8, 16] and rows[8:12] == [0, 32, 40, 48]
-    assert rows[12:] == [0, 0, 0, 0]  # the next image's first row
-    last = fetch(d, x, hopper.Copy(0, 0, 0, (0, 2, 1, 1, 0), (1, 1), 0))[:, 0].tolist()
-    assert last == [(12 + 11) * 8] + [0] * 15  # the last pixel's middle tap; then there is no image
-
-
-# ---- what the copies bring
-
-
-@pytest.mark.parametrize("number", range(9))
-def test_tiles_of_x_and_the_weight_multiply_to_the_convolution(number):
-    torch.manual_seed(number)
-    tile = distinct()[number]
-    checked = 0
-    for i, conv in geometries():
-        if i % 9 != number or conv.p < 1 or conv.q < 1:
-            continue
-        assert tile.refusal(conv) == ""
-        x, weight = integers(conv.n, conv.h, conv.w, conv.c), integers(conv.k, conv.r, conv.s, conv.c)
-        assert torch.equal(product(tile, conv, x, weight), expected(conv, x, weight)), (tile.name, conv)
-        checked += 1
-    assert checked > 10
+# ---- coordinates
 
 
 @pytest.mark.parametrize("number", range(9))
@@ -167,82 +73,7 @@ LARGE = [
 ]
 
 
-# ---- shared memory
-
-
-@pytest.mark.parametrize("number", range(9))
-def test_the_products_look_where_the_copies_write(number):
-    """The engine swizzles by address: bits 7 to 9 onto bits 4 to 6. The products' layout must say the same."""
-    tile = distinct()[number]
-    launch = tile.launch(Conv(2, 9, 11, 72, 136, 3, 3, (1, 1), (1, 1)))
-    assert launch.x.swizzle == launch.weight.swizzle == 3 and launch.x.box[0] * tile.size == 128
-    for places, start, lines in zip(tile.places(), (tile.x, tile.weight), (tile.rows, tile.columns), strict=True):
-        stage, line, channel = (torch.arange(n) for n in (tile.stages, lines, tile.depth))
-        address = (start + (stage * lines)[:, None, None] * 128 + line[:, None] * 128 + channel * tile.size).long()
-        swizzled = address ^ (address >> 7 & 7) << 4
-        assert torch.equal(start + places, swizzled)
-        assert start % 1024 == 0  # or the products' descriptors would have to say by how much not
-    assert tile.weight == tile.x + tile.stages * tile.rows * 128
-    assert tile.weight + tile.stages * tile.columns * 128 <= tile.shared_bytes <= 227 * 1024
-
-
-@pytest.mark.parametrize("number", range(9))
-def test_each_step_fills_one_stage_and_its_bytes_are_what_the_block_waits_for(number):
-    tile = distinct()[number]
-    conv = Conv(2, 9, 11, 72, 136, 3, 3, (1, 1), (1, 1))
-    launch = tile.launch(conv)
-    steps = 9 * -(-72 // tile.depth)
-    assert steps > 2 * tile.stages
-    share = tile.columns * 128 // tile.cluster
-    assert launch.step_bytes == tile.step_bytes == launch.x.bytes + launch.weight.bytes * tile.cluster
-    assert (launch.x.bytes, launch.weight.bytes) == (tile.rows * 128, share)
-    for rank in range(tile.cluster):
-        copies = tile.load(rank, 0, 0, steps, rank)
-        for i in range(steps):
-            x, weight = copies[2 * i : 2 * i + 2]
-            stage = i % tile.stages
-            assert x.shared == tile.x + stage * tile.rows * 128
-            assert weight.shared == tile.weight + stage * tile.columns * 128 + rank * share
-            assert x.barrier == weight.barrier == copies[0].barrier + 8 * stage
-            assert (x.multicast, weight.multicast) == (0, 0 if tile.cluster == 1 else 2**tile.cluster - 1)
-            assert (x.descriptor, weight.descriptor) == (0, 1)
-
-
 # ---- descriptors
-
-
-def types(tile):
-    """CUtensorMapDataType of the operands and of y: bits, but TF32, which the engine rounds fp32 to."""
-    return {0: (11, 7), 1: (1, 9), 2: (1, 6)}[tile.type]
-
-
-@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-def test_descriptors_cover_their_tensors(residual):
-    for tile, (_, conv) in itertools.product(hopper.tiles(), list(geometries())[::23]):
-        if conv.p < 1 or conv.q < 1:
-            continue
-        launch, size = tile.launch(conv, residual, bias=residual), tile.size
-        x, weight, y = launch.x, launch.weight, launch.y
-        n, h, w = (1, 1, conv.pixels) if conv.pointwise else (conv.n, conv.h, conv.w)
-        operand, result = types(tile)
-        assert (x.im2col, x.type, x.address, x.box) == (True, operand, 1 << 44, (tile.depth, tile.rows))
-        assert x.dims == (conv.c, w, h, n) and x.strides == tuple(
-            v * size for v in (conv.c, w * conv.c, h * w * conv.c)
-        )
-        taps = conv.r * conv.s * conv.c
-        assert (weight.im2col, weight.type, weight.address) == (False, operand, 2 << 44)
-        assert weight.dims == (conv.c, conv.k, conv.s, conv.r)
-        assert weight.strides == tuple(v * size for v in (taps, conv.c, conv.s * conv.c))
-        assert weight.box == (tile.depth, tile.columns // tile.cluster, 1, 1)
-        assert (y.im2col, y.type, y.address) == (False, result, 5 << 44)
-        assert y.dims == (conv.k, conv.pixels, 1) and y.strides == (conv.k * size, 0)
-        assert tile.rows % y.box[1] == 0 and tile.columns % y.box[0] == 0
-        source = launch.residual  # in y's place where there is none, and not read
-        assert (source.address, launch.reads_residual) == ((4 << 44, True) if residual else (5 << 44, False))
-        assert (source.dims, source.strides, source.type, source.box) == (y.dims, y.strides, y.type, y.box)
-        assert launch.residual_bytes == source.bytes
-        for d in (x, weight, source, y):
-            assert illegal(d) == [], (tile.name, conv)
 
 
 def refused_by_rule(conv, size):

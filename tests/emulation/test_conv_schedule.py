@@ -11,7 +11,7 @@ import pytest
 import hopper
 from hopper import Conv
 
-pytestmark = pytest.mark.xdist_group("conv_launch")  # the library is compiled once
+pytestmark = [pytest.mark.xdist_group("conv_launch"), pytest.mark.full]  # the library is compiled once
 
 MULTIPROCESSORS = 132
 SCHEDULED = [

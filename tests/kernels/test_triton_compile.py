@@ -1,38 +1,23 @@
 """The Triton kernels without a GPU: every entry of the shipped configuration table compiles well for sm_80, 90 and 100.
 
-The launchers run on meta tensors of real shapes with the launch itself replaced by a recorder, so what is compiled here
-is what they would launch on that architecture. One launch for every entry of the table is compiled in the default run,
-all dtypes and variants under the marker `full`.
+What is compiled here is what the launchers would launch (triton_launches.py). One launch for every entry of the table
+is compiled in the default run, all dtypes and variants under the marker `full`.
 """
 
-import importlib
-import importlib.util
-import inspect
-import os
-import pkgutil
 import re
 import subprocess
-import sys
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
-import torch
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process", allow_module_level=True)
 
-import fastres.kernels  # noqa: E402
-from fastres.kernels import add_relu, bn_act, configs, conv_act  # noqa: E402
+from fastres.kernels import configs  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
 
-TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-DTYPES = tuple(TYPES)
+from triton_launches import CONVS, DTYPES, SHAPES, TYPES, launch_everything, recorded  # noqa: E402
+
 WRITTEN = {
     "add_relu_forward_kernel": ("y_ptr",),
     "bn_act_forward_kernel": ("y_ptr",),
@@ -43,179 +28,6 @@ WRITTEN = {
 }
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A recorded launch: what Triton's JIT would compile, for aligned tensors."""
-
-    kernel: JITFunction
-    arch: int
-    shape_class: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    num_warps: int
-    num_stages: int
-
-    @property
-    def entry(self):
-        return self.kernel.__name__, self.arch, self.shape_class
-
-    @property
-    def constant(self):
-        return dict(self.constants)
-
-    def activations(self, names=None):
-        """The [R, L] tensors among the arguments, or those of them that are in `names`."""
-        per_channel = ("weight_ptr", "bias_ptr", "mean_ptr", "var_ptr", "scratch_ptr", "coefficients_ptr")
-        return [n for n, t in self.signature if t[0] == "*" and n not in per_channel and (names is None or n in names)]
-
-    @property
-    def element_type(self):
-        return next(t for n, t in self.signature if n in (self.activations() or [n]) and t[0] == "*")
-
-    def __str__(self):
-        absent = [n.removesuffix("_ptr") for n, v in self.constants if v is None]
-        blocks = [str(v) for v in self.constant.values() if type(v) in (int, str)]
-        without = "-without-" + "-".join(absent) if absent else ""
-        name, kind = self.kernel.__name__.removesuffix("_kernel"), self.element_type.removeprefix("*")
-        return f"{name}-sm{self.arch}-{self.shape_class}-{kind}-{'x'.join(blocks)}{without}"
-
-
-@contextmanager
-def recorded(arch):
-    """Launches on meta tensors inside are appended to the list, as for that architecture."""
-    launches, looked_up, real_config = [], {}, configs.config
-
-    def config(kernel, at, shape_class):
-        looked_up[kernel] = shape_class
-        return real_config(kernel, at, shape_class)
-
-    def run(self, *args, grid, warmup, num_warps, num_stages=3, **constants):
-        assert not warmup and len(grid) == 1 and 0 < grid[0] < 2**31
-        bound = dict(zip(self.arg_names, args, strict=False)) | constants
-        assert list(bound) == self.arg_names
-        signature, fixed = [], []
-        for parameter in self.params:
-            name, value = parameter.name, bound[parameter.name]
-            if parameter.is_constexpr or value is None:
-                signature.append((name, "constexpr"))
-                fixed.append((name, value))
-            elif isinstance(value, torch.Tensor):
-                signature.append((name, TYPES[value.dtype]))
-            elif isinstance(value, float):
-                signature.append((name, "fp32"))
-            else:
-                assert parameter.do_not_specialize, f"{self.__name__} is compiled again for some values of {name}"
-                signature.append((name, "i32" if value < 2**31 else "i64"))
-        name = self.__name__
-        launches.append(Launch(self, arch, looked_up[name], tuple(signature), tuple(fixed), num_warps, num_stages))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JITFunction, "run", run)
-        patch.setattr(configs, "config", config)
-        for module in (add_relu, bn_act, conv_act):
-            patch.setattr(module, "architecture", lambda x: arch)
-        yield launches
-
-
-# (shape, channels_last): stages of ResNets at batch 256, small and odd ones, more than 2^31 elements
-SHAPES = [
-    ((256, 256, 56, 56), True),
-    ((256, 256, 56, 56), False),
-    ((256, 512, 7, 7), False),
-    ((256, 1024, 14, 14), False),
-    ((64, 3, 224, 224), True),
-    ((1, 64, 14, 14), True),
-    ((2, 64, 16, 16), False),
-    ((1, 64, 7, 7), True),
-    ((4096, 256, 56, 56), True),
-]
-
-
-def launch_everything(shape, channels_last, dtype):
-    x = torch.empty(shape, dtype=dtype, device="meta")
-    v = torch.empty(shape[1], dtype=torch.float32, device="meta")
-    if channels_last:  # flat: the layout changes nothing
-        add_relu.add_relu_forward(x, x, x)
-        add_relu.add_relu_backward(x, x, x)
-    layout = {"channels_last": channels_last, "eps": 1e-5}
-    for relu in (True, False):
-        act, y, w, r = ("relu", x, v, x) if relu else ("none", None, None, None)
-        for training in (True, False):
-            how = layout | {"training": training, "act": act}
-            bn_act.bn_act_forward(x, w, w, r, x, v, v, **how)
-            bn_act.bn_act_backward(x, x, y, w, v, v, x, v, v, r, **how)
-        how = layout | {"training": True, "act": act}
-        bn_act.bn_act_backward(x, x, y, w, v, v, None, v, v, None, **how)  # a frozen input
-        bn_act.bn_act_backward(x, x, y, w, v, v, None, None, v, x, **how)  # sum g alone
-    bn_act.bn_act_backward(x, x, x, v, v, v, x, None, None, None, **layout, training=True, act="relu")
-    bn_act.bn_act_backward(x, x, x, v, v, v, x, None, None, x, **layout, training=False, act="relu")  # frozen weights
-    bn_act.bn_act_backward(x, x, x, v, v, v, None, None, None, x, **layout, training=True, act="relu")
-
-
-NHWC, NCHW = torch.channels_last, torch.contiguous_format
-
-
-@dataclass(frozen=True)
-class Conv:
-    """A convolution of square images, kernels and strides, and its epilogue."""
-
-    n: int
-    c: int
-    size: int
-    k: int
-    kernel: int = 1
-    stride: int = 1
-    dilation: int = 1
-    groups: int = 1
-    x_format: torch.memory_format = NHWC
-    weight_format: torch.memory_format = NHWC
-    y_format: torch.memory_format = NHWC
-    act: str = "relu"
-    bias: bool = True
-    residual: bool = False
-
-    def launch(self, dtype, tf32):
-        def meta(format, *shape):
-            return torch.empty(shape, dtype=dtype, device="meta", memory_format=format)
-
-        x = meta(self.x_format, self.n, self.c, self.size, self.size)
-        weight = meta(self.weight_format, self.k, self.c // self.groups, self.kernel, self.kernel)
-        bias = torch.empty(self.k, device="meta") if self.bias else None
-        stride, dilation, padding = ((v, v) for v in (self.stride, self.dilation, self.dilation * (self.kernel // 2)))
-        assert not conv_act.why_not(x, weight, stride, padding, dilation, self.groups)
-        y = meta(self.y_format, self.n, self.k, *2 * [(self.size - 1) // self.stride + 1])
-        how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": self.groups}
-        conv_act.conv_act_forward(
-            x, weight, bias, y if self.residual else None, y, **how, act=self.act, tf32=tf32 and dtype == torch.float32
-        )
-
-
-# ResNets at batch 256 and 1 and what else a convolution can be; first in its shape class: what the default run compiles
-CONVS = [
-    Conv(256, 64, 56, 256, residual=True),  # wide
-    Conv(256, 64, 56, 64, kernel=3, residual=True),  # narrow
-    Conv(1, 512, 7, 512, kernel=3, residual=True),  # few
-    Conv(256, 3, 224, 64, kernel=7, stride=2),  # odd: the stem
-    Conv(256, 256, 14, 256, kernel=3),  # deep
-    Conv(256, 128, 28, 128, kernel=3),
-    Conv(256, 256, 56, 512, stride=2, act="none", bias=False),
-    Conv(256, 256, 56, 64),
-    Conv(1, 256, 56, 64),
-    Conv(256, 64, 56, 64, kernel=3),
-    Conv(256, 16, 32, 16, kernel=3),
-    Conv(64, 1024, 14, 1024, kernel=3, dilation=2, groups=32),
-    Conv(8, 17, 56, 33, kernel=3, stride=2, residual=True, act="relu6"),
-    Conv(64, 12, 56, 96, act="hardswish"),
-    Conv(64, 20, 56, 100, kernel=3, residual=True),
-    Conv(64, 24, 56, 1000, residual=True),
-    Conv(256, 256, 56, 64, x_format=NCHW, y_format=NCHW, act="silu"),
-    Conv(256, 64, 56, 128, kernel=3, x_format=NCHW, weight_format=NCHW, y_format=NCHW, residual=True),
-    Conv(256, 3, 224, 64, kernel=7, stride=2, x_format=NCHW, weight_format=NCHW),
-    Conv(256, 128, 28, 128, kernel=3, y_format=NCHW, residual=True),
-    Conv(16384, 128, 56, 128, kernel=3, residual=True, act="hardswish"),  # more than 2^31 elements
-]
-
-
 def all_launches():
     found = {}
     for arch in configs.ARCHITECTURES:
@@ -224,7 +36,7 @@ def all_launches():
                 for shape, channels_last in SHAPES:
                     launch_everything(shape, channels_last, dtype)
                 for conv in CONVS:
-                    for tf32 in {False, dtype == torch.float32}:
+                    for tf32 in {False, dtype == DTYPES[0]}:
                         conv.launch(dtype, tf32)
             found.update(dict.fromkeys(launches))
     return list(found)
@@ -366,121 +178,3 @@ def assert_vector_access(launch, ptx):
 def test_every_entry_of_the_table_is_compiled():
     table = {(kernel, arch, c) for (kernel, arch), classes in configs.TABLE.items() for c in classes}
     assert {launch.entry for launch in FAST} == table
-
-
-def test_every_kernel_has_entries():
-    functions = {}
-    for info in pkgutil.iter_modules(fastres.kernels.__path__):
-        module = importlib.import_module(f"fastres.kernels.{info.name}")
-        for name, value in vars(module).items():
-            if isinstance(value, JITFunction) and value.fn.__module__ == module.__name__:
-                functions[name] = inspect.getsource(value.fn)
-    kernels = {name for name in functions if name.endswith("_kernel")}
-    assert kernels == {kernel for kernel, _ in configs.TABLE}
-    for helper in functions.keys() - kernels:  # everything else is called by a kernel
-        assert any(f"{helper}(" in text for name, text in functions.items() if name != helper), helper
-
-
-def test_launch_counts():
-    x, v = torch.empty((8, 64, 56, 56), dtype=torch.float16, device="meta"), torch.empty(64, device="meta")
-
-    def count(function, *args, **how):
-        with recorded(90) as launches:
-            function(*args, **how)
-        return [launch.kernel.__name__.removesuffix("_kernel") for launch in launches]
-
-    assert count(add_relu.add_relu_forward, x, x, x) == ["add_relu_forward"]
-    assert count(add_relu.add_relu_backward, x, x, x) == ["add_relu_backward"]
-    sums = ["bn_act_backward_sums", "bn_act_backward_merge"]
-    for channels_last in (True, False):
-        train, evaluate = ({"channels_last": channels_last, "eps": 1e-5, "act": "relu", "training": t} for t in (1, 0))
-        forward = (bn_act.bn_act_forward, x, v, v, x, x, v, v)
-        assert count(*forward, **train) == ["bn_statistics", "bn_statistics_merge", "bn_act_forward"]
-        assert count(*forward, **evaluate) == ["bn_act_forward"]
-        backward = (bn_act.bn_act_backward, x, x, x, v, v, v)
-        assert count(*backward, x, v, v, x, **train) == [*sums, "bn_act_backward"]
-        assert count(*backward, x, None, None, None, **train) == [*sums, "bn_act_backward"]
-        assert count(*backward, x, v, v, x, **evaluate) == sums
-        assert count(*backward, None, v, v, x, **train) == sums
-        assert count(*backward, x, None, None, x, **evaluate) == ["bn_act_backward"]
-        assert count(*backward, None, None, None, x, **train) == ["bn_act_backward"]
-        assert count(*backward, None, None, None, None, **train) == []
-        with recorded(90) as launches:  # the second pass reads g, which the first has written, and neither y nor dy
-            bn_act.bn_act_backward(x, x, x, v, v, v, x, v, v, x, **train)
-        assert launches[-1].constant["y_ptr"] is None and launches[-1].constant["dresidual_ptr"] is None
-
-
-def test_conv_act_is_one_launch_and_empty_outputs_are_none():
-    for conv in CONVS:
-        with recorded(90) as launches:
-            conv.launch(torch.float16, False)
-        assert [launch.kernel.__name__ for launch in launches] == ["conv_act_forward_kernel"]
-    with recorded(90) as launches:
-        Conv(0, 64, 56, 64).launch(torch.float16, False)
-    assert launches == []
-
-
-def test_resnets_convolutions_are_not_refused():
-    """Every convolution of ResNet-18 to 152 in both layouts; of ResNeXt-50 32x4d the groups of fewer than 16 are."""
-    for stage, width in enumerate((64, 128, 256, 512)):
-        size, c = 56 >> stage, max(width // 2, 64)
-        convs = [Conv(2, 3, 224, 64, kernel=7, stride=2)]
-        for k, outer, stride in ((width, 4 * width, 1), (width, 4 * width, 2)):
-            convs += [Conv(2, c, size, k, kernel=3, stride=stride), Conv(2, 4 * c, size, k, stride=stride)]
-            convs += [
-                Conv(2, k, size, k, kernel=3),
-                Conv(2, k, size, outer),
-                Conv(2, 4 * c, size, outer, stride=stride),
-            ]
-        for conv in convs:
-            for format in (NHWC, NCHW):
-                with recorded(80) as launches:
-                    replace(conv, x_format=format, y_format=format, weight_format=format).launch(torch.float32, True)
-                assert len(launches) == 1
-        x = torch.empty(2, 2 * width, size, size, device="meta")
-        weight = torch.empty(2 * width, width // 16, 3, 3, device="meta")
-        reasons = conv_act.why_not(x, weight, (1, 1), (1, 1), (1, 1), 32)
-        assert bool(reasons) == (width // 16 < 16) and all("a matrix product needs 16" in r for r in reasons)
-
-
-def test_refusals_of_conv_act_are_sentences():
-    def reasons(x, weight, padding=(0, 0), groups=1):
-        return conv_act.why_not(x, weight, (1, 1), padding, (1, 1), groups)
-
-    def meta(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, weight = meta(2, 16, 8, 8), meta(16, 16, 3, 3)
-    assert reasons(x, weight) == []
-    assert "2-d convolutions" in reasons(x[0], weight)[0]
-    assert "torch.float64" in reasons(x.double(), weight.double())[0]
-    assert "torch.float16" in reasons(x, weight.half())[0]
-    assert "strides" in reasons(meta(2, 16, 8, 9)[..., ::2], weight)[0]
-    assert reasons(x, meta(32, 16, 3, 6)[..., ::2]) == []  # weights of any strides
-    assert "groups of 1 to 1 channels" in reasons(x, meta(16, 1, 3, 3), groups=16)[0]
-    assert "plane" in reasons(meta(1, 16, 2**16, 2**15), meta(16, 16, 1, 1))[0]
-    assert "products" in reasons(meta(1, 2**21, 32, 32), meta(1, 2**21, 32, 32))[0]
-
-
-def test_gemms_of_newer_geforces_take_sm_80_s_entries():
-    wide = configs.Gemm(2**20, 128, 64, groups=1, vectors=True, residual=True, precision="")
-    table = {arch: configs.TABLE["conv_act_forward_kernel", arch]["wide"] for arch in configs.ARCHITECTURES}
-    for arch, known in ((0, 80), (80, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 80), (121, 80)):
-        assert configs.gemm("conv_act_forward_kernel", arch, wide) == table[known]
-
-
-def test_an_unknown_architecture_takes_the_nearest_older_entry():
-    rows = {a: configs.TABLE["bn_statistics_kernel", a]["rows"] for a in configs.ARCHITECTURES}
-    for arch, known in ((0, 80), (75, 80), (86, 80), (89, 80), (90, 90), (100, 100), (103, 100), (120, 100)):
-        assert configs.config("bn_statistics_kernel", arch, "rows") is rows[known]
-
-
-def test_row49_import_queries_no_device_and_only_by_its_own_name():
-    code = "import torch, fastres.kernels.add_relu, fastres.kernels.bn_act; assert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-    path = Path(fastres.kernels.__file__)
-    spec = importlib.util.spec_from_file_location("kernels", path)
-    other = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(other)  # transformers imports what it takes for that package: no error here,
-    with pytest.raises(AttributeError, match="this is fastres.kernels, found as 'kernels'"):
-        _ = other.get_kernel  # but nothing is found in it

@@ -1,7 +1,7 @@
 // What the convolutions for sm_90a hand to the copy engine, on a machine without a GPU: the shipped tiles of
 // csrc/cuda/conv_sm90_*.cu, compiled by the C++ compiler with tests/emulation/native/hopper in front of CUTLASS. The descriptors
 // of a launch, the work of each block, and every copy that a block's loading warp issues for a piece of it.
-// tests/emulation/test_conv_launch.py holds them against a model of the copy engine.
+// tests/emulation/test_conv_launch.py holds them against the driver's rules and plain division.
 #include "hopper/host.h"
 
 #include "cuda/conv_sm90.cuh"
@@ -17,14 +17,12 @@ struct Work {
 
 struct Tile {
   Type type;
-  int64_t rows, columns, depth, cluster, stages, threads, shared_bytes, transaction_bytes, splits_depth, pingpong;
-  int64_t x, weight, epilogue;  // in shared memory
+  int64_t rows, columns, depth, cluster, stages, threads, shared_bytes, splits_depth, pingpong;
   std::string (*refusal)(const ConvShape&);
   int64_t (*workspace)(const ConvShape&, int multiprocessors);
   void (*launch)(const ConvShape&, const ConvTensors&, int multiprocessors, int clusters, int64_t* out);
   void (*work)(std::vector<Work>&);
   void (*load)(int row_tile, int column_tile, int step, int steps, int rank);
-  void (*places)(int64_t* x, int64_t* weight);
 };
 
 template <class Case>
@@ -38,7 +36,7 @@ struct Launch {
   static inline typename Kernel::Params params;
   static inline dim3 grid;
 
-  // As run() does, up to the launch. Out: the grid, what the epilogue has been told, and whether it reads a residual.
+  // As run() does, up to the launch. Out: the grid and the descriptors of x, the weight, the residual and y.
   static void launch(const ConvShape& shape, const ConvTensors& tensors, int multiprocessors, int clusters,
                      int64_t* out) {
     auto arguments = Case::arguments(shape.as_line(), tensors, multiprocessors);
@@ -53,11 +51,6 @@ struct Launch {
     out[4] = hopper::index_of(params.mainloop.tma_load_b.get_tma_descriptor());
     out[5] = hopper::index_of(params.epilogue.tma_load_c.get_tma_descriptor());
     out[6] = hopper::index_of(params.epilogue.tma_store_d.get_tma_descriptor());
-    typename Case::Epilogue::TensorStorage* nowhere = nullptr;
-    typename Case::Epilogue epilogue(params.epilogue, *nowhere);
-    out[7] = epilogue.is_producer_load_needed();
-    out[8] = params.epilogue.tma_transaction_bytes;
-    out[9] = params.mainloop.tma_transaction_bytes;
   }
 
   // The loops of the kernels, for each block of the grid: a tile after the other, or a part of one.
@@ -129,22 +122,6 @@ struct Launch {
                   shared.tensors.mainloop);
   }
 
-  // Where the products look for an element of an operand in shared memory: bytes from the operand's start.
-  template <class Layout>
-  static void places(const Layout& layout, int64_t* out) {
-    const auto elements = cute::as_position_independent_swizzle_layout(layout);
-    for (int stage = 0; stage < size<2>(layout); ++stage) {
-      for (int line = 0; line < size<0>(layout); ++line) {
-        for (int channel = 0; channel < size<1>(layout); ++channel) {
-          *out++ = elements(line, channel, stage) * static_cast<int64_t>(sizeof(typename Case::Memory));
-        }
-      }
-    }
-  }
-  static void places(int64_t* x, int64_t* weight) {
-    places(typename Case::template Staged<size<0>(typename Case::Tile{})>{}, x);
-    places(typename Case::template Staged<size<1>(typename Case::Tile{})>{}, weight);
-  }
 };
 
 std::vector<Tile> all;
@@ -153,17 +130,10 @@ template <class T, int kRows, int kColumns, int kCluster, Schedule kSchedule>
 void note_conv_sm90(std::vector<ConvTile>&) {
   using Case = Sm90<T, kRows, kColumns, kCluster, kSchedule>;
   using L = Launch<Case>;
-  const auto& shared = *static_cast<const typename L::Shared*>(nullptr);
-  const auto offset = [](const auto& member) { return reinterpret_cast<int64_t>(&member); };
   all.push_back({type_constant<T>(), kRows, kColumns, Case::Depth::value, kCluster, Case::kStages,
-                 Case::Kernel::MaxThreadsPerBlock, Case::Kernel::SharedStorageSize, L::Mainloop::TmaTransactionBytes,
-                 kSchedule == Schedule::kStreamK, kSchedule == Schedule::kPingpong,
-                 offset(shared.tensors.mainloop.smem_A), offset(shared.tensors.mainloop.smem_B),
-                 offset(shared.tensors.epilogue), &Case::refusal, &Case::workspace, &L::launch, &L::work});
-  if constexpr (!std::is_same_v<T, BFloat16>) {  // all but its name is Half's, and compiles for long
-    all.back().load = &L::load;
-    all.back().places = &L::places;
-  }
+                 Case::Kernel::MaxThreadsPerBlock, Case::Kernel::SharedStorageSize, kSchedule == Schedule::kStreamK,
+                 kSchedule == Schedule::kPingpong, &Case::refusal, &Case::workspace, &L::launch, &L::work});
+  if constexpr (!std::is_same_v<T, BFloat16>) all.back().load = &L::load;  // all but its name is Half's: slow to compile
 }
 
 }  // namespace
@@ -208,12 +178,11 @@ extern "C" {
 
 int64_t tile_count() { return static_cast<int64_t>(tiles().size()); }
 
-// type, rows, columns, depth, cluster, stages, threads, shared bytes, transaction bytes, streamk, pingpong, places in
-// shared memory of x, of the weight and of the epilogue
+// type, rows, columns, depth, cluster, stages, threads, shared bytes, streamk, pingpong
 void tile(int64_t i, int64_t* out) {
   const Tile& t = tiles()[i];
   *out = static_cast<int64_t>(t.type);
-  std::memcpy(out + 1, &t.rows, 13 * sizeof(int64_t));
+  std::memcpy(out + 1, &t.rows, 9 * sizeof(int64_t));
 }
 
 const char* refusal(int64_t i, const int64_t* shape) {
@@ -245,6 +214,4 @@ int64_t load(int64_t i, int64_t row_tile, int64_t column_tile, int64_t step, int
                   static_cast<int>(steps), static_cast<int>(rank));
   return give(hopper::copies, out, most);
 }
-
-void places(int64_t i, int64_t* x, int64_t* weight) { tiles()[i].places(x, weight); }
 }
