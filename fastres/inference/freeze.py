@@ -238,7 +238,8 @@ def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> s
 
 
 def _spread(source: nn.Module, dtype: torch.dtype, given: Any, want: Any) -> float:
-    """The share of its largest output by which eager itself is off in the frozen dtype; 0 where it does not run."""
+    """The share of its largest output by which eager itself is off in the frozen dtype: infinite where it overflows, 0
+    where it does not run."""
     if dtype is dtype_of(source):
         return 0.0
     try:
@@ -255,8 +256,9 @@ def _spread(source: nn.Module, dtype: torch.dtype, given: Any, want: Any) -> flo
             and w.shape == g.shape
             and w.numel()
         ):
-            worst = max(worst, float((g.to(w.dtype) - w).abs().max() / w.abs().max().clamp_min(1e-30)))
-    return worst if math.isfinite(worst) else 0.0
+            off = float((g.to(w.dtype) - w).abs().max() / w.abs().max().clamp_min(1e-30))
+            worst = max(worst, off if math.isfinite(off) else math.inf)
+    return worst
 
 
 def _agree(got: Any, want: Any, tolerance: float = 0.05) -> bool:
