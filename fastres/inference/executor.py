@@ -108,7 +108,7 @@ class Executor:
 
     def find_choices(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[tuple[Choices, list[Any]]]:
         """The choices that a call on these inputs has, alike ones once, with arguments to try the ways on."""
-        with torch.no_grad(), export.LOCK, torch.inference_mode(False):
+        with export.LOCK, torch.inference_mode(False), torch.no_grad():
             found = lower(self.graph, inputs, constants, self.choices, self.exact, keep_choices=True)
         return list(found.choices.values())
 
@@ -117,7 +117,7 @@ class Executor:
 
     def _prepare(self, key: Any, exact: bool, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Any]:
         """Run the steps, and keep what they came to as the plan of this signature."""
-        with export.LOCK, torch.inference_mode(False):
+        with export.LOCK, torch.inference_mode(False), torch.no_grad():  # in this order: the first enables gradients
             stamp = Stamp(dict(enumerate(constants)))
             found = lower(self.graph, inputs, constants, self.choices, exact)
             kept = [item for item in self._plans.items() if item[0] != key][1 - _PLANS :]
