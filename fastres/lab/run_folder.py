@@ -64,9 +64,6 @@ def alone(folder: Path, spec: RunSpec, here: Place) -> Iterator[None]:
                 if attempt == 0:
                     raise RunError(f"output folder {folder}: another process is training in it") from error
                 time.sleep(0.1)
-        for name in _FILES:
-            for torn in folder.glob(f".{name}.*.tmp"):  # of a run that was killed while it wrote
-                torn.unlink()
         result_in(folder, spec)  # nobody else has begun another run in the meantime
         write_json(folder / "spec.json", spec.to_dict())
         here.wait()
