@@ -103,7 +103,9 @@ class ConvActCase(Case):
             ours = {peer: y[:JUDGED] for peer, (y,) in results.items() if peer not in (*self.baselines, *PLAIN)}
             return judge_outputs(self.forward_of("eager"), few, ours)
 
-        return Prepared(calls, judge, backend=fastres.explain("conv_act", *tensors, stride=c.stride, padding=c.padding).chosen)
+        return Prepared(
+            calls, judge, backend=fastres.explain("conv_act", *tensors, stride=c.stride, padding=c.padding).chosen
+        )
 
 
 CASES = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -17,6 +16,7 @@ import torch
 from torch.backends import cudnn
 
 import fastres
+from fastres import _files
 from fastres._info import ENVIRONMENT, PACKAGES, cpu, gpu, load_average, version
 from fastres.lab.errors import OutputError
 from fastres.ops._conv_backends import tf32_allowed
@@ -39,22 +39,14 @@ def prepare_folder(folder: Path, files: list[str]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Call `write` on a temporary file next to `path` and rename it: readers see the old file or the whole new one.
+    """Call `write` on a file that takes the place of `path` once it is whole (fastres/_files.py).
 
-    Raises OutputError; the temporary file is removed in any case.
+    Raises OutputError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _files.write_atomically(path, write)
     except OSError as error:
         raise OutputError(f"output file {path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed already, or never created
-            temporary.unlink()
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

@@ -65,9 +65,6 @@ def lock_run_folder(folder: Path, spec: RunSpec, here: Place) -> Iterator[None]:
                 if attempt == 0:
                     raise RunError(f"output folder {folder}: another process is training in it") from error
                 time.sleep(0.1)
-        for name in _FILES:
-            for torn in folder.glob(f".{name}.*.tmp"):  # left by a run that was killed while writing
-                torn.unlink()
         result_in(folder, spec)  # raises if another run has started here in the meantime
         write_json(folder / "spec.json", spec.to_dict())
         here.wait()

@@ -31,7 +31,10 @@ NETS = {  # y is a convolution's output; how many residuals are written over
     "the convolution's own input": (lambda net, y: F.relu(net.second(y) + y), 0),
     "an output": (lambda net, y: (y, F.relu(net.second(y.tanh()) + y)), 0),
     "read later": (lambda net, y: F.relu(net.second(y.tanh()) + y) * y, 0),
-    "read later through a view": (lambda net, y: (lambda v: F.relu(net.second(y.tanh()) + y) + v)(y.transpose(2, 3)), 0),
+    "read later through a view": (
+        lambda net, y: (lambda v: F.relu(net.second(y.tanh()) + y) + v)(y.transpose(2, 3)),
+        0,
+    ),
     "a view whose base is read later": (lambda net, y: F.relu(net.second(y.tanh()) + y[:]) + y.sum(), 0),
     "a part that the rest is read of": (
         lambda net, y: (lambda a, b: torch.cat([F.relu(net.second(a.tanh()) + a), b]))(y[:1], y[1:]),
@@ -133,7 +136,9 @@ class Draw:
         kind = d.choice(["conv"] * 6 + ["view"] * 3 + ["copy", "sum", "halves"])
         if kind == "conv":
             where = [1, 1], [1, 1], [1, 1], 1
-            new = self.add(CONV, x, Slot(2), Slot(3), d.choice([y, y, y, None]), None, *where, d.choice(["relu", "none"]))
+            new = self.add(
+                CONV, x, Slot(2), Slot(3), d.choice([y, y, y, None]), None, *where, d.choice(["relu", "none"])
+            )
         elif kind == "view":
             views = [
                 (aten.alias.default,),

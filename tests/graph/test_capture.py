@@ -106,7 +106,9 @@ def test_capture_takes_what_freeze_takes_and_does_it_once(caplog):
         compare(net, frozen, images(3, 12))
         compare(net, frozen, images(3, 12), scale=2.0)
         assert "captured" not in caplog.text
-    with pytest.raises(ValueError, match=r"input: got \[2, 3\]; .*\[N, 3, 16, 16\], and it cannot be for this: torch.exp"):
+    with pytest.raises(
+        ValueError, match=r"input: got \[2, 3\]; .*\[N, 3, 16, 16\], and it cannot be for this: torch.exp"
+    ):
         frozen.capture(torch.ones(2, 3))
     with pytest.raises(TypeError, match="unexpected keyword"):
         frozen.capture({"x": images(2, 12), "size": 3})
@@ -183,9 +185,7 @@ NO_GRAPH = {
         "differently from call to call",
     ),
     "buffer": (
-        lambda: Net(
-            lambda net, x: net.first(x) * net.n.add_(1), lambda net: net.register_buffer("n", torch.zeros(()))
-        ),
+        lambda: Net(lambda net, x: net.first(x) * net.n.add_(1), lambda net: net.register_buffer("n", torch.zeros(()))),
         "its forward writes to n",
     ),
     "data": (lambda: Net(lambda net, x: net.first(x) if x.mean() > 0 else net.conv(x)), "data-dependent"),
