@@ -226,7 +226,7 @@ def test_capture_is_checked():
         freeze(nn.Conv2d(3, 3, 1), images(), capture="trace")
 
 
-# ---- faults of our own: planted, since no network is known that has one ------------------------------------------------
+# ---- faults of our own: planted, since no network is known that has one ----------------------------------------------
 
 
 def test_a_fault_in_the_rewriting_loses_no_network(monkeypatch, caplog):
