@@ -96,7 +96,8 @@ class Graph:
         written = set(range(self.first_result))
         freed: set[int] = set()
         for step in self.steps:
-            if not set(step.reads) <= written - freed:
+            reads = set(step.reads)
+            if not reads <= written or reads & freed:
                 raise ValueError(f"{step} reads a slot that is not written, or freed")
             if step.writes in written or not step.writes < self.size:
                 raise ValueError(f"{step} writes to a slot that is taken, or is none")

@@ -7,6 +7,7 @@ traced   under torch.export, torch.compile and torch.jit.trace the steps run sto
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ _PLANS = 4  # signatures that an executor keeps a plan for
 
 class _Plan(NamedTuple):
     calls: list[Call]
-    stamp: Stamp  # of the constants that the calls hold
+    constants: Sequence[Tensor]  # that the calls hold
+    stamp: Stamp
     ways: dict[int, str]
 
 
@@ -78,7 +80,7 @@ class Executor:
             exact = self.exact or _is_not_finite(inputs)
             key = self._key(inputs, exact)
             plan = self._plans.get(key)
-            if plan is None or not plan.stamp.holds():
+            if plan is None or not all(map(operator.is_, plan.constants, constants)) or not plan.stamp.holds():
                 return self._prepare(key, exact, inputs, constants)
             values: list[Any] = [None] * self.graph.size
             values[: len(inputs)] = inputs
@@ -106,7 +108,7 @@ class Executor:
 
     def find_choices(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[tuple[Choices, list[Any]]]:
         """The choices that a call on these inputs has, alike ones once, with arguments to try the ways on."""
-        with torch.no_grad(), export.LOCK, torch.inference_mode(False):
+        with export.LOCK, torch.inference_mode(False), torch.no_grad():
             found = lower(self.graph, inputs, constants, self.choices, self.exact, keep_choices=True)
         return list(found.choices.values())
 
@@ -115,11 +117,12 @@ class Executor:
 
     def _prepare(self, key: Any, exact: bool, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Any]:
         """Run the steps, and keep what they came to as the plan of this signature."""
-        with export.LOCK, torch.inference_mode(False):
+        with export.LOCK, torch.inference_mode(False), torch.no_grad():  # in this order: the first enables gradients
             stamp = Stamp(dict(enumerate(constants)))
             found = lower(self.graph, inputs, constants, self.choices, exact)
             kept = [item for item in self._plans.items() if item[0] != key][1 - _PLANS :]
-            self._plans = {**dict(kept), key: _Plan(found.calls, stamp, found.ways)}  # replaced: others read it
+            plan = _Plan(found.calls, constants, stamp, found.ways)
+            self._plans = {**dict(kept), key: plan}  # replaced: other threads read it
         return found.outputs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fastres.graph.captured import Captured
-from fastres.graph.export import CaptureError, batch_of, capture_for, dtype_of, sharing_copy
+from fastres.graph.export import CaptureError, batch_of, capture_for, dtype_of, own_memory, sharing_copy
 from fastres.graph.fold import short
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.signature import Signature
@@ -88,6 +89,7 @@ def freeze(
         >>> fast.report.folded, tuple(fast(torch.randn(5, 3, 16, 16)).shape)
         (1, (5, 8, 14, 14))
     """
+    model = _uncompiled(model)
     _check(model, example_inputs, dtype, tune, cuda_graph, verify)
     if capture not in ("auto", "graph", "modules"):
         raise ValueError(f"capture: got {capture!r}, expected 'auto', 'graph' or 'modules'")
@@ -162,6 +164,7 @@ def _capture(
         if how != "modules":
             report.notes.append(f"no graph, its known blocks are swapped instead: {error}")
             logger.info("freeze: %s has no graph: %s", report.model, error)
+    own_memory(source)  # a forward without a graph may write to its parameters
     with names_the_example(inputs):
         run_once(source, inputs)
     module, report.rows = swapped_copy(source, dtype, device)
@@ -235,7 +238,8 @@ def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> s
 
 
 def _spread(source: nn.Module, dtype: torch.dtype, given: Any, want: Any) -> float:
-    """The share of its largest output by which eager itself is off in the frozen dtype; 0 where it does not run."""
+    """The share of its largest output by which eager itself is off in the frozen dtype: infinite where it overflows, 0
+    where it does not run."""
     if dtype is dtype_of(source):
         return 0.0
     try:
@@ -252,8 +256,9 @@ def _spread(source: nn.Module, dtype: torch.dtype, given: Any, want: Any) -> flo
             and w.shape == g.shape
             and w.numel()
         ):
-            worst = max(worst, float((g.to(w.dtype) - w).abs().max() / w.abs().max().clamp_min(1e-30)))
-    return worst if math.isfinite(worst) else 0.0
+            off = float((g.to(w.dtype) - w).abs().max() / w.abs().max().clamp_min(1e-30))
+            worst = max(worst, off if math.isfinite(off) else math.inf)
+    return worst
 
 
 def _agree(got: Any, want: Any, tolerance: float = 0.05) -> bool:
@@ -279,6 +284,12 @@ def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, veri
         if not isinstance(value, bool) and value != word:
             raise TypeError(f"{name}: got {value!r}, expected True, False or {word!r}")
     check_model(model)
+
+
+def _uncompiled(model: Any) -> Any:
+    """The network in what `torch.compile` made of it, which no graph is captured of."""
+    compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
+    return model._orig_mod if isinstance(model, compiled) else model
 
 
 def _device_of(model: nn.Module, inputs: Any) -> torch.device:

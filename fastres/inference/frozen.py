@@ -24,10 +24,10 @@ from fastres.inference.cuda_graphs import Graphs
 from fastres.inference.executor import Executor, is_traced
 from fastres.inference.fallback import swapped_copy
 from fastres.inference.file.document import Stored
-from fastres.inference.file.likeness import likeness_to_json
+from fastres.inference.file.likeness import likeness_to_plain
 from fastres.inference.file.store import write
 from fastres.inference.file.values import FrozenFileError
-from fastres.inference.network import Network, fold, held, hold, source_tensors
+from fastres.inference.network import Network, fold, held, hold, places, source_tensors
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
 from fastres.inference.source import LikeItsSource, Source
@@ -83,7 +83,7 @@ class FrozenModel(nn.Module):
         self._cuda_graphs = Graphs()
         self._likeness: tuple[str, ...] = ()  # the attributes that it has of its source
         self._hub_class = ""  # its source's class, if that is transformers'
-        self._constants: tuple[Tensor, ...] | None = None  # of `weights`, in the graph's order
+        self._places: list[tuple[dict[str, Any], str]] | None = None  # of the constants, in the graph's order
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
         self._pass_nan()
 
@@ -96,7 +96,7 @@ class FrozenModel(nn.Module):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_constants": None, "_variants": [], "_cuda_graphs": Graphs()}
+        return {**self.__dict__, "_places": None, "_variants": [], "_cuda_graphs": Graphs()}
 
     def _replicate_for_data_parallel(self) -> FrozenModel:
         replica: FrozenModel = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
@@ -162,17 +162,16 @@ class FrozenModel(nn.Module):
     def _constants_of(self, network: Network) -> tuple[Tensor, ...]:
         if network.constants is not None:
             return network.constants
-        if self._constants is None:
-            names = network.executor.graph.constants
-            if torch.compiler.is_dynamo_compiling():
-                return held(self.weights, names)
-            self._constants = held(self.weights, names)
-        return self._constants
+        if torch.compiler.is_dynamo_compiling():
+            return held(self.weights, network.executor.graph.constants)
+        if self._places is None:
+            self._places = places(self.weights, network.executor.graph.constants)
+        return tuple([buffers[leaf] for buffers, leaf in self._places])  # functional_call, say, puts others there
 
     def _prepare(self, _: str, t: Tensor) -> Tensor:
         if t.is_floating_point() and t.dtype != self.dtype:
             t = t.to(self.dtype)
-        if self.plan.channels_last and t.ndim == 4:
+        if self.plan.channels_last and t.ndim == 4 and not torch._C._are_functorch_transforms_active():
             t = t.contiguous(memory_format=torch.channels_last)
         return t
 
@@ -281,7 +280,7 @@ class FrozenModel(nn.Module):
 
     def forget(self) -> None:
         """Let go of what calls have left behind: packed weights, other captures, CUDA graphs."""
-        self._constants, self._variants, self._cuda_graphs = None, [], Graphs()
+        self._variants, self._cuda_graphs = [], Graphs()
         if self._network is not None:
             self._network.executor.forget()
 
@@ -404,7 +403,7 @@ class FrozenModel(nn.Module):
             )
         graph, tensors = network.executor.graph, self._constants_of(network)
         constants = dict(zip(graph.constants, tensors, strict=True))
-        likeness = likeness_to_json(self._likeness, self, self._hub_class)
+        likeness = likeness_to_plain(self._likeness, self, self._hub_class)
         how = network.captured, self._signature.parameters, self.dtype, self.plan, self.device, self.report, likeness
         write(path, Stored(graph, constants, *how))
 

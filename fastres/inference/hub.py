@@ -11,9 +11,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from fastres.inference.file.values import is_plain
 from fastres.inference.frozen import FrozenModel
 
 # What transformers' models keep on their classes and its pipelines read.
@@ -27,10 +27,10 @@ def take_likeness(frozen: FrozenModel, source: nn.Module) -> FrozenModel:
     Plain data is numbers, strings, None, dtypes and devices, tuples, lists and dicts of them, and the configuration of
     a transformers model. Names that begin with an underscore stay behind, and those that FrozenModel has itself.
     """
-    found = {name: value for name, value in vars(source).items() if _is_plain(value)}
+    found = {name: value for name, value in vars(source).items() if not name.startswith("_") and is_plain(value)}
     if not is_hub_model(source):
         return give_likeness(frozen, {"attributes": found})
-    found |= {name: getattr(source, name) for name in _HUB if _is_plain(getattr(source, name, None))}
+    found |= {name: getattr(source, name) for name in _HUB if is_plain(getattr(source, name, None))}
     return give_likeness(frozen, {"attributes": found, "class": type(source).__name__, "config": source.config})
 
 
@@ -80,11 +80,3 @@ class _HubModel(FrozenModel):
 def _blank(name: str) -> FrozenModel:
     made = hub_class(name)
     return made.__new__(made)
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return type(value) in (tuple, list) and all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return type(value) is dict and all(_is_plain(key) and _is_plain(item) for key, item in value.items())
-    return value is None or type(value) in (bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)

@@ -8,7 +8,8 @@ import torch
 
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.signature import Signature
-from fastres.inference.file.store import read
+from fastres.inference.file.document import Stored
+from fastres.inference.file.store import naming, read
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.hub import give_likeness
 
@@ -38,7 +39,12 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
         >>> torch.equal(loaded(x), frozen(x))
         True
     """
-    stored = read(path, device)
+    where = None if device is None else torch.device(device)
+    with naming(path):
+        return _model(read(path, where))
+
+
+def _model(stored: Stored) -> FrozenModel:
     report = stored.report
     report.device = str(stored.device)
     if report.cuda_graph.startswith("on"):
@@ -47,4 +53,4 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
     frozen = FrozenModel(made, None, Signature(stored.signature), report, stored.dtype, stored.captured, stored.plan)
     if stored.plan.channels_last:
         frozen.use_channels_last()
-    return give_likeness(frozen, stored.likeness) if stored.likeness else frozen
+    return give_likeness(frozen, stored.likeness)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,3 +86,9 @@ def held(root: nn.Module, names: Iterable[str]) -> tuple[Tensor, ...]:
     """The tensors of a tree by their dotted names."""
     buffers = dict(root.named_buffers(remove_duplicate=False))
     return tuple(buffers[name] for name in names)
+
+
+def places(root: nn.Module, names: Iterable[str]) -> list[tuple[dict[str, Any], str]]:
+    """Where a tree keeps the tensors of these dotted names: the dicts that hold them, and their keys there."""
+    split = [name.rpartition(".") for name in names]
+    return [(root.get_submodule(path)._buffers, leaf) for path, _, leaf in split]

@@ -88,12 +88,12 @@ class _Sharing(nn.Module):
 
 
 class _OnCopies(nn.Module):
-    """A network that writes to its input, on copies of it."""
+    """A network that writes to its input, on copies of it. Two of them name buffers as one of a fallback's does."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.fallback = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = map_tensors((args, kwargs), lambda _, t: t.clone(), "")
-        return self.module(*args, **kwargs)
+        return self.fallback(*args, **kwargs)

@@ -84,7 +84,6 @@ def test_measured_rates():
 # ---- conv_act --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(*bench_conv_act.pytestmark.args, **bench_conv_act.pytestmark.kwargs)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("role", [shapes.INNER, shapes.BLOCK_END, shapes.PROJECTION])
 def test_conv_act_is_judged(role, dtype):
@@ -124,9 +123,9 @@ def test_outputs_are_judged(dtype):
     wrong = right.clone()
     wrong[1, 2] += 0.2 * right.abs().max()
     answers = {"right": right, "wrong": wrong, "scaled": right * 1.1, "nan": right * torch.nan, "short": right[:2]}
-    verdicts = judge_outputs(net, x, answers)
+    verdicts = judge_outputs(net, (x,), answers)
     assert {name: verdict.passed for name, verdict in verdicts.items()} == {name: name == "right" for name in answers}
-    assert judge_outputs(net, x, {}) == {}
+    assert judge_outputs(net, (x,), {}) == {}
 
 
 @pytest.mark.parametrize("name", ["eager", "eager_channels_last", "torchscript"])
@@ -136,7 +135,7 @@ def test_torch_engines(name, dtype):
     net, x = tiny(), torch.randn(2, 3, 8, 8).to(dtype)
     y = runtimes.BUILDERS[name](net, x)()
     assert y.dtype == dtype and not y.requires_grad and net.conv.weight.dtype is torch.float32
-    assert judge_outputs(net, x, {name: y})[name].passed
+    assert judge_outputs(net, (x,), {name: y})[name].passed
 
 
 @pytest.mark.parametrize(

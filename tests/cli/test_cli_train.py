@@ -64,7 +64,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on(tmp_path):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (130, "fastres: interrupted\n")
-    assert f"interrupted; the same command goes on from {tmp_path}" in out
+    assert f"interrupted; run the same command again to resume from {tmp_path}" in out
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["iteration"]
     assert 1 <= done < 400
     with started([*command, "--stop-after", str(done + 1)]) as rest:
@@ -118,16 +118,16 @@ def test_every_data_set_has_a_recipe():
         (["resnet8", "--option", "shortcut"], "--option: got 'shortcut', expected name=value"),
         (["resnet8", "--option", "shortcut=D"], "shortcut: got 'D', expected one of 'A', 'B', 'C'"),
         (["resnet8", "--option", "width=2"], "got 'width', expected"),
-        (["resnet8", "--iterations", "0"], "--iterations: got 0"),
+        (["resnet8", "--iterations", "0"], "Invalid value for '--iterations'"),
         (["resnet8", "--batch-size", "0"], "batch_size: got 0"),
         (["resnet8", "--bn-batch", "48"], "bn_batch: got 48, expected a divisor of batch_size, 64"),
         (["resnet8", "--lr", "nan"], "lr: got nan"),
         (["resnet8", "--decay", "bn"], "decay: got 'bn', expected one of all, convolutions"),
         (["resnet8", "--dtype", "fp8"], "dtype: got 'fp8', expected fp32, bf16, fp16"),
         (["resnet8", "--device", "tpu"], "device: got 'tpu'"),
-        (["resnet8", "--seed", "-1"], "--seed: got -1"),
-        (["resnet8", "--stop-after", "0"], "--stop-after: got 0"),
-        (["resnet8", "--workers", "-1"], "--workers: got -1"),
+        (["resnet8", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["resnet8", "--stop-after", "0"], "Invalid value for '--stop-after'"),
+        (["resnet8", "--workers", "-1"], "Invalid value for '--workers'"),
         (["resnet8", "--threads", "0"], "--threads"),
         (["resnet8", "--fast"], "--fast"),
     ],

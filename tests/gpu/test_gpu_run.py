@@ -76,8 +76,8 @@ def test_dry_run(tmp_path):
     page = (results / files.SUMMARY).read_text()
     assert all(f"| {name} | passed |" in page for name in found["phases"]) and "images/s" not in page
 
-    keep = [sys.executable, "-m", "gpu_run.keep", str(results)]
-    refused = subprocess.run(keep, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    imports = [sys.executable, "-m", "gpu_run.import_results", str(results)]
+    refused = subprocess.run(imports, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 1 and "dry run" in refused.stderr and "nothing was changed" in refused.stderr
     assert sorted((ROOT / "benchmarks" / "results").iterdir()) == before
 
@@ -139,7 +139,7 @@ def test_the_gpu_is_the_drivers_first(tmp_path, count, says):
 
 def test_everything_missing_is_said_at_once(monkeypatch):
     monkeypatch.setattr(needs, "find_gpu", lambda: H100)
-    monkeypatch.setattr(needs, "_torch", lambda gpu: ([needs.Item("torch", "2.11.0")], "13.0"))
+    monkeypatch.setattr(needs, "_torch", lambda gpu: (needs.Item("torch", "2.11.0"), "13.0"))
     monkeypatch.setattr(needs, "tool", lambda name, remedy: needs.Item(name, None, remedy, "was not found"))
     real = needs.module
     monkeypatch.setattr(needs, "module", lambda name, *a, **k: real("no_such_" + name if name == "pybind11" else name))

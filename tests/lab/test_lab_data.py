@@ -143,7 +143,7 @@ def test_digits_move_by_a_pixel_and_are_never_mirrored():
     assert not draw("digits", 300, generator())[:, 2].any()
 
 
-def test_colour_moves_along_the_axes_of_rgb():
+def test_color_moves_along_the_axes_of_rgb():
     images = torch.zeros(2000, 3, 2, 2)
     found = augmented(images, "imagenet", draw("imagenet", 2000, generator()))
     shifts = found[:, :, 0, 0] * torch.tensor(DEVIATION)  # in 0..1
@@ -318,7 +318,7 @@ def test_missing_folders_are_one_clear_line(folders, tmp_path):
         assert "ILSVRC2012_img_train.tar" in str(caught.value) and "\n" not in str(caught.value)
     (folders / "train" / "c").rmdir()
     (folders / "val" / "b").rename(folders / "val" / "z")
-    with pytest.raises(DataError, match="other classes, such as 'b'"):
+    with pytest.raises(DataError, match="different classes, such as 'b'"):
         load("imagenet", folders)
     with pytest.raises(DataError, match="data: got 'mnist', expected one of digits, digits8, cifar10, imagenet"):
         load("mnist")

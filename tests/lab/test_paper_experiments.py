@@ -356,10 +356,11 @@ def test_imagenet_knows_what_to_compare_with():
 # ---- tables, plots, report -------------------------------------------------------------------------------------------
 
 
-def test_table_escapes():
+def test_table_escapes(tmp_path):
     table = Table("a < b", ("x|y", "z"), (("1|2", "<b>"),), ("note & more",))
     assert "| 1\\|2 | <b> |" in table.markdown()
-    assert "&lt;b&gt;" in table.html() and "a &lt; b" in table.html() and "note &amp; more" in table.html()
+    page = report._html(table.markdown(), tmp_path)
+    assert "<td>1|2</td>" in page and "&lt;b&gt;" in page and "a &lt; b" in page and "note &amp; more" in page
     assert Table.from_dict(json.loads(json.dumps(Outcome((table,), ()).to_dict()))["tables"][0]) == table
 
 

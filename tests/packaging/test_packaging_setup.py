@@ -86,7 +86,7 @@ GPU = {
     # left out also where the extension is required: this machine cannot be meant to build it
     "another major release": (
         lambda home: toolkit(home, OTHER) | {"FASTRES_BUILD_EXT": "1"},
-        [f"nvcc is of CUDA {OTHER}", f"this torch of CUDA {CUDA}"],
+        [f"nvcc is CUDA {OTHER}", f"this torch CUDA {CUDA}"],
     ),
     "no headers": (lambda home: toolkit(home, files=()), ["no cuda_runtime.h"]),
     "no runtime": (lambda home: toolkit(home, files=RUNTIME[:1]), ["no libcudart_static.a"]),
@@ -102,7 +102,7 @@ GPU = {
     ),
     "an older CUTLASS": (
         lambda home: toolkit(home) | cutlass(home / "cutlass", major=3) | {"FASTRES_BUILD_EXT": "1"},
-        ["no convolutions, they run through cuDNN or Triton", "is not of CUTLASS 4", "building fastres._C_cuda"],
+        ["no convolutions, they run through cuDNN or Triton", "is not CUTLASS 4", "building fastres._C_cuda"],
     ),
     "the CPU module alone": (
         lambda home: toolkit(home) | {"FASTRES_BUILD_EXT": "cpu"},

@@ -10,11 +10,10 @@ from torch import fx
 
 from fastres.graph.fusions import Fusion, Weights
 from fastres.graph.normalize import aten
-from fastres.graph.patterns import CONVS, epilogue, norm_name
-from fastres.graph.rows import FreezeRow, Refusal
+from fastres.graph.patterns import epilogue, norm_name, only_reader
+from fastres.graph.rows import ACTS, FreezeRow, Refusal
 
 _BN_ACT = torch.ops.fastres.bn_act.default
-_FUSED = (*CONVS, torch.ops.fastres.conv_act.default)
 
 
 class _Found(NamedTuple):
@@ -33,14 +32,22 @@ def _match(node: fx.Node, weights: Weights) -> _Found | None:
         stop = Refusal("BATCH_STATISTICS", "in eval mode too it normalizes by the batch's statistics")
     elif not all(t is None or t in weights.constants.nodes for t in node.args[1:5]):
         stop = Refusal("NOT_CONSTANT", "its tensors are computed from the input")
-    elif x.op == "call_function" and x.target in _FUSED:
-        stop = Refusal("SHARED", f"{x.name} is read elsewhere too")
     else:
-        stop = Refusal("NO_CONV", "it reads no convolution's output")
+        stop = _why_not_folded(node, x, weights)
     if stop.code in ("BATCH_STATISTICS", "NOT_CONSTANT") or len(node.meta["shape"]) != 4:
         return _Found([node], None, "none", stop, True) if weights.folds else None
     behind, residual, act = epilogue(node, weights.constants, ("relu",), ("relu",))
     return _Found([node, *behind], residual, act, stop, False)
+
+
+def _why_not_folded(norm: fx.Node, x: fx.Node, weights: Weights) -> Refusal:
+    """Why no convolution has taken a BN of constant tensors in."""
+    row = weights.rows.get(x)
+    if row is None or row.kind != "conv" or {"add", *ACTS}.intersection(row.took):
+        return Refusal("NO_CONV", "it reads no convolution's output")
+    if only_reader(x) is not norm:
+        return Refusal("SHARED", f"{row.name} is read elsewhere too")
+    return Refusal(row.reason, row.message)
 
 
 def _write(found: _Found, weights: Weights) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastres.inference.file.values import FrozenFileError, encode, short
+from fastres.inference.file.values import FrozenFileError, is_plain, short
 
 
-def likeness_to_json(names: Iterable[str], model: Any, hub_class: str) -> dict[str, Any]:
+def likeness_to_plain(names: Iterable[str], model: Any, hub_class: str) -> dict[str, Any]:
     """The likeness as plain data; a configuration of a class that is not transformers' own stays behind.
 
     Args:
@@ -17,41 +17,30 @@ def likeness_to_json(names: Iterable[str], model: Any, hub_class: str) -> dict[s
         hub_class: the source's class, if that is transformers'; else empty.
     """
     found = {name: getattr(model, name) for name in names}
-    config = found.pop("config", None)
-    data: dict[str, Any] = {"attributes": found}
+    config: Any = found.get("config")
+    data: dict[str, Any] = {"attributes": {name: value for name, value in found.items() if is_plain(value)}}
     if hub_class:
         data["class"] = hub_class
-        if type(config).__module__.startswith("transformers."):
+        if type(config).__module__.startswith("transformers.") and is_plain(config.to_dict()):
             data["config"] = [config.model_type, config.to_dict()]
-    elif config is not None:
-        found["config"] = config
-    try:
-        return {"likeness": encode(data)}
-    except FrozenFileError:  # numbers of more than 64 bits, say: the network matters more
-        return {}
+    return data
 
 
-def likeness_from_json(data: Any) -> dict[str, Any]:
-    """What `hub.give_likeness` takes, of the plain data of `likeness_to_json`.
+def likeness_from_plain(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What `hub.give_likeness` takes, of the plain data of `likeness_to_plain`.
 
     Raises:
-        FrozenFileError: it is something else, or needs a transformers that is not here.
+        FrozenFileError: its class has no name, or its configuration needs a transformers that is not here.
     """
-    if not isinstance(data, dict) or not isinstance(data.get("attributes"), dict):
-        raise FrozenFileError("it does not say what its source was like")
     name, config = data.get("class"), data.get("config")
-    names = [*data["attributes"], *([] if name is None else [name])]
-    if not all(isinstance(n, str) and n.isidentifier() for n in names):
-        raise FrozenFileError(f"{short(names)} are no names of attributes and a class")
-    return {**data, "config": None if config is None else _config(config)}
-
-
-def _config(data: Any) -> Any:
-    if not isinstance(data, list) or len(data) != 2 or not isinstance(data[0], str) or not isinstance(data[1], dict):
-        raise FrozenFileError(f"{short(data)} is no configuration")
+    if not all(isinstance(n, str) for n in data["attributes"]) or not str(name).isidentifier():
+        raise FrozenFileError(f"its source's attributes or class have no names: {short(data)}")
+    if config is None:
+        return dict(data)
+    kind, values = config
     try:
         known = importlib.import_module("transformers").CONFIG_MAPPING
-        return known[data[0]].from_dict(data[1])
+        return {**data, "config": known[kind].from_dict(values)}
     except Exception as error:  # a kind of model that the transformers here lacks, or values that it refuses
-        what = f"the configuration of its source, a {short(data[0])} of transformers"
+        what = f"the configuration of its source, a {short(kind)} of transformers"
         raise FrozenFileError(f"{what}, cannot be made here: {short(str(error))}") from error

@@ -1,13 +1,13 @@
 """Plain values as JSON and back: what a saved network's graph, settings and report are made of.
 
-None, bools, integers of 64 bits, finite floats, strings and lists are themselves; everything else is an object with one
-key that names its kind::
+None, bools, integers, finite floats, strings and lists are themselves; everything else is an object with one key that
+names its kind::
 
-    {"slot": 3}  {"tuple": [1, 2]}  {"dict": [["k", 1]]}  {"slice": [0, null, 1]}  {"float": "inf"}
+    {"slot": 3}  {"tuple": [1, 2]}  {"size": [1, 2]}  {"dict": [["k", 1]]}  {"slice": [0, null, 1]}  {"float": "inf"}
     {"dtype": "float32"}  {"device": "cpu"}  {"layout": "strided"}  {"memory_format": "channels_last"}
 
 Nothing else is written and nothing else is read: no class, no module and no attribute is looked up by a name from a
-file. ``parse`` is a strict reader of JSON: no duplicate keys, no NaN, no endless nesting.
+file.
 """
 
 from __future__ import annotations
@@ -23,27 +23,25 @@ import torch
 
 from fastres.graph.steps import Slot
 
-INT64 = 2**63
 MAX_DEPTH = 32
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", re.ASCII)
 
-DTYPES = {
-    str(d).removeprefix("torch."): d
-    for d in (
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
-    )
-}
-_LAYOUTS = {"strided": torch.strided}
-_FORMATS = {
-    str(f).removeprefix("torch."): f
-    for f in (torch.contiguous_format, torch.channels_last, torch.channels_last_3d, torch.preserve_format)
-}
-_WORDS: dict[str, tuple[type, Mapping[str, Any]]] = {
-    "dtype": (torch.dtype, DTYPES),
-    "layout": (torch.layout, _LAYOUTS),
-    "memory_format": (torch.memory_format, _FORMATS),
-    "float": (float, {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}),
+
+def _by_name(*values: Any) -> dict[str, Any]:
+    return {str(value).removeprefix("torch."): value for value in values}
+
+
+DTYPES = _by_name(
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+_NAMED: dict[str, dict[str, Any]] = {
+    "dtype": DTYPES,
+    "layout": _by_name(torch.strided),
+    "memory_format": _by_name(
+        torch.contiguous_format, torch.channels_last, torch.channels_last_3d, torch.preserve_format
+    ),
+    "float": _by_name(math.inf, -math.inf, math.nan),
 }
 
 
@@ -51,98 +49,80 @@ class FrozenFileError(ValueError):
     """A file that is not a frozen network, or a damaged, tampered or newer one; or a network that no file can hold."""
 
 
-def encode(value: Any, depth: int = 0) -> Any:
-    """The JSON of a plain value, nested as it likes up to MAX_DEPTH.
-
-    Raises:
-        FrozenFileError: a value of another kind.
-    """
-    if depth > MAX_DEPTH:
-        raise FrozenFileError(f"a value is nested more than {MAX_DEPTH} deep")
-    kind = type(value)
-    if value is None or kind is bool or kind is str:
-        return value
-    if kind is int and -INT64 <= value < INT64:
-        return value
-    if kind is float:
-        return value if math.isfinite(value) else {"float": repr(value)}
-    if kind is Slot:
-        return {"slot": value.index}
-    if kind is list:
-        return [encode(v, depth + 1) for v in value]
-    if kind is tuple or kind is torch.Size:
-        return {"tuple": [encode(v, depth + 1) for v in value]}
-    if kind is dict:
-        return {"dict": [[encode(k, depth + 1), encode(v, depth + 1)] for k, v in value.items()]}
-    if kind is slice:
-        return {"slice": [encode(v, depth + 1) for v in (value.start, value.stop, value.step)]}
-    if kind is torch.device and _DEVICE.fullmatch(str(value)):
-        return {"device": str(value)}
-    for word, (its_kind, _) in _WORDS.items():
-        if kind is its_kind and its_kind is not float:
-            name = str(value).removeprefix("torch.")
-            if name in _WORDS[word][1]:
-                return {word: name}
-    raise FrozenFileError(f"{short(value)} of type {kind.__module__}.{kind.__qualname__} is no plain value")
-
-
-class Decoder:
-    """Plain values from JSON.
+class Values:
+    """Plain values to JSON and back.
 
     Args:
-        slots: how many slots values may refer to.
         moved: a device in the file -> the device to use instead.
     """
 
-    def __init__(self, slots: int = 0, moved: Mapping[torch.device, torch.device] | None = None) -> None:
-        self.slots = slots
+    def __init__(self, moved: Mapping[torch.device, torch.device] | None = None) -> None:
         self.moved = moved or {}
 
-    def __call__(self, data: Any, depth: int = 0) -> Any:
-        """The value. Raises FrozenFileError for JSON that ``encode`` does not write."""
-        if depth > MAX_DEPTH:
-            raise FrozenFileError(f"a value is nested more than {MAX_DEPTH} deep")
+    def encode(self, value: Any, depth: int = 0) -> Any:
+        """The JSON of a value. Raises FrozenFileError for one that is not plain, or nested too deep."""
+        _check_depth(depth)
+        kind = type(value)
+        if value is None or kind in (bool, int, str) or (kind is float and math.isfinite(value)):
+            return value
+        if kind is list:
+            return [self.encode(v, depth + 1) for v in value]
+        if kind is tuple or kind is torch.Size:
+            return {"tuple" if kind is tuple else "size": [self.encode(v, depth + 1) for v in value]}
+        if kind is dict:
+            return {"dict": [[self.encode(k, depth + 1), self.encode(v, depth + 1)] for k, v in value.items()]}
+        if kind is slice:
+            return {"slice": [self.encode(v, depth + 1) for v in (value.start, value.stop, value.step)]}
+        if kind is Slot:
+            return {"slot": value.index}
+        if kind is torch.device and _DEVICE.fullmatch(str(value)):
+            return {"device": str(value)}
+        for word, table in _NAMED.items():
+            if kind is type(next(iter(table.values()))) and (name := str(value).removeprefix("torch.")) in table:
+                return {word: name}
+        return self.encode_other(value, depth)
+
+    def encode_other(self, value: Any, depth: int) -> Any:
+        """The JSON of a value of another kind: here there is none."""
+        kind = type(value)
+        raise FrozenFileError(f"{short(value)} of type {kind.__module__}.{kind.__qualname__} is no plain value")
+
+    def decode(self, data: Any, depth: int = 0) -> Any:
+        """The value of JSON. Raises FrozenFileError for JSON that ``encode`` does not write."""
+        _check_depth(depth)
         if data is None or isinstance(data, bool | int | float | str):
             return data
         if isinstance(data, list):
-            return [self(v, depth + 1) for v in data]
-        if not isinstance(data, dict) or len(data) != 1:
-            raise FrozenFileError(f"{short(data)} is no plain value")
-        ((word, content),) = data.items()
-        if word == "slot":
-            if type(content) is not int or not 0 <= content < self.slots:
-                raise FrozenFileError(f"{short(content)} is no slot")
+            return [self.decode(v, depth + 1) for v in data]
+        word, content = next(iter(data.items())) if len(data) == 1 else ("", None)
+        if isinstance(content, list):
+            if word == "tuple" or word == "size":
+                return (tuple if word == "tuple" else torch.Size)(self.decode(v, depth + 1) for v in content)
+            if word == "dict":
+                return {self.decode(k, depth + 1): self.decode(v, depth + 1) for k, v in content}
+            if word == "slice":
+                return slice(*(self.decode(v, depth + 1) for v in content))
+        if word == "slot" and type(content) is int:
             return Slot(content)
-        if word == "tuple" and isinstance(content, list):
-            return tuple(self(v, depth + 1) for v in content)
-        if word == "dict" and isinstance(content, list):
-            return self._dict(content, depth)
-        if word == "slice" and isinstance(content, list) and len(content) == 3:
-            return slice(*(self(v, depth + 1) for v in content))
-        if word == "device":
-            device = device_of(content)
-            return self.moved.get(device, device)
-        if word in _WORDS and isinstance(content, str) and content in _WORDS[word][1]:
-            return _WORDS[word][1][content]
-        raise FrozenFileError(f"{short(data)} is no plain value")
+        if isinstance(content, str):
+            if word == "device" and _DEVICE.fullmatch(content):
+                return self.moved.get(torch.device(content), torch.device(content))
+            if content in _NAMED.get(word, ()):
+                return _NAMED[word][content]
+        return self.decode_other(word, content, depth)
 
-    def _dict(self, content: list[Any], depth: int) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}
-        for pair in content:
-            if not isinstance(pair, list) or len(pair) != 2:
-                raise FrozenFileError(f"{short(pair)} is no key and value")
-            key, value = (self(v, depth + 1) for v in pair)
-            if not isinstance(key, str | int | float | bool | None):
-                raise FrozenFileError(f"{short(key)} is no key")
-            found[key] = value
-        return found
+    def decode_other(self, word: str, content: Any, depth: int) -> Any:
+        """The value of another kind: here there is none."""
+        raise FrozenFileError(f"{short({word: content})} is no plain value")
 
 
-def device_of(name: Any) -> torch.device:
-    """The device of this name, such as "cuda:0"; one that this machine lacks has one too."""
-    if not isinstance(name, str) or not _DEVICE.fullmatch(name):
-        raise FrozenFileError(f"{short(name)} is no device")
-    return torch.device(name)
+def is_plain(value: Any) -> bool:
+    """Whether a file can hold the value."""
+    try:
+        Values().encode(value)
+    except FrozenFileError:
+        return False
+    return True
 
 
 def dump(document: Any) -> str:
@@ -150,37 +130,21 @@ def dump(document: Any) -> str:
     return json.dumps(document, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
-def parse(text: str) -> Any:
-    """The data of JSON text, read strictly.
+def parse(text: str) -> dict[str, Any]:
+    """The object that is JSON text.
 
     Raises:
-        FrozenFileError: not JSON; a key twice in an object; NaN, infinity or an integer beyond 64 bits; nested too
-            deep for Python's parser.
+        FrozenFileError: not JSON, or no object; a key twice in an object; nested too deep for Python's parser.
     """
     try:
-        return json.loads(text, parse_int=_int, parse_float=_float, parse_constant=_constant, object_pairs_hook=_unique)
-    except FrozenFileError:
-        raise
+        document = json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise FrozenFileError("its JSON is nested too deep") from error
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise FrozenFileError(f"its JSON is damaged: {error}") from error
-
-
-def _int(text: str) -> int:
-    if len(text) > 20 or not -INT64 <= (number := int(text)) < INT64:
-        raise FrozenFileError(f"the integer {text[:24]} in its JSON is beyond 64 bits")
-    return number
-
-
-def _float(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise FrozenFileError(f"the number {text[:24]} in its JSON is infinite")
-    return number
-
-
-def _constant(text: str) -> float:
-    raise FrozenFileError(f"{text} in its JSON is no number")
+    if not isinstance(document, dict):
+        raise FrozenFileError("its JSON describes no network")
+    return document
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -188,6 +152,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise FrozenFileError("its JSON has a key twice in one object")
     return found
+
+
+def _check_depth(depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise FrozenFileError(f"a value is nested more than {MAX_DEPTH} deep")
 
 
 def short(value: Any) -> str:

@@ -1,11 +1,11 @@
-"""`make gpu-import`: files what a run on a GPU wrote, or refuses all of it and changes nothing.
+"""`make gpu-import`: store the results of a run on a GPU in this checkout, or refuse all of them and change nothing.
 
 bench.json   split into benchmarks/results/<what>-<mode>-<dtype>-<device>-<versions>.json, each with its page
-summary.md   benchmarks/results/gpu-<device>-<versions>.md
-tuned.json   its entries into kernels/tuned.json, in place of older ones, if the run's tests passed
-convs.json   its entries into fastres/ops/conv_measured.json, likewise
+summary.md   to benchmarks/results/gpu-<device>-<versions>.md
+tuned.json   entries into kernels/tuned.json, replacing older ones, if the run's tests passed
+convs.json   entries into fastres/ops/conv_measured.json, likewise
 
-python -m gpu_run.keep build/gpu/results
+python -m gpu_run.import_results build/gpu/results
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fastres.ops import _conv_tiles
 from gpu_run import files
 from gpu_run.checkout import ROOT, digest
 from gpu_run.summary import commit
+from plot import draw
 
 MODES = {
     "training, forward+backward": "train",
@@ -40,16 +41,16 @@ MODES = {
     "forward, grad on": "train-forward",
     "eval, forward, no grad": "eval",
     "forward, no grad": "eval",
-    "training step": "",  # of what is called "train" already
+    "training step": "",  # the operator is called "train" already
 }
 
 
 class Refused(Exception):
-    """What a folder holds cannot be filed; the message says what and why."""
+    """The folder cannot be imported; the message says why."""
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The run's files by name, JSON parsed. Raises Refused."""
+    """Read the files of a run by name, JSON parsed. Raises Refused."""
     if not folder.is_dir():
         raise Refused("is not a folder")
     names = sorted(path.name for path in folder.iterdir())
@@ -75,55 +76,8 @@ def read(folder: Path) -> dict[str, Any]:
     return found
 
 
-def check(found: dict[str, Any]) -> None:
-    """Raises Refused unless all of it is whole, of one run, and of a GPU."""
-    run = found[files.RUN]
-    if not isinstance(run, dict) or (run.get("schema"), run.get("schema_version")) != (
-        files.RUN_SCHEMA,
-        files.RUN_VERSION,
-    ):
-        raise Refused(f"{files.RUN}: expected the schema {files.RUN_SCHEMA!r}, version {files.RUN_VERSION}")
-    try:
-        result_schema.validate(run, _RUN, files.RUN)
-    except ValueError as error:
-        raise Refused(str(error)) from error
-    if run["dry_run"] or run["gpu"] is None:
-        raise Refused("a dry run: its figures are of nothing")
-    bench, tuned, convs = (found.get(name) for name in MEASURED)
-    if not any(name in found for name in MEASURED):
-        raise Refused(f"has none of {', '.join(MEASURED)}: nothing was measured")
-    if bench is not None:
-        try:
-            result_schema.check(bench)
-            result_schema.validate(bench, _MEASURED | {"run": {"dry_run": bool}})
-        except ValueError as error:
-            raise Refused(f"{files.BENCH}: {error}") from error
-        _same_run(files.BENCH, bench, bench["run"]["dry_run"], run)
-    if tuned is not None:
-        try:
-            measured.checked(tuned, configs.TABLE, files.TUNED)
-            result_schema.validate(tuned, _MEASURED | {"dry_run": bool, "entries": [{"speedup": float}]}, files.TUNED)
-        except ValueError as error:
-            raise Refused(str(error)) from error
-        _same_run(files.TUNED, tuned, tuned["dry_run"], run)
-    if convs is not None:
-        try:
-            _conv_tiles.checked(convs, files.CONVS)
-            entry = {"conv": str, "beside": {str: float}}
-            result_schema.validate(convs, _MEASURED | {"dry_run": bool, "entries": [entry]}, files.CONVS)
-        except ValueError as error:
-            raise Refused(str(error)) from error
-        _same_run(files.CONVS, convs, convs["dry_run"], run)
-    arch = int(run["gpu"]["capability"].replace(".", ""))
-    for name, data in ((files.TUNED, tuned), (files.CONVS, convs)):
-        strange = sorted({entry["arch"] for entry in (data or {"entries": []})["entries"]} - {arch})
-        if strange:
-            raise Refused(f"{name}: entries for sm_{strange[0]}, measured on sm_{arch}")
-
-
-MEASURED = (files.BENCH, files.TUNED, files.CONVS)
 _GPU = ({"name": str, "capability": str}, None)
-_MEASURED = {"environment": {"time": str, "commit": (str, None), "gpu": _GPU, "versions": {"torch": str}}}
+_ENVIRONMENT = {"time": str, "commit": (str, None), "gpu": _GPU, "versions": {"torch": str}}
 _RUN = {
     "dry_run": bool,
     "time": str,
@@ -135,36 +89,82 @@ _RUN = {
 }
 
 
-def _same_run(name: str, data: dict[str, Any], dry: bool, run: dict[str, Any]) -> None:
-    if dry:
-        raise Refused(f"{name}: a dry run: its figures are of nothing")
+def _check_bench(bench: Any) -> None:
+    result_schema.check(bench)
+    result_schema.validate(bench, {"environment": _ENVIRONMENT, "run": {"dry_run": bool}})
+
+
+def _check_tuned(tuned: Any) -> None:
+    measured.checked(tuned, configs.TABLE, files.TUNED)
+    schema = {"environment": _ENVIRONMENT, "dry_run": bool, "entries": [{"speedup": float}]}
+    result_schema.validate(tuned, schema, files.TUNED)
+
+
+def _check_convs(convs: Any) -> None:
+    _conv_tiles.checked(convs, files.CONVS)
+    schema = {"environment": _ENVIRONMENT, "dry_run": bool, "entries": [{"conv": str, "beside": {str: float}}]}
+    result_schema.validate(convs, schema, files.CONVS)
+
+
+MEASURED = {files.BENCH: _check_bench, files.TUNED: _check_tuned, files.CONVS: _check_convs}
+
+
+def check(found: dict[str, Any]) -> None:
+    """Raise Refused unless the files are valid, of one run, and of a GPU."""
+    run = found[files.RUN]
+    schema = (files.RUN_SCHEMA, files.RUN_VERSION)
+    if not isinstance(run, dict) or (run.get("schema"), run.get("schema_version")) != schema:
+        raise Refused(f"{files.RUN}: expected the schema {files.RUN_SCHEMA!r}, version {files.RUN_VERSION}")
+    try:
+        result_schema.validate(run, _RUN, files.RUN)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if run["dry_run"] or run["gpu"] is None:
+        raise Refused("a dry run: its figures mean nothing")
+    if not found.keys() & MEASURED.keys():
+        raise Refused(f"has none of {', '.join(MEASURED)}: nothing was measured")
+    for name in (name for name in MEASURED if name in found):
+        try:
+            MEASURED[name](found[name])
+        except ValueError as error:
+            raise Refused(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
+        _same_run(name, found[name], run)
+
+
+def _same_run(name: str, data: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raise Refused unless a file was measured by this run, on its GPU."""
+    if data.get("dry_run") or data.get("run", {}).get("dry_run"):
+        raise Refused(f"{name}: a dry run: its figures mean nothing")
     gpu, at = data["environment"]["gpu"], data["environment"]["commit"]
     if gpu is None or gpu["name"] != run["gpu"]["name"]:
         raise Refused(f"{name}: measured on {gpu['name'] if gpu else 'no GPU'}, the run was on {run['gpu']['name']}")
     if at != run["commit"]:
         raise Refused(f"{name}: of commit {at}, the run is of {run['commit']}")
+    arch = int(run["gpu"]["capability"].replace(".", ""))
+    strange = sorted({entry["arch"] for entry in data.get("entries", [])} - {arch})
+    if strange:
+        raise Refused(f"{name}: entries for sm_{strange[0]}, measured on sm_{arch}")
 
 
 def settle_commit(found: dict[str, Any], root: Path) -> None:
-    """Where the run had no git: this checkout's commit, if its sources are the run's. Raises Refused."""
+    """Fill in this checkout's commit for a run without git, if the sources are the same. Raises Refused."""
     if found[files.RUN]["commit"] is not None:
         return
     if found[files.RUN]["sources"] != digest(root):
-        raise Refused("of no commit that the run knew, and of other sources than this checkout's")
-    for name in MEASURED:
-        if name in found:
-            found[name]["environment"]["commit"] = commit(root)
+        raise Refused("the run did not know its commit, and its sources are not those of this checkout")
+    for name in found.keys() & MEASURED.keys():
+        found[name]["environment"]["commit"] = commit(root)
 
 
 def place(data: dict[str, Any]) -> str:
-    """<device>-<versions>: what the names of all files of a run end in."""
+    """<device>-<versions>, the end of the names of a run's files."""
     where = data["environment"]
     device = re.sub(r"[^A-Za-z0-9.]+", "_", where["gpu"]["name"])
     return f"{device}-torch{where['versions']['torch'].partition('+')[0]}"
 
 
 def split(bench: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name without a suffix -> the result file of one operator or kind of network, mode and dtype."""
+    """One result per operator or kind of network, mode and dtype, by name without a suffix."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for case in bench["cases"]:
         mode = MODES.get(case["mode"], re.sub(r"[^a-z0-9]+", "-", case["mode"].lower()))
@@ -176,19 +176,19 @@ def split(bench: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Table:
-    """A file of the package that a run's measurements go into."""
+    """A table of the package that a run's measurements are merged into."""
 
     file: str  # of the run
-    phase: str  # that wrote it
+    phase: str  # that wrote the file
     path: str  # in a checkout
-    keys: tuple[str, ...]  # what says which older entry one replaces
+    keys: tuple[str, ...]  # identify the older entry to replace
     values: tuple[str, ...]
 
     def key(self, entry: dict[str, Any]) -> list[Any]:
         return [entry[name] for name in self.keys]
 
     def merged(self, data: dict[str, Any], path: Path) -> str:
-        """The file with this run's entries in it, as text: an entry a line."""
+        """The text of the file at `path` with this run's entries merged in, one entry per line."""
         where = data["environment"]
         versions = {name: where["versions"].get(name) for name in ("torch", "triton")}
         about = {"device": where["gpu"]["name"], "commit": where["commit"], "time": where["time"]} | versions
@@ -215,13 +215,13 @@ TABLES = (
 
 
 def texts(found: dict[str, Any], root: Path) -> tuple[dict[Path, str], list[str]]:
-    """(every file to write with what it will hold, notes)"""
+    """The text of every file to write, and notes to print."""
     run, results, out, notes = found[files.RUN], root / "benchmarks" / "results", {}, []
     for name, phase in run["phases"].items():
         if phase["status"] not in ("passed", "skipped"):
             notes.append(f"note: the phase {name} {phase['status']}: {phase['message']}")
-    where = next(found[name] for name in MEASURED if name in found)
     if files.SUMMARY in found:
+        where = next(found[name] for name in MEASURED if name in found)
         out[results / f"gpu-{place(where)}.md"] = found[files.SUMMARY]
     if files.BENCH in found:
         for name, data in split(found[files.BENCH]).items():
@@ -236,12 +236,12 @@ def texts(found: dict[str, Any], root: Path) -> tuple[dict[Path, str], list[str]
         if tests == phase == "passed":
             out[root / table.path] = table.merged(data, root / table.path)
         else:
-            notes.append(f"note: {table.path} stays as it is: the run's tests {tests}, {table.phase} {phase}")
+            notes.append(f"note: {table.path} is not changed: tests {tests}, {table.phase} {phase}")
     return out, notes
 
 
 def write_all(out: dict[Path, str]) -> None:
-    """All of the files or none: nothing is renamed before everything is written."""
+    """Write all of the files or none: nothing is renamed until everything is written."""
     staged = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in out}
     try:
         for path, temporary in staged.items():
@@ -251,14 +251,12 @@ def write_all(out: dict[Path, str]) -> None:
             os.replace(temporary, path)
     finally:
         for temporary in staged.values():
-            with contextlib.suppress(OSError):  # renamed already, or never written
+            with contextlib.suppress(OSError):  # already renamed, or never written
                 temporary.unlink()
 
 
 def pictures(out: dict[Path, str]) -> list[str]:
-    """A plot beside each file of whole networks; lines to print."""
-    from plot import draw
-
+    """Plot each result of whole networks; returns lines to print."""
     lines = []
     for path in out:
         if path.suffix == ".json" and path.name.startswith("networks"):
@@ -271,8 +269,8 @@ def pictures(out: dict[Path, str]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(prog="gpu_run.keep", description="Files the results of make gpu.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the RESULTS folder of a run")
+    parser = argparse.ArgumentParser(prog="gpu_run.import_results", description="Import the results of make gpu.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="RESULTS folder of a run")
     options = parser.parse_args(arguments)
     try:
         found = read(options.folder)
@@ -286,7 +284,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     for line in [*(str(path) for path in out), *pictures(out), *notes]:
         print(line)
     if any(path.name == measured.PATH.name for path in out):
-        print("make test-full compiles every entry of the new table")
+        print("run make test-full: it compiles every entry of the new table")
     return 0
 
 

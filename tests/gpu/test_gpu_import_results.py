@@ -22,7 +22,7 @@ import report  # noqa: E402
 import result_schema  # noqa: E402
 import shapes  # noqa: E402
 from fastres.ops import _conv_tiles  # noqa: E402
-from gpu_run import files, keep  # noqa: E402
+from gpu_run import files, import_results  # noqa: E402
 from roofline import Rates  # noqa: E402
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "memory_mib": 81559, "cuda": "13.0", "cudnn": 91002}
@@ -114,7 +114,7 @@ def state(folder):
 
 
 def imports(folder):
-    return keep.main([str(folder)], folder.parent / "root")
+    return import_results.main([str(folder)], folder.parent / "root")
 
 
 def test_results_are_filed_under_their_names(folder, bench, capsys):
@@ -168,7 +168,7 @@ def test_convolutions_of_a_run_whose_tests_failed_stay_out(folder, phase, capsys
     (folder / files.RUN).write_text(json.dumps(data))
     assert imports(folder) == 0
     assert TABLE not in state(folder) and ("kernels/tuned.json" in state(folder)) == (phase == "convs")
-    assert f"{TABLE} stays as it is" in capsys.readouterr().out
+    assert f"{TABLE} is not changed" in capsys.readouterr().out
 
 
 def test_a_run_that_measured_convolutions_alone(folder):
@@ -186,7 +186,7 @@ def test_configurations_of_a_run_whose_tests_failed_stay_out(folder, phase, caps
     assert imports(folder) == 0
     assert "kernels/tuned.json" not in state(folder) and len(state(folder)) > 3
     out = capsys.readouterr().out
-    assert f"the phase {phase} failed: 1 failed" in out and "stays as it is" in out
+    assert f"the phase {phase} failed: 1 failed" in out and "is not changed" in out
 
 
 def test_a_run_without_benchmarks_or_without_tuning(folder):
@@ -210,7 +210,7 @@ def elsewhere(name, **where):
 
 
 def without_commit(folder, sources):
-    for name in keep.MEASURED:
+    for name in import_results.MEASURED:
         elsewhere(name, commit=None)(folder)
     edited(files.RUN, commit=None, sources=sources)(folder)
 
@@ -218,10 +218,10 @@ def without_commit(folder, sources):
 def test_a_run_without_git_gets_the_commit_of_the_same_sources(folder, monkeypatch):
     (folder.parent / "root" / "kernels" / "one.py").write_text("x = 1\n")
     before = state(folder)
-    monkeypatch.setattr(keep, "commit", lambda root: COMMIT)
+    monkeypatch.setattr(import_results, "commit", lambda root: COMMIT)
     without_commit(folder, "1" * 64)
     assert imports(folder) == 1 and state(folder) == before
-    without_commit(folder, keep.digest(folder.parent / "root"))
+    without_commit(folder, import_results.digest(folder.parent / "root"))
     assert imports(folder) == 0
     path = folder.parent / "root" / "benchmarks" / "results" / f"add_relu-eval-fp32-{PLACE}.json"
     assert result_schema.load(path)["environment"]["commit"] == COMMIT
@@ -256,7 +256,7 @@ def without_samples(folder):
         (lambda folder: (folder / files.TESTS).write_text("<testsuites>"), "cannot be read"),
         (lambda folder: (folder / "weights.pkl").write_bytes(b"\x80"), "weights.pkl: not a file of make gpu"),
         (lambda folder: (folder / files.RUN).unlink(), "has no run.json"),
-        (lambda folder: [(folder / n).unlink() for n in keep.MEASURED], "nothing was measured"),
+        (lambda folder: [(folder / n).unlink() for n in import_results.MEASURED], "nothing was measured"),
         (edited(files.CONVS, dry_run=True), "convs.json: a dry run"),
         (edited(files.CONVS, schema="other"), "convs.json: expected the schema"),
         (edited(files.CONVS, entries=[conv_entry(arch=80)]), "convs.json: entries for sm_80, measured on sm_90"),
@@ -289,5 +289,5 @@ def test_a_disk_that_is_full_in_the_middle_changes_nothing(folder, monkeypatch):
 
 
 def test_a_folder_that_is_not_there(tmp_path, capsys):
-    assert keep.main([str(tmp_path / "none")], tmp_path) == 1
+    assert import_results.main([str(tmp_path / "none")], tmp_path) == 1
     assert "is not a folder" in capsys.readouterr().err
