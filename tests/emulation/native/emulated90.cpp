@@ -89,6 +89,7 @@ const char* conv_act(int number, const int64_t* sizes, void* x, void* weight, vo
   }
 }
 
+void set_planning(int on) { emulator::planning = on != 0; }
 int64_t counted(const char* what) { return emulator::counted(what); }
 
 }  // extern "C"
