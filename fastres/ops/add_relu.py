@@ -122,20 +122,15 @@ def _native(kernel: Callable[[Tensor, Tensor], Tensor | None]) -> Callable[[Tens
     return run
 
 
-def _triton_forward(x: Tensor, residual: Tensor) -> Tensor:
-    from fastres.kernels.add_relu import add_relu_forward
+def _triton(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        from fastres.kernels import add_relu as kernels
 
-    y = torch.empty_like(x)
-    add_relu_forward(x, residual, y)
-    return y
+        out = torch.empty_like(a)
+        getattr(kernels, name)(a, b, out)
+        return out
 
-
-def _triton_backward(dy: Tensor, y: Tensor) -> Tensor:
-    from fastres.kernels.add_relu import add_relu_backward
-
-    dx = torch.empty_like(y)
-    add_relu_backward(dy, y, dx)
-    return dx
+    return run
 
 
 _OP = torch.ops.fastres.add_relu.default
@@ -153,7 +148,7 @@ OPERATOR.add(
 )
 for _backend, _why_not in (("cpu", why_not_cpu), ("cuda", why_not_cuda)):
     OPERATOR.add(Backend(_backend, _why_not, _native(_NATIVE), _native(_NATIVE_BACKWARD), native=True))
-OPERATOR.add(Backend("triton", why_not_triton, _triton_forward, _triton_backward))
+OPERATOR.add(Backend("triton", why_not_triton, _triton("add_relu_forward"), _triton("add_relu_backward")))
 
 
 # ---- public function -------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, regist
 from fastres.ops import _bn_autograd, _bn_backends
 from fastres.ops._autograd import is_plain_eager, register_autograd
 from fastres.ops._bn_autograd import Call, fast_path, update_running
-from fastres.ops._bn_backends import NATIVE, statistics
+from fastres.ops._bn_backends import NATIVE, Grads, Outputs, statistics
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -94,18 +94,21 @@ def _check(
         raise ValueError("bn_act: running_mean and running_var: got None, expected [C] tensors when training is False")
 
 
-def _output_strides(x: Tensor, residual: Tensor | None, act: str, channels_last: bool) -> tuple[int, ...]:
-    """y's strides: those that eager's batch_norm, addition and relu leave."""
-    if not x.numel() and (residual is None and act == "none"):
-        return x.stride()
-    y = torch.empty_like(x, memory_format=memory_format(channels_last and x.numel() > 0), device="meta")
-    if not x.numel() or residual is None or residual.stride() == y.stride():
-        return y.stride()
-    return empty_elementwise(y, residual, act, "meta").stride()
+def _empty_output(x: Tensor, residual: Tensor | None, act: str, device: torch.device | str) -> Tensor:
+    """Uninitialized y, with the strides that eager's batch_norm, addition and relu leave."""
+    if x.numel() == 0 and residual is None and act == "none":
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    layout = memory_format(x.numel() > 0 and is_channels_last(x))
+    y = torch.empty_like(x, memory_format=layout, device=device)
+    if x.numel() == 0 or residual is None or residual.stride() == y.stride():
+        return y
+    return empty_elementwise(y, residual, act)
 
 
-def _dense(t: Tensor, channels_last: bool) -> Tensor:
+def _dense(t: Tensor | None, channels_last: bool) -> Tensor | None:
     """`t` with the strides of a new tensor in this order; copied only where its memory has another."""
+    if t is None:
+        return None
     t = t.contiguous(memory_format=memory_format(channels_last))
     n, c, h, w = t.shape
     return t.as_strided(t.shape, (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1))
@@ -126,62 +129,28 @@ def _forward(
     eps: float,
     act: str,
     backend: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
     _check(x, weight, bias, running_mean, running_var, residual, training, act)
-    chosen = choose(OPERATOR, backend, x)
-    channels_last = is_channels_last(x)
-    strides, dtype = _output_strides(x, residual, act, channels_last), stats_dtype(x)
+    chosen, dtype = choose(OPERATOR, backend, x), stats_dtype(x)
     mean, var = (None if training else _per_channel(t, dtype) for t in (running_mean, running_var))
-    if not x.numel():
-        return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device), *statistics(x, mean, var)
-    y, mean, var = chosen.forward(
-        _dense(x, channels_last),
-        _per_channel(weight, dtype),
-        _per_channel(bias, dtype),
-        None if residual is None else _dense(residual, channels_last),
-        mean,
-        var,
-        training=training,
-        eps=eps,
-        act=act,
-    )
-    return with_strides(y, strides), mean, var
+    if x.numel() == 0:
+        return _empty_output(x, residual, act, x.device), *statistics(x, mean, var)
+    images = [_dense(t, is_channels_last(x)) for t in (x, residual)]
+    numbers = [_per_channel(t, dtype) for t in (weight, bias)]
+    how = {"training": training, "eps": eps, "act": act}
+    y, *used = chosen.forward(images[0], *numbers, images[1], mean, var, **how)
+    return with_strides(y, _empty_output(x, residual, act, "meta").stride()), *used
 
 
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    eps: float,
-    act: str,
-    backend: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, *others: Any) -> Outputs:
+    weight, bias, running_mean, running_var, residual, training, _, act = others[:8]
     _check(x, weight, bias, running_mean, running_var, residual, training, act)
-    strides = _output_strides(x, residual, act, is_channels_last(x))
-    mean = x.new_empty(x.shape[1], dtype=stats_dtype(x))
-    y = torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device)
-    return y, mean, torch.empty_like(mean)
+    return _empty_output(x, residual, act, x.device), *statistics(x, None, None)
 
 
-def _empty_gradients(
-    x: Tensor, y: Tensor | None, mean: Tensor, needs: Sequence[bool], channels_last: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Uninitialized (dx, dweight, dbias, dresidual), None where not needed; dx in x's memory order, as eager's."""
-    dx = torch.empty_like(x, memory_format=memory_format(channels_last)) if needs[0] else None
-    dweight = torch.empty_like(mean) if needs[1] else None
-    dbias = torch.empty_like(mean) if needs[2] else None
-    dresidual = torch.empty_like(x, memory_format=memory_format(channels_last)) if needs[3] else None
-    return dx, dweight, dbias, dresidual
-
-
-def _filled(x: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _returned(x: Tensor, grads: Grads) -> tuple[Tensor, ...]:
     """A schema cannot return None: an empty tensor stands for a gradient that is not needed."""
-    dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
-    return dx, dweight, dbias, dresidual
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
 def _backward(
@@ -196,41 +165,24 @@ def _backward(
     act: str,
     needs: Sequence[bool],
     backend: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     chosen = choose(OPERATOR, backend, x)
-    channels_last = is_channels_last(x)
-    if not x.numel():
-        grads = _empty_gradients(x, y, mean, needs, channels_last)
-        return _filled(x, [None if g is None else g.zero_() for g in grads])
-    grads = chosen.backward(
-        _dense(dy, channels_last),
-        _dense(x, channels_last),
-        None if y is None else _dense(y, channels_last),
-        _per_channel(weight, mean.dtype),
-        mean,
-        var,
-        training=training,
-        eps=eps,
-        act=act,
-        needs=needs,
-    )
-    return _filled(x, grads)
+    if x.numel() == 0:
+        return _zero_gradients(x, mean, needs)
+    images = [_dense(t, is_channels_last(x)) for t in (dy, x, y)]
+    how = {"training": training, "eps": eps, "act": act, "needs": needs}
+    return _returned(x, chosen.backward(*images, _per_channel(weight, mean.dtype), mean, var, **how))
 
 
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    training: bool,
-    eps: float,
-    act: str,
-    needs: Sequence[bool],
-    backend: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _filled(x, _empty_gradients(x, y, mean, needs, is_channels_last(x)))
+def _zero_gradients(x: Tensor, mean: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """dx and dresidual in x's memory order, as eager's."""
+    layout = memory_format(is_channels_last(x))
+    like = torch.empty_like(x, memory_format=layout), mean, mean, torch.empty_like(x, memory_format=layout)
+    return _returned(x, [torch.zeros_like(t) if need else None for t, need in zip(like, needs, strict=True)])
+
+
+def _fake_backward(dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _zero_gradients(x, mean, others[4])
 
 
 for _key in ("CPU", "CUDA"):

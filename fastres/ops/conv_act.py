@@ -17,18 +17,20 @@ act="none". With a scale, what follows the convolution is computed in float32 (f
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
 from fastres.ops import _conv_backends
 from fastres.ops._autograd import any_requires_grad, is_plain_eager, register_autograd
 from fastres.ops._conv_backends import ACTS, Conv, Maybe, Pair, output_size, pair
-from fastres.ops._flops import register_flops
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -238,13 +240,23 @@ register_autograd(_LIB, "conv_act", _forward, _setup_context, _backward)
 
 def _flops(x_shape: Any, w_shape: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
     """Multiplications and additions of the convolution, 2 N K P Q (C / groups) R S; the epilogue's are not counted."""
-    n, k, p, q = out_shape
-    _, per_group, r, s = w_shape
-    flops: int = 2 * n * k * p * q * per_group * r * s
+    flops: int = 2 * prod(out_shape) * prod(w_shape[1:])
     return flops
 
 
-register_flops(torch.ops.fastres.conv_act, _flops)
+def _tell_flop_counters() -> None:
+    """Give FlopCounterMode the formula. Its module imports Triton, so only where somebody has loaded it."""
+    module: Any = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    if torch.ops.fastres.conv_act not in module.flop_registry:
+        module.register_flop_formula(torch.ops.fastres.conv_act)(_flops)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, module._FlopCounterMode):  # it copied the registry when it was made, perhaps before this
+            mode.counter.flop_registry = module.flop_registry | mode.counter.flop_registry
+
+
+_tell_flop_counters()
 
 
 # ---- backends: each returns y ----------------------------------------------------------------------------------------
@@ -332,6 +344,8 @@ def conv_act(
     where = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups
     if is_plain_eager(*tensors) and not (torch.is_grad_enabled() and any_requires_grad(*tensors)):
         return _forward(*tensors, *where, act, backend)
+    if not torch.compiler.is_compiling():
+        _tell_flop_counters()
     if act in _BEHIND and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         z: Tensor = _OP(*tensors, *where, "none", backend)
         return _BEHIND[act](z)

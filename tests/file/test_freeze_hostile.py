@@ -431,7 +431,7 @@ FUNCTIONS = [
     ),
     *(
         "mkldnn._convolution_pointwise.default",
-        "fastres._bn_act_direct_native.default",
+        "fastres._bn_act_native.default",
         "torchvision._cuda_version.default",
     ),
     *("fastres.nothing.default", "higher_order.cond.default", "", None, 7, ["aten.relu.default"], {"a": 1}),

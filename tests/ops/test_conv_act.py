@@ -1,13 +1,14 @@
 """conv_act against conv2d, add, act: forward, backward, opcheck, gradcheck, compile, shapes, refusals."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch.library import opcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
 from fastres._dispatch import OPERATORS, BackendError, refusals
@@ -299,13 +300,22 @@ def test_row20_row21_autocast_casts_as_conv2d(dtype):
     torch.testing.assert_close(got.float(), eager(*leaves, residual, **call), rtol=3e-2, atol=0.2)
 
 
-def test_flops_are_counted():
-    x, weight = torch.randn(2, 8, 6, 6), torch.randn(16, 8, 3, 3)
-    with FlopCounterMode(display=False) as ours:
-        conv_act(x, weight, padding=1)
-    with FlopCounterMode(display=False) as theirs:
-        F.conv2d(x, weight, padding=1)
-    assert ours.get_total_flops() == theirs.get_total_flops() == 2 * 2 * 16 * 36 * 8 * 9
+@pytest.mark.parametrize("when", ["before", "after", "inside"])
+def test_flops_are_counted_whenever_the_counter_is_loaded(when):
+    code = f"""
+import torch
+order = ["import fastres.functional", "from torch.utils.flop_counter import FlopCounterMode"]
+for line in order[:: -1 if {when!r} == "before" else 1]:
+    exec(line)
+x, weight = torch.randn(2, 8, 6, 6), torch.randn(16, 8, 3, 3)
+if {when!r} == "after":
+    fastres.functional.conv_act(x, weight.requires_grad_(), padding=1)
+for _ in range(2):
+    with FlopCounterMode(display=False) as counter:
+        fastres.functional.conv_act(x, weight, padding=1)
+    assert counter.get_total_flops() == 2 * 2 * 16 * 36 * 8 * 9, counter.get_total_flops()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ---- shapes and refusals ---------------------------------------------------------------------------------------------
