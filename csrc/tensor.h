@@ -1,5 +1,5 @@
-// What every operator needs of a tensor: checks that name the tensor and say what was got and wanted, typed pointers,
-// dispatch over the element type, and torch's own threads. Stable ABI only: no ATen header.
+// What every operator needs of a tensor: what it asks of it, typed pointers, dispatch over the element type, and torch's
+// own threads. Stable ABI only: no ATen header.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -28,54 +28,8 @@ inline std::string shape_string(const Tensor& t) {
   return s + "]";
 }
 
-inline void check_cpu(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-}
-
 inline bool on_one_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() ? b.is_cpu() : a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
-}
-inline std::string device_string(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
-}
-inline void check_device(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
-  STD_TORCH_CHECK(on_one_device(t, like), name, ": expected device ", device_string(like), " as ", like_name, ", got ",
-                  device_string(t), " (shape ", shape_string(t), ", dtype ", toString(t.scalar_type()), ")");
-}
-
-// `t` must look like `like` in device, shape and dtype: the kernels walk both with one set of offsets.
-inline void check_same(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
-  check_device(t, name, like, like_name);
-  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected dtype ", toString(like.scalar_type()),
-                  " as ", like_name, ", got ", toString(t.scalar_type()));
-  const auto sizes = t.sizes(), wanted = like.sizes();
-  STD_TORCH_CHECK(sizes.size() == wanted.size() && std::equal(sizes.begin(), sizes.end(), wanted.begin()), name,
-                  ": expected shape ", shape_string(like), " as ", like_name, ", got ", shape_string(t));
-}
-
-// Dense [N, C, H, W] in the order that the flag says. The stride of a dimension of size 1 means nothing: not read.
-inline void check_layout(const Tensor& t, const char* name, bool channels_last) {
-  STD_TORCH_CHECK(t.dim() == 4, name, ": expected 4 dimensions [N, C, H, W], got ", t.dim());
-  const auto sizes = t.sizes(), strides = t.strides();
-  static constexpr int kOrder[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};  // innermost first: NCHW, NHWC
-  int64_t expected = 1;
-  for (const int d : kOrder[channels_last]) {
-    STD_TORCH_CHECK(sizes[d] == 1 || strides[d] == expected, name, ": expected a dense ",
-                    channels_last ? "channels_last" : "contiguous", " tensor; dimension ", d, " has stride ",
-                    strides[d], ", wanted ", expected);
-    expected *= sizes[d];
-  }
-}
-
-// `like`: the tensor whose channels these are.
-inline void check_channels(const Tensor& t, const char* name, int64_t channels, const Tensor& like,
-                           const char* like_name) {
-  check_device(t, name, like, like_name);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, ": expected dtype Float, got ",
-                  toString(t.scalar_type()));
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.is_contiguous(), name, ": expected a contiguous [",
-                  channels, "], got ", shape_string(t));
 }
 
 // Uninitialised, on the device of `like`. Straight to torch's allocator: through the dispatcher, as
@@ -89,10 +43,13 @@ inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                                   cpu ? 0 : like.get_device_index(), &handle));
   return Tensor(handle);
 }
-inline Tensor empty_as(const Tensor& like) {  // its dtype, sizes and strides
+inline int32_t dtype_of(const Tensor& t) {
   int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  return empty_strided(like.sizes(), like.strides(), dtype, like);
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  return dtype;
+}
+inline Tensor empty_as(const Tensor& like) {  // its dtype, sizes and strides
+  return empty_strided(like.sizes(), like.strides(), dtype_of(like), like);
 }
 inline Tensor empty_channels(int64_t channels, const Tensor& like) {  // [C], fp32
   const int64_t one = 1;
@@ -116,27 +73,37 @@ T* output(const OptionalTensor& t) {
   return t ? output<T>(*t) : nullptr;
 }
 
-// ---- Questions of a whole call (`_<op>_direct_native`), which answers instead of raising.
+// ---- Questions about a call. An operator whose tensors are others returns nothing, having done nothing: Python then makes
+// them dense, and says what is wrong with bad input.
 
-// [N, C, H, W], dense in one order and no other: C > 1 and H * W > 1, strides to the letter. None: neither, or both.
-inline std::optional<bool> plainly_channels_last(const Tensor& t) {
+// The memory order of [N, C, H, W] whose strides are those of a new tensor, of dimensions of size 1 too: true for
+// channels_last, false for NCHW. One pixel is NCHW, as eager's batch_norm has it. Nothing for any other tensor.
+inline std::optional<bool> channels_last_of(const Tensor& t) {
   if (t.dim() != 4 || t.numel() == 0) return std::nullopt;
   const auto size = t.sizes(), stride = t.strides();
   const int64_t c = size[1], h = size[2], w = size[3];
-  if (c == 1 || h * w == 1) return std::nullopt;
   if (stride[0] != c * h * w) return std::nullopt;
-  if (stride[1] == 1 && stride[3] == c && stride[2] == w * c) return true;
   if (stride[3] == 1 && stride[2] == w && stride[1] == h * w) return false;
+  if (size[0] * h * w > 1 && stride[1] == 1 && stride[3] == c && stride[2] == w * c) return true;
   return std::nullopt;
 }
 
-// Contiguous, the strides of dimensions of size 1 included.
-inline bool is_canonically_contiguous(const Tensor& t) {
+// Dense in some order, with strides that eager's elementwise operators give their output too.
+inline bool has_lasting_strides(const Tensor& t) {
   const auto size = t.sizes(), stride = t.strides();
   int64_t expected = 1;
+  bool contiguous = true;
   for (int64_t d = t.dim() - 1; d >= 0; --d) {
-    if (stride[d] != expected) return false;
+    contiguous = contiguous && stride[d] == expected;
     expected *= size[d];
+  }
+  if (contiguous) return true;
+  if (t.is_contiguous()) return false;  // but for dimensions of size 1, whose strides eager makes canonical
+  if (channels_last_of(t)) return true;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    int64_t inner = 1;  // elements of the dimensions inside this one
+    for (int64_t e = 0; e < t.dim(); ++e) inner *= e != d && stride[e] <= stride[d] ? size[e] : 1;
+    if (size[d] == 1 || stride[d] != inner) return false;
   }
   return true;
 }
@@ -154,10 +121,10 @@ inline bool has_kernel_dtype(const Tensor& t) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
 }
 
-// A contiguous [C] in fp32 on the device of `like`, or nothing.
-inline bool is_per_channel(const OptionalTensor& t, int64_t channels, const Tensor& like) {
-  return !t || (on_one_device(*t, like) && t->scalar_type() == ScalarType::Float && t->dim() == 1 &&
-                t->size(0) == channels && t->stride(0) == 1);
+// A contiguous [C] on the device of `like`, in fp32 unless `any_dtype`; or nothing.
+inline bool is_per_channel(const OptionalTensor& t, int64_t channels, const Tensor& like, bool any_dtype = false) {
+  return !t || (on_one_device(*t, like) && t->dim() == 1 && t->size(0) == channels && t->stride(0) == 1 &&
+                (any_dtype ? has_kernel_dtype(*t) : t->scalar_type() == ScalarType::Float));
 }
 // One int64 on the device of `like`, or nothing.
 inline bool is_counter(const OptionalTensor& t, const Tensor& like) {
@@ -183,12 +150,6 @@ void dispatch_dtype(const Tensor& t, const char* name, const F& f) {
 template <class F>
 void with_bool(bool value, const F& f) {
   value ? f(std::true_type{}) : f(std::false_type{});
-}
-
-// "relu" or "none".
-inline bool is_relu(const std::string& act) {
-  STD_TORCH_CHECK(act == "relu" || act == "none", "act: expected \"relu\" or \"none\", got \"", act, "\"");
-  return act == "relu";
 }
 
 // Runs f(begin, end) over [0, tasks) on torch's threads. A thread is worth waking for about 16k elements; what a task

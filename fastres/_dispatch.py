@@ -31,20 +31,17 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run an operator: `why_not(x)`, or `why_not(x, kind)`, lists its refusals; its launches fill
-    preallocated outputs, or return them where the operator says so.
+    """One way to run an operator: `why_not(x)`, or `why_not(x, kind)`, lists its refusals; the others return outputs.
 
-    `direct` and `direct_backward`, where a backend has them, are the whole call in one kernel, outputs allocated; they
-    return nothing but None, having done nothing, for tensors that they leave to the general way. `signs_from_x`: the
-    direct backward finds a ReLU's sign without the forward's output.
+    `native`: the operator's `_<op>_native` and `_<op>_backward_native` run it, which the fast path calls without the
+    dispatcher. `signs_from_x`: its backward finds a ReLU's sign without the forward's output.
     """
 
     name: str
     why_not: Callable[..., list[str]]
     forward: Callable[..., Any]
     backward: Any = None  # a Callable; None for an operator whose gradients are other operators'
-    direct: Callable[..., Any] | None = None
-    direct_backward: Callable[..., Any] | None = None
+    native: bool = False
     signs_from_x: bool = False
 
 

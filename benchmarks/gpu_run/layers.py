@@ -91,7 +91,7 @@ def own_kernels(layer: Layer, device: torch.device) -> Sequence[_conv_tiles.Kern
 
 
 def native(kernel: _conv_tiles.Kernel, layer: Layer, tensors: Sequence[Tensor | None], y: Tensor) -> None:
-    torch.ops.fastres._conv_act_native.default(*tensors, y, *layer.shape[9:], "relu", kernel.index)
+    y.set_(torch.ops.fastres._conv_act_native.default(*tensors, *layer.shape[9:], "relu", kernel.index))  # no copy
 
 
 def candidates(layer: Layer, tensors: Sequence[Any], y: Tensor, device: torch.device) -> dict[str, Call]:

@@ -55,54 +55,28 @@ void launch(const Op& op, int64_t n) {
   parallel_tasks((n + kBlock - 1) / kBlock, n, [&](int64_t begin, int64_t end) { run_kernel(kernel, begin, end); });
 }
 
-void forward(const Tensor& x, const Tensor& residual, const Tensor& y) {
+// The gradient too: from dy and y.
+bool takes(const Tensor& x, const Tensor& residual) {
+  return x.is_cpu() && has_kernel_dtype(x) && x.numel() > 0 && looks_like(residual, x) && has_lasting_strides(x);
+}
+
+OptionalTensor add_relu(Tensor x, Tensor residual) {
+  if (!takes(x, residual)) return std::nullopt;
+  const Tensor y = empty_as(x);
   dispatch_dtype(x, "x", [&](auto t) {
     using T = decltype(t);
     launch(AddReluForward<T>{input<T>(x), input<T>(residual), output<T>(y)}, x.numel());
   });
+  return y;
 }
 
-void backward(const Tensor& dy, const Tensor& y, const Tensor& dx) {
+OptionalTensor add_relu_backward(Tensor dy, Tensor y) {
+  if (!takes(dy, y)) return std::nullopt;
+  const Tensor dx = empty_as(dy);
   dispatch_dtype(dy, "dy", [&](auto t) {
     using T = decltype(t);
     launch(AddReluBackward<T>{input<T>(dy), input<T>(y), output<T>(dx)}, dy.numel());
   });
-}
-
-// ---- Filling what the caller allocated: any call, checked.
-
-void add_relu(Tensor x, Tensor residual, Tensor y) {
-  check_cpu(x, "x");
-  check_same(residual, "residual", x, "x");
-  check_same(y, "y", x, "x");
-  forward(x, residual, y);
-}
-
-void add_relu_backward(Tensor dy, Tensor y, Tensor dx) {
-  check_cpu(dy, "dy");
-  check_same(y, "y", dy, "dy");
-  check_same(dx, "dx", dy, "dy");
-  backward(dy, y, dx);
-}
-
-// ---- The whole call, as in bn_act.cpp: nothing is returned where it is left to the general way.
-
-bool takes(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() && has_kernel_dtype(a) && a.numel() > 0 && looks_like(b, a) &&
-         (is_canonically_contiguous(a) || plainly_channels_last(a).value_or(false));
-}
-
-OptionalTensor add_relu_direct(Tensor x, Tensor residual) {
-  if (!takes(x, residual)) return std::nullopt;
-  const Tensor y = empty_as(x);
-  forward(x, residual, y);
-  return y;
-}
-
-OptionalTensor add_relu_backward_direct(Tensor dy, Tensor y) {
-  if (!takes(y, dy)) return std::nullopt;
-  const Tensor dx = empty_as(y);
-  backward(dy, y, dx);
   return dx;
 }
 
@@ -112,6 +86,4 @@ OptionalTensor add_relu_backward_direct(Tensor dy, Tensor y) {
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("_add_relu_native", TORCH_BOX(&fastres::add_relu));
   m.impl("_add_relu_backward_native", TORCH_BOX(&fastres::add_relu_backward));
-  m.impl("_add_relu_direct_native", TORCH_BOX(&fastres::add_relu_direct));
-  m.impl("_add_relu_backward_direct_native", TORCH_BOX(&fastres::add_relu_backward_direct));
 }

@@ -17,8 +17,8 @@
 #include <limits>
 #include <memory>
 #include <optional>
-#include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/bn_act_planes.h"
 #include "cpu/bn_act_rows.h"
@@ -53,7 +53,6 @@ struct Shape {
   bool rows, cached;
 
   Shape(const Tensor& x, bool channels_last) : numel(x.numel()), channels(x.size(1)), batch(x.size(0)) {
-    STD_TORCH_CHECK(numel > 0, "x: expected at least one element, got shape ", shape_string(x));
     plane = numel / (batch * channels);
     cached = is_cached(numel * (x.scalar_type() == ScalarType::Float ? 4 : 2));
     rows = channels_last ? channels > 1 : plane == 1;
@@ -91,13 +90,41 @@ void passes(const Shape& shape, const Scratch& scratch, Wanted wanted, const Ter
   if (wanted.map) launch(MapRows<Map>{map, part, shape.cached}, part.tasks(), shape.numel);
 }
 
+// [C] in fp32: the tensor's own memory, or a copy of what is stored in 16 bits. Null where there is no tensor.
+class PerChannel {
+ public:
+  explicit PerChannel(const OptionalTensor& t) {
+    if (t && t->scalar_type() == ScalarType::Float) data_ = input<float>(*t);
+    if (!t || data_) return;
+    dispatch_dtype(*t, "parameter", [&](auto element) {
+      const auto* from = input<decltype(element)>(*t);
+      copy_.resize(static_cast<size_t>(t->numel()));
+      for (size_t c = 0; c < copy_.size(); ++c) copy_[c] = load<1>(from + c);
+    });
+    data_ = copy_.data();
+  }
+  const float* data() const { return data_; }
+
+ private:
+  std::vector<float> copy_;
+  const float* data_ = nullptr;
+};
+
+// mean, var: written in training, else read; null: 0 and 1 - eps.
 void forward(const Shape& shape, const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
-             const OptionalTensor& residual, const Tensor& y, const Tensor& mean, const Tensor& var, bool training,
-             double eps, bool relu) {
+             const OptionalTensor& residual, const Tensor& y, float* mean, float* var, bool training, double eps,
+             bool relu) {
   const float floor = relu ? 0.f : -std::numeric_limits<float>::infinity();
   const Scratch scratch(shape.channels, training ? shape.chunks() : 0);
-  const ForwardChannel channel{input<float>(weight), input<float>(bias), output<float>(mean), output<float>(var),
-                               scratch.scale,        scratch.bias,       eps};
+  if (!mean) {
+    mean = scratch.mean_g;
+    var = scratch.slope;
+    std::fill_n(mean, shape.channels, 0.f);
+    std::fill_n(var, shape.channels, 1.f);
+    eps = 0;
+  }
+  const PerChannel weights(weight), biases(bias);
+  const ForwardChannel channel{weights.data(), biases.data(), mean, var, scratch.scale, scratch.bias, eps};
   dispatch_dtype(x, "x", [&](auto t) {
     using T = decltype(t);
     const StatisticsTerm<T> term{input<T>(x)};
@@ -168,61 +195,6 @@ void backward(const Shape& shape, const Tensor& dy, const Tensor& x, const Optio
   });
 }
 
-// ---- Filling what the caller allocated: any call, checked.
-
-void bn_act(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, Tensor y, Tensor mean,
-            Tensor var, bool channels_last, bool training, double eps, std::string act) {
-  check_cpu(x, "x");
-  check_layout(x, "x", channels_last);
-  const Shape shape(x, channels_last);
-  const auto check_activation = [&](const Tensor& t, const char* name) {
-    check_same(t, name, x, "x");
-    check_layout(t, name, channels_last);
-  };
-  if (residual) check_activation(*residual, "residual");
-  check_activation(y, "y");
-  if (weight) check_channels(*weight, "weight", shape.channels, x, "x");
-  if (bias) check_channels(*bias, "bias", shape.channels, x, "x");
-  check_channels(mean, "mean", shape.channels, x, "x");
-  check_channels(var, "var", shape.channels, x, "x");
-  forward(shape, x, weight, bias, residual, y, mean, var, training, eps, is_relu(act));
-}
-
-void bn_act_backward(Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, Tensor mean, Tensor var,
-                     OptionalTensor dx, OptionalTensor dweight, OptionalTensor dbias, OptionalTensor dresidual,
-                     bool channels_last, bool training, double eps, std::string act) {
-  check_cpu(dy, "dy");
-  check_layout(dy, "dy", channels_last);
-  const Shape shape(dy, channels_last);
-  const auto check_activation = [&](const OptionalTensor& t, const char* name) {
-    if (!t) return;
-    check_same(*t, name, dy, "dy");
-    check_layout(*t, name, channels_last);
-  };
-  check_activation(x, "x");
-  check_activation(y, "y");
-  check_activation(dx, "dx");
-  check_activation(dresidual, "dresidual");
-  const auto check_parameter = [&](const OptionalTensor& t, const char* name) {
-    if (t) check_channels(*t, name, shape.channels, dy, "dy");
-  };
-  check_parameter(weight, "weight");
-  check_parameter(mean, "mean");
-  check_parameter(var, "var");
-  check_parameter(dweight, "dweight");
-  check_parameter(dbias, "dbias");
-  const bool mask = is_relu(act);
-  STD_TORCH_CHECK(!mask || y, "y: act=\"relu\" takes its mask from the output of the forward, got None");
-  if (!dx && !dweight && !dbias && !dresidual) return;
-
-  backward(shape, dy, x, y, weight, std::nullopt, mean, var, dx, dweight, dbias, dresidual, training, eps,
-           mask ? Mask::kOutput : Mask::kNone);
-}
-
-// ---- The whole call, for the tensors that networks are made of: allocates, computes, and moves the running statistics.
-// Nothing is returned, and nothing has happened, where the call is another: ops/bn_act.py then takes the general way,
-// which knows every layout and dtype, and says what is wrong with bad input.
-
 // running = (1 - momentum) * running + momentum * value * correction
 void move(const OptionalTensor& running, const Tensor& value, double momentum, double correction) {
   if (!running) return;
@@ -233,26 +205,36 @@ void move(const OptionalTensor& running, const Tensor& value, double momentum, d
   }
 }
 
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_direct(
+// Returns y, and the mean and var that backward needs; moves the running statistics in training. `overwrite`, for calls
+// without a gradient in eval mode: y is x, written over, and nothing is kept. Parameters and statistics may then be 16-bit
+// numbers, and without statistics it is y = act(weight * x + bias [+ residual]).
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act(
     Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, OptionalTensor running_mean,
     OptionalTensor running_var, OptionalTensor num_batches_tracked, bool training, double momentum, double eps,
-    bool relu) {
-  const auto channels_last = plainly_channels_last(x);
+    bool relu, bool overwrite) {
+  const auto channels_last = channels_last_of(x);
   if (!channels_last || !x.is_cpu() || !has_kernel_dtype(x) || !looks_like(residual, x)) return {};
   const Shape shape(x, *channels_last);
   for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
-    if (!is_per_channel(*t, shape.channels, x)) return {};
+    if (!is_per_channel(*t, shape.channels, x, overwrite)) return {};
   }
   if (!is_counter(num_batches_tracked, x)) return {};
   const int64_t count = shape.numel / shape.channels;
-  if (training ? count == 1 : !(running_mean && running_var)) return {};
+  const bool has_statistics = running_mean && running_var, has_none = !running_mean && !running_var;
+  if (training ? overwrite || count == 1 : !(has_statistics || (overwrite && has_none))) return {};
 
+  if (overwrite) {
+    const PerChannel mean(running_mean), var(running_var);
+    forward(shape, x, weight, bias, residual, x, const_cast<float*>(mean.data()), const_cast<float*>(var.data()), false,
+            eps, relu);
+    return {x, std::nullopt, std::nullopt};
+  }
   const Tensor y = empty_as(x), mean = empty_channels(shape.channels, x), var = empty_channels(shape.channels, x);
   if (!training) {  // copies: backward uses the statistics of this forward, whatever happens to the buffers in between
     std::copy_n(input<float>(running_mean), shape.channels, output<float>(mean));
     std::copy_n(input<float>(running_var), shape.channels, output<float>(var));
   }
-  forward(shape, x, weight, bias, residual, y, mean, var, training, eps, relu);
+  forward(shape, x, weight, bias, residual, y, output<float>(mean), output<float>(var), training, eps, relu);
   if (training) {
     move(running_mean, mean, momentum, 1);
     move(running_var, var, momentum, static_cast<double>(count) / static_cast<double>(count - 1));
@@ -263,13 +245,15 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_direct(
 
 // `needs`: one bit each for dx, dweight, dbias, dresidual. `relu` without y: there was no residual, and the sign comes
 // from x. `reuse_dy`: nobody else holds dy, a gradient may be returned in its memory.
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> bn_act_backward_direct(
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> bn_act_backward(
     Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, OptionalTensor bias, Tensor mean, Tensor var,
     bool training, double eps, bool relu, int64_t needs, bool reuse_dy) {
-  const auto channels_last = plainly_channels_last(x);
+  const auto channels_last = channels_last_of(x);
   if (!channels_last || !x.is_cpu() || !has_kernel_dtype(x) || !looks_like(dy, x) || !looks_like(y, x)) return {};
   const Shape shape(x, *channels_last);
-  if (!is_per_channel(weight, shape.channels, x) || !is_per_channel(bias, shape.channels, x)) return {};
+  for (const OptionalTensor& t : {weight, bias, OptionalTensor(mean), OptionalTensor(var)}) {
+    if (!is_per_channel(t, shape.channels, x)) return {};
+  }
   const auto wanted = [&](int bit, auto make) { return needs >> bit & 1 ? OptionalTensor(make()) : OptionalTensor(); };
   const auto activation = [&] {
     if (!reuse_dy) return empty_as(x);
@@ -290,6 +274,4 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> bn_ac
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("_bn_act_native", TORCH_BOX(&fastres::bn_act));
   m.impl("_bn_act_backward_native", TORCH_BOX(&fastres::bn_act_backward));
-  m.impl("_bn_act_direct_native", TORCH_BOX(&fastres::bn_act_direct));
-  m.impl("_bn_act_backward_direct_native", TORCH_BOX(&fastres::bn_act_backward_direct));
 }

@@ -114,7 +114,7 @@ struct ForwardMap {
   FASTRES_HD bool is_aligned() const {
     return fastres::is_aligned<W>(y);
   }
-  FASTRES_HD bool in_place() const { return false; }
+  FASTRES_HD bool in_place() const { return x == y; }
 };
 
 // dx or dresidual may be dy.

@@ -7,7 +7,6 @@
 // Scratch memory is torch's: a launch neither waits nor allocates behind torch's back, so that a graph can capture it.
 #include "cuda/bn_act.h"
 
-#include <string>
 #include <tuple>
 
 #include "cuda/tensors.h"
@@ -36,77 +35,13 @@ void backward(const Backward& b, const Tensor& x, const Stream& on) {
   bn_act_gradients(b, output<float>(scratch), on);
 }
 
-// ---- Filling what the caller allocated: any call, checked.
-
-void bn_act(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, Tensor y, Tensor mean,
-            Tensor var, bool channels_last, bool training, double eps, std::string act) {
-  check_cuda_tensor(x, "x");
-  check_layout(x, "x", channels_last);
-  const int64_t channels = x.size(1);
-  const auto check_activation = [&](const Tensor& t, const char* name) {
-    check_same(t, name, x, "x");
-    check_layout(t, name, channels_last);
-  };
-  if (residual) check_activation(*residual, "residual");
-  check_activation(y, "y");
-  if (weight) check_channels(*weight, "weight", channels, x, "x");
-  if (bias) check_channels(*bias, "bias", channels, x, "x");
-  check_channels(mean, "mean", channels, x, "x");
-  check_channels(var, "var", channels, x, "x");
-  STD_TORCH_CHECK(x.numel() > 0, "x: expected at least one element, got shape ", shape_string(x));
-  const bool relu = is_relu(act);
-
-  const OnDevice on(x);
-  float *m = output<float>(mean), *v = output<float>(var);
-  const Statistics statistics{m, v, nullptr, nullptr, nullptr, 0};
-  forward({type_of(x, "x"), view_of(x, channels_last), data(x), data(residual), data(y), input<float>(weight),
-           input<float>(bias), m, v, nullptr, nullptr, static_cast<float>(eps), relu},
-          training ? &statistics : nullptr, x, on.stream());
-}
-
-void bn_act_backward(Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, Tensor mean, Tensor var,
-                     OptionalTensor dx, OptionalTensor dweight, OptionalTensor dbias, OptionalTensor dresidual,
-                     bool channels_last, bool training, double eps, std::string act) {
-  check_cuda_tensor(dy, "dy");
-  check_layout(dy, "dy", channels_last);
-  const int64_t channels = dy.size(1);
-  const auto check_activation = [&](const OptionalTensor& t, const char* name) {
-    if (!t) return;
-    check_same(*t, name, dy, "dy");
-    check_layout(*t, name, channels_last);
-  };
-  check_activation(x, "x");
-  check_activation(y, "y");
-  check_activation(dx, "dx");
-  check_activation(dresidual, "dresidual");
-  const auto check_parameter = [&](const OptionalTensor& t, const char* name) {
-    if (t) check_channels(*t, name, channels, dy, "dy");
-  };
-  check_parameter(weight, "weight");
-  check_parameter(mean, "mean");
-  check_parameter(var, "var");
-  check_parameter(dweight, "dweight");
-  check_parameter(dbias, "dbias");
-  STD_TORCH_CHECK(dy.numel() > 0, "dy: expected at least one element, got shape ", shape_string(dy));
-  const bool mask = is_relu(act);
-  STD_TORCH_CHECK(!mask || y, "y: act=\"relu\" takes its mask from the output of the forward, got None");
-  if (!dx && !dweight && !dbias && !dresidual) return;
-
-  const OnDevice on(dy);
-  backward({type_of(dy, "dy"), view_of(dy, channels_last), data(dy), data(x), mask ? data(y) : nullptr,
-            input<float>(weight), input<float>(mean), input<float>(var), data(dx), data(dresidual),
-            output<float>(dweight), output<float>(dbias), static_cast<float>(eps), training},
-           dy, on.stream());
-}
-
-// ---- The whole call, as in csrc/cpu/bn_act.cpp: allocates, computes, and moves the running statistics in the launch
-// that merges them. Nothing is returned, and nothing has happened, where the call is left to the general way.
-
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_direct(
+// As in csrc/cpu/bn_act.cpp; the running statistics move in the launch that merges those of the batch. `overwrite` takes
+// parameters in fp32, and statistics.
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act(
     Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual, OptionalTensor running_mean,
     OptionalTensor running_var, OptionalTensor num_batches_tracked, bool training, double momentum, double eps,
-    bool relu) {
-  const auto channels_last = plainly_channels_last(x);
+    bool relu, bool overwrite) {
+  const auto channels_last = channels_last_of(x);
   if (!channels_last || !x.is_cuda() || !has_kernel_dtype(x) || !looks_like(residual, x)) return {};
   const int64_t channels = x.size(1);
   for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
@@ -114,16 +49,22 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_direct(
   }
   if (!is_counter(num_batches_tracked, x)) return {};
   const View view = view_of(x, *channels_last);
-  if (training ? view.per_channel() == 1 : !(running_mean && running_var)) return {};
+  if (training ? overwrite || view.per_channel() == 1 : !(running_mean && running_var)) return {};
 
   const OnDevice on(x);
-  const Tensor y = empty_as(x), mean = empty_channels(channels, x), var = empty_channels(channels, x);
-  float *m = output<float>(mean), *v = output<float>(var);
+  const Tensor y = overwrite ? x : empty_as(x);
   Forward f{type_of(x, "x"), view, data(x), data(residual), data(y), input<float>(weight), input<float>(bias),
-            m, v, nullptr, nullptr, static_cast<float>(eps), relu};
-  if (!training) {  // copies: backward uses the statistics of this forward, whatever happens to the buffers in between
-    f.mean = input<float>(running_mean);
-    f.var = input<float>(running_var);
+            input<float>(running_mean), input<float>(running_var), nullptr, nullptr, static_cast<float>(eps), relu};
+  if (overwrite) {
+    forward(f, nullptr, x, on.stream());
+    return {y, std::nullopt, std::nullopt};
+  }
+  const Tensor mean = empty_channels(channels, x), var = empty_channels(channels, x);
+  float *m = output<float>(mean), *v = output<float>(var);
+  if (training) {
+    f.mean = m;
+    f.var = v;
+  } else {  // copies: backward uses the statistics of this forward, whatever happens to the buffers in between
     f.mean_copy = m;
     f.var_copy = v;
   }
@@ -135,10 +76,10 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act_direct(
 
 // `needs`: one bit each for dx, dweight, dbias, dresidual. A ReLU's sign comes from y alone, and dy is left as it is:
 // torch's caching allocator hands out memory for less than a second buffer's page faults cost a CPU.
-std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> bn_act_backward_direct(
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> bn_act_backward(
     Tensor dy, Tensor x, OptionalTensor y, OptionalTensor weight, OptionalTensor /*bias*/, Tensor mean, Tensor var,
     bool training, double eps, bool relu, int64_t needs, bool /*reuse_dy*/) {
-  const auto channels_last = plainly_channels_last(x);
+  const auto channels_last = channels_last_of(x);
   if (!channels_last || !x.is_cuda() || !has_kernel_dtype(x) || !looks_like(dy, x) || !looks_like(y, x) ||
       (relu && !y)) {
     return {};
@@ -166,6 +107,4 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor> bn_ac
 STABLE_TORCH_LIBRARY_IMPL(fastres, CUDA, m) {
   m.impl("_bn_act_native", TORCH_BOX(&fastres::bn_act));
   m.impl("_bn_act_backward_native", TORCH_BOX(&fastres::bn_act_backward));
-  m.impl("_bn_act_direct_native", TORCH_BOX(&fastres::bn_act_direct));
-  m.impl("_bn_act_backward_direct_native", TORCH_BOX(&fastres::bn_act_backward_direct));
 }

@@ -12,6 +12,37 @@ inline void check_cuda_tensor(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor");
 }
 
+inline std::string device_string(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "another device";
+}
+inline void check_device(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  STD_TORCH_CHECK(on_one_device(t, like), name, ": expected device ", device_string(like), " as ", like_name, ", got ",
+                  device_string(t), " (shape ", shape_string(t), ", dtype ", toString(t.scalar_type()), ")");
+}
+
+// `t` must look like `like` in device, shape and dtype: the kernels walk both with one set of offsets.
+inline void check_same(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
+  check_device(t, name, like, like_name);
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, ": expected dtype ", toString(like.scalar_type()),
+                  " as ", like_name, ", got ", toString(t.scalar_type()));
+  const auto sizes = t.sizes(), wanted = like.sizes();
+  STD_TORCH_CHECK(sizes.size() == wanted.size() && std::equal(sizes.begin(), sizes.end(), wanted.begin()), name,
+                  ": expected shape ", shape_string(like), " as ", like_name, ", got ", shape_string(t));
+}
+
+// Dense [N, C, H, W] in channels_last order. The stride of a dimension of size 1 means nothing: not read.
+inline void check_channels_last(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 4, name, ": expected 4 dimensions [N, C, H, W], got ", t.dim());
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  for (const int d : {1, 3, 2, 0}) {
+    STD_TORCH_CHECK(sizes[d] == 1 || strides[d] == expected, name, ": expected a dense channels_last tensor; dimension ",
+                    d, " has stride ", strides[d], ", wanted ", expected);
+    expected *= sizes[d];
+  }
+}
+
 inline Type type_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float:

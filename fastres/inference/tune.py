@@ -42,8 +42,10 @@ _OTHER_ANSWERS = "channels_last is out: the model answers otherwise in it, or fr
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = ROUNDS) -> Times:
-    """Milliseconds a call, in interleaved rounds: at most `rounds` and about 2 seconds, at least 3.
+def measure(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = ROUNDS, seconds: float = SECONDS
+) -> Times:
+    """Milliseconds a call, in interleaved rounds: at most `rounds`, about `seconds` in all, and at least 3.
 
     Args:
         calls: what to time, by name; each is run twice first, and one that then takes more than 3x the fastest's time
@@ -57,7 +59,7 @@ def measure(calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds
         times: Times = {name: [] for name in calls}
         begin = time.perf_counter()
         for turn in range(rounds):
-            if turn >= 3 and time.perf_counter() - begin > SECONDS:
+            if turn >= 3 and time.perf_counter() - begin > seconds:
                 break
             for name, run in calls.items():
                 if turn and min(warm[name], *times[name]) > HOPELESS * min(min(t) for t in times.values()):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn import BasicBlock, conv_norm_act
-from fastres.nn.conv_steps import ForgetsFolds
 
 from .shortcut import (
     Block,
@@ -34,7 +33,7 @@ from .shortcut import (
 _BLOCKS: dict[int, Block] = {1: SingleLayerBlock, 2: BasicBlock, 3: ThreeLayerBlock}
 
 
-class CifarResNet(ForgetsFolds):
+class CifarResNet(nn.Module):
     """A CIFAR network: ``x [N, in_channels, H, W] -> logits [N, num_classes]``; 32x32 in the paper, any size here.
 
     Args:

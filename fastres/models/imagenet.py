@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn import BasicBlock, Bottleneck, conv_norm_act
-from fastres.nn.conv_steps import ForgetsFolds
 
 from .shortcut import Block, Init, PlainBlock, Shortcut, Zeros, check_options, initialize, make_stage, positive
 
 
-class ResNet(ForgetsFolds):
+class ResNet(nn.Module):
     """A residual or plain network for images of about 224x224: ``x [N, in_channels, H, W] -> logits [N, num_classes]``.
 
     Args:

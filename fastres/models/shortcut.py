@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.nn import BasicBlock, Bottleneck, conv_norm_act
-from fastres.nn.conv_steps import ForgetsFolds
 
 Shortcut = Literal["A", "B", "C"]
 Zeros = Literal["end", "both"]
@@ -90,7 +89,7 @@ def make_shortcut(kind: Shortcut, in_planes: int, out_planes: int, stride: int, 
     return None if same else ZeroPadShortcut(in_planes, out_planes, stride, zeros)
 
 
-class PlainBlock(ForgetsFolds):
+class PlainBlock(nn.Module):
     """Two layers of the plain network, a basic block without a shortcut: ``relu(bn2(conv2(relu(bn1(conv1(x))))))``.
 
     ``x [N, inplanes, H, W] -> [N, planes, H / stride, W / stride]``. Parameter names are the basic block's.
@@ -112,7 +111,7 @@ class PlainBlock(ForgetsFolds):
         return conv_norm_act(x, self.conv2, self.bn2, self.relu)
 
 
-class ChainBlock(ForgetsFolds):
+class ChainBlock(nn.Module):
     """A residual block whose function F is a chain of ``layers`` 3x3 layers: ``relu(F(x) + shortcut(x))``.
 
         layers = 1    relu(bn1(conv1(x)) + shortcut(x))

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastres.nn.conv_steps import ForgetsFolds, conv_norm_act
+from fastres.nn.conv_steps import conv_norm_act
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
@@ -24,7 +24,7 @@ def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
-class BasicBlock(ForgetsFolds):
+class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2016, figure 5 left; torchvision's `BasicBlock`).
 
     Args:
@@ -82,7 +82,7 @@ class BasicBlock(ForgetsFolds):
         return conv_norm_act(out, self.conv2, self.bn2, relu, residual, self.backend, self.memory)
 
 
-class Bottleneck(ForgetsFolds):
+class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut (He et al. 2016, figure 5 right; torchvision's `Bottleneck`).
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastres.nn.conv_steps import ForgetsFolds, run_sequence
+from fastres.nn.conv_steps import run_sequence
 from fastres.nn.steps import bn_step, fused_add_relu, is_plain
 
 torch.fx.wrap("fused_add_relu")
@@ -99,7 +99,7 @@ class AddReLU(nn.Module):
         return fused_add_relu(x, residual, self.backend)
 
 
-class ConvBNReLU(ForgetsFolds, nn.Sequential):
+class ConvBNReLU(nn.Sequential):
     """Convolution, BN, ReLU under torchvision's names: 0, 1, 2, and `Conv2dNormActivation`'s arguments.
 
     Args:

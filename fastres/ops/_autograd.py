@@ -27,13 +27,12 @@ _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
-
 _recorder = threading.local()
 
 
 @contextmanager
 def recorded_below() -> Iterator[None]:
-    """The one dispatch mode entered inside records the operators that the short way calls, so calls go that way."""
+    """Let the one dispatch mode entered inside record the operators that the fast path calls."""
     _recorder.depth = _dispatch_modes() + 1
     try:
         yield
@@ -46,12 +45,12 @@ def _only_a_recorder() -> bool:
 
 
 def is_plain_eager(first: object, *others: object) -> bool:
-    """Whether a call would reach the kernel as it is: no tensor subclass, mode, transform or tracer stands between.
+    """Say whether a call would reach the kernel as it is: no tensor subclass, mode, transform or tracer in between.
 
     `first` is the tensor that carries the call: x, or in backward dy, which torch.autograd.grad(is_grads_batched=True)
     wraps by a transform that no mode shows. The dispatcher and its Python kernels cost more than a small activation's
-    arithmetic. Where nothing would change the call on its way, an operator may take the short one: the kernel, inside
-    an autograd.Function if need be.
+    arithmetic. Where nothing would change the call, an operator may take the fast path: the kernel, inside an
+    autograd.Function if need be.
     """
     return (
         not torch.compiler.is_compiling()
@@ -76,8 +75,8 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
             )
 
 
-def leave_to_the_general_way(library: torch.library.Library, name: str) -> None:
-    """Gives a whole-call kernel its answer where none is compiled for the tensors' devices: None for every output."""
+def refuse_elsewhere(library: torch.library.Library, name: str) -> None:
+    """Makes a native operator answer None for every output on a device that it is not compiled for."""
     returns = len(getattr(torch.ops.fastres, name).default._schema.returns)
     nothing = None if returns == 1 else (None,) * returns
     library.impl(name, lambda *args: nothing, "CompositeExplicitAutograd")
@@ -90,7 +89,7 @@ def register_autograd(
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., tuple[Any, ...]],
 ) -> None:
-    """Makes `fastres::name` differentiable.
+    """Make `fastres::name` differentiable.
 
     Args:
         library: the fragment that defined the operator.

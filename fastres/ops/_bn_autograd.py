@@ -1,9 +1,8 @@
-"""Autograd of bn_act: what is saved, the gradients, and the short way. Names and formulas are those of ops/bn_act.py.
+"""Autograd of bn_act: what is saved, the gradients, and the fast path. Names and formulas are those of ops/bn_act.py.
 
-The general way goes through the dispatcher: the operator, its Python kernel, a backend that fills preallocated
-outputs. The short way is one call of a kernel that allocates, computes and moves the running statistics; it is taken
-where nothing stands between the call and the kernel (`is_plain_eager`) and the kernel knows the layout, which it says
-by what it returns.
+The dispatcher path is the operator, its Python kernel, a backend on dense tensors, and the running statistics after it.
+The fast path is one call of the native operator, which moves them too; it is taken where nothing stands between the
+call and the kernel (`is_plain_eager`) and the kernel knows the layout, which it says by what it returns.
 
 Saved for backward, by what the gradients are made of:
 
@@ -27,8 +26,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fastres._dispatch import Backend
-from fastres.ops import _bn_reference, _ownership
+from fastres.ops import _ownership
 from fastres.ops._autograd import any_requires_grad, is_plain_eager
+from fastres.ops._bn_backends import NATIVE, NATIVE_BACKWARD, composite_backward
 from fastres.ops._tensors import is_channels_last, memory_format
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # dx, dweight, dbias, dresidual
@@ -37,7 +37,7 @@ REUSE_FROM = 1 << 16  # elements of a gradient worth asking for its owners: a fr
 
 
 class Call(NamedTuple):
-    """What a call is made of beside the tensors that may need a gradient."""
+    """What a call is made of besides the tensors that may need a gradient."""
 
     running_mean: Tensor | None  # [C]
     running_var: Tensor | None  # [C]
@@ -106,7 +106,7 @@ def _save(
 
 
 def _gradients(ctx: Any, dy: Tensor, saved: Saved) -> Grads:
-    """(dx, dweight, dbias, dresidual) the general way, None where not needed; differentiable with create_graph=True."""
+    """(dx, dweight, dbias, dresidual) by the dispatcher path, None where not needed; create_graph=True works."""
     x, y, weight, _, mean, var, _ = saved
     if y is None and ctx.act == "relu":
         y = output_of(ctx, saved)
@@ -117,7 +117,7 @@ def _gradients(ctx: Any, dy: Tensor, saved: Saved) -> Grads:
     if x is None:  # only its layout is asked for
         x = dy.contiguous(memory_format=ctx.format) if y is None else y.detach()
     if torch.is_grad_enabled():
-        grads = _bn_reference.composite_backward(dy, x, y, weight, mean, var, ctx.training, ctx.eps)
+        grads = composite_backward(dy, x, y, weight, mean, var, ctx.training, ctx.eps)
     else:
         grads = torch.ops.fastres.bn_act_backward.default(
             dy, x, y, weight, mean, var, ctx.training, ctx.eps, ctx.act, needs, ctx.backend
@@ -167,13 +167,13 @@ def update_running(
         running_var.mul_(1 - momentum).add_(var, alpha=momentum * unbiased)
 
 
-# ---- the short way ---------------------------------------------------------------------------------------------------
+# ---- the fast path ---------------------------------------------------------------------------------------------------
 
 
-def call_direct(
+def fast_path(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
 ) -> Tensor | None:
-    """y, the running statistics moved; None, and nothing done, where the kernel leaves the call to the general way."""
+    """y, the running statistics moved; None, having done nothing, where the kernel leaves it to the dispatcher path."""
     if torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual):
         if x.is_cpu and x.numel() >= REUSE_FROM:
             _ownership.learn()
@@ -189,9 +189,9 @@ def _run(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     running_mean, running_var, count, training, momentum, eps, act, backend, recompute = call
-    if backend.direct is not None and momentum is not None:
-        y, mean, var = backend.direct(
-            x, weight, bias, residual, running_mean, running_var, count, training, momentum, eps, act == "relu"
+    if backend.native and momentum is not None:
+        y, mean, var = NATIVE(
+            x, weight, bias, residual, running_mean, running_var, count, training, momentum, eps, act == "relu", False
         )
         if y is not None:
             if training:
@@ -206,7 +206,7 @@ def _run(
     return y, mean, var
 
 
-class _Direct(torch.autograd.Function):
+class _FastPath(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
@@ -214,8 +214,8 @@ class _Direct(torch.autograd.Function):
         y, mean, var = _run(x, weight, bias, residual, call)
         if y is None:
             return None
-        backend = call.backend
-        ctx.backend, ctx.kernel = backend.name, backend
+        backend = ctx.kernel = call.backend
+        ctx.backend = backend.name
         saved = Saved(x, y, weight, bias, mean, var, residual)
         needs = ctx.needs_input_grad[:4]
         _save(ctx, saved, needs, call.training, call.eps, call.act, backend.signs_from_x, call.recompute)
@@ -223,10 +223,10 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs, relu, kernel = ctx.needs, ctx.act == "relu", ctx.kernel.direct_backward
+        needs, relu = ctx.needs, ctx.act == "relu"
         saved = x, y, weight, bias, mean, var, _ = Saved(*ctx.saved_tensors)
         try:
-            if torch.is_grad_enabled() or kernel is None or not any(needs[:3]):
+            if torch.is_grad_enabled() or not ctx.kernel.native or not any(needs[:3]):
                 return *_gradients(ctx, dy, saved), None
             if y is None and relu and not ctx.signs_from_x:
                 y = output_of(ctx, saved)
@@ -236,7 +236,7 @@ class _Direct(torch.autograd.Function):
                 large = dy.is_cpu and dy.numel() >= REUSE_FROM
                 reuse = large and (relu or not needs[3]) and _ownership.is_unshared(dy)
                 bits = needs[0] | needs[1] << 1 | needs[2] << 2 | (needs[3] and relu) << 3
-                dx, dweight, dbias, dresidual = kernel(
+                dx, dweight, dbias, dresidual = NATIVE_BACKWARD(
                     dy, x, y, weight, bias, mean, var, ctx.training, ctx.eps, relu, bits, reuse
                 )
                 if dx is not None or dweight is not None or dbias is not None:
@@ -246,15 +246,15 @@ class _Direct(torch.autograd.Function):
             ctx.again = None
 
 
-_apply: Callable[..., Any] = _Direct.apply
-_Node: Any = _Direct._backward_cls
+_apply: Callable[..., Any] = _FastPath.apply
+_Node: Any = _FastPath._backward_cls
 
 
 # ---- outputs computed again ------------------------------------------------------------------------------------------
 
 
 def is_recomputed(t: Tensor) -> bool:
-    """Whether `t` is, as it was made, the output of a call with `recompute`: its values can be had again."""
+    """Say whether `t` is, as it was made, the output of a call with `recompute`: it can be computed again."""
     node: Any = t.grad_fn
     return isinstance(node, _Node) and node.recompute and node.version == t._version
 

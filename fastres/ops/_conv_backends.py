@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.ops import _conv_tiles
+from fastres.ops._bn_backends import NATIVE
 from fastres.ops._conv_tiles import Problem
 from fastres.ops._tensors import KERNEL_DTYPES, memory_format, stats_dtype, why_not_cpu, why_not_cuda, why_not_triton
 
 Pair = Sequence[int]
+Maybe = Tensor | None
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
@@ -31,7 +32,7 @@ ACTS = tuple(ACTIVATIONS)
 
 @dataclass(frozen=True)
 class Conv:
-    """What a backend's refusals follow from, beside x's dtype and device."""
+    """A convolution without its tensors: what a backend's refusals follow from, apart from x's dtype and device."""
 
     channels_last: bool  # of the output, as eager's
     empty: bool
@@ -45,6 +46,17 @@ class Conv:
     residual: bool
     tf32: bool = False  # whether products of float32 tensors on a GPU may be TF32
     scale: bool = False
+
+    @property
+    def geometry(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]:
+        """The last arguments of conv2d."""
+        return self.stride, self.padding, self.dilation, self.groups
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """y's: N, K, P, Q."""
+        n, *size = self.size
+        return n, self.weight[0], *output_size(size, self.weight[2:], self.stride, self.padding, self.dilation)
 
 
 def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> tuple[int, int]:
@@ -73,30 +85,18 @@ def why_not_reference(x: Tensor, call: Conv) -> list[str]:
     return []
 
 
-def reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shape: Sequence[int],
-    call: Conv,
-) -> Tensor:
-    where = call.stride, call.padding, call.dilation, call.groups
+def reference(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, call: Conv) -> Tensor:
+    z = F.conv2d(x, weight, None if call.scale else bias, *call.geometry)
+    return epilogue(z, bias, residual, scale, call.act)
+
+
+def epilogue(c: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, act: str) -> Tensor:
+    """act(scale * c + bias [+ residual]) or act(c [+ residual]) in stock PyTorch; may write over c, [N, K, P, Q]."""
+    z = c
     if scale is not None:
-        return scaled(F.conv2d(x, weight, None, *where), bias, residual, scale, call.act)
-    z = F.conv2d(x, weight, bias, *where)
-    if residual is not None:
-        z = z.add_(residual)
-    return ACTIVATIONS[call.act](z)
-
-
-def scaled(c: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor, act: str) -> Tensor:
-    """act(scale * c [+ bias] [+ residual]) in stock PyTorch, rounded once; may write over c, [N, K, P, Q]."""
-    dtype = stats_dtype(c)
-    z = c.to(dtype).mul_(scale[:, None, None])
-    if bias is not None:
-        z = z.add_(bias[:, None, None])
+        z = c.to(stats_dtype(c)).mul_(scale[:, None, None])
+        if bias is not None:
+            z = z.add_(bias[:, None, None])
     if residual is not None:
         z = z.add_(residual)
     return ACTIVATIONS[act](z).to(c.dtype)
@@ -106,49 +106,21 @@ def why_not_conv_cpu(x: Tensor, call: Conv) -> list[str]:
     return why_not_cpu(x) or (["an empty tensor runs through the reference"] if call.empty else [])
 
 
-def cpu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shape: Sequence[int],
-    call: Conv,
-) -> Tensor:
-    where = call.stride, call.padding, call.dilation, call.groups
-    if scale is not None:
-        return scaled(F.conv2d(x, weight, None, *where), bias, residual, scale, call.act)
-    return conv_then(x, weight, bias, residual, *where, call.act)
-
-
-def conv_then(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    act: str,
-) -> Tensor:
+def cpu(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, call: Conv) -> Tensor:
     """PyTorch's convolution, then the rest in place in one pass, while the output is in cache where it fits.
 
     oneDNN's own epilogue (below) on a weight that is not packed took 1.0 to 4 times as long, at the ResNet shapes and
     in both layouts. Frozen networks, which pack, use it.
     """
-    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    if residual is not None:
-        if (
-            act == "relu"
-            and residual.shape == z.shape
-            and residual.stride() == z.stride()
-            and residual.dtype is z.dtype
-        ):
-            torch.ops.fastres._add_relu_native.default(z, residual, z)
-            return z
-        z = z.add_(residual)
-    return ACTIVATIONS[act](z)
+    z = F.conv2d(x, weight, None if call.scale else bias, *call.geometry)
+    if residual is None and scale is None:
+        return ACTIVATIONS[call.act](z)
+    shift, relu = bias if call.scale else None, call.act == "relu"
+    y: Maybe
+    y, _, _ = NATIVE(z, scale, shift, residual, None, None, None, False, 0.0, 0.0, relu, True)
+    if y is None:  # strides that the kernel does not know
+        return epilogue(z, bias, residual, scale, call.act)
+    return y if relu else ACTIVATIONS[call.act](y)
 
 
 def why_not_onednn(x: Tensor, call: Conv) -> list[str]:
@@ -171,20 +143,13 @@ def why_not_onednn(x: Tensor, call: Conv) -> list[str]:
     return reasons
 
 
-def onednn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shape: Sequence[int],
-    call: Conv,
-) -> Tensor:
+def onednn(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, call: Conv) -> Tensor:
     # oneDNN's own ReLU turns NaN into 0: the activation runs in place behind it, on an output that is still in cache.
     layout = memory_format(call.channels_last)
     x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
     where = list(call.padding), list(call.stride), list(call.dilation), call.groups
-    if residual is not None and shape[1] > 1 and shape[2] * shape[3] > 1:
+    _, k, p, q = call.shape
+    if residual is not None and k > 1 and p * q > 1:
         residual = residual.contiguous(memory_format=layout)
         z = torch.ops.mkldnn._convolution_pointwise.binary(
             x, residual, weight, bias, *where, "add", None, None, [], None
@@ -211,21 +176,12 @@ def why_not_cudnn(x: Tensor, call: Conv) -> list[str]:
     return reasons
 
 
-def cudnn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shape: Sequence[int],
-    call: Conv,
-) -> Tensor:
-    where = call.stride, call.padding, call.dilation, call.groups
+def cudnn(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, call: Conv) -> Tensor:
     if residual is None:
-        y: Tensor = torch.ops.aten.cudnn_convolution_relu.default(x, weight, bias, *where)
+        y: Tensor = torch.ops.aten.cudnn_convolution_relu.default(x, weight, bias, *call.geometry)
     else:
         residual = residual.contiguous(memory_format=memory_format(call.channels_last))
-        y = torch.ops.aten.cudnn_convolution_add_relu.default(x, weight, residual, None, bias, *where)
+        y = torch.ops.aten.cudnn_convolution_add_relu.default(x, weight, residual, None, bias, *call.geometry)
     return y
 
 
@@ -248,8 +204,7 @@ def why_not_conv_cuda(x: Tensor, call: Conv) -> list[str]:
 
 def problem_of(x: Tensor, call: Conv) -> Problem:
     """The convolution as the kernels of fastres._C_cuda and the table of measurements know it."""
-    (n, h, w), (k, c, r, s) = call.size, call.weight
-    p, q = output_size((h, w), (r, s), call.stride, call.padding, call.dilation)
+    (n, h, w), (k, c, r, s), (_, _, p, q) = call.size, call.weight, call.shape
     capability = torch.cuda.get_device_capability(x.device)
     shape = n, h, w, c, k, r, s, p, q, *call.stride, *call.padding, *call.dilation
     return Problem(capability, x.dtype, shape, call.residual)
@@ -264,21 +219,12 @@ def measured(x: Tensor, call: Conv) -> tuple[str, ...]:
     return _conv_tiles.measured_order(problem_of(x, call))
 
 
-def cuda(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shape: Sequence[int],
-    call: Conv,
-) -> Tensor:
+def cuda(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, call: Conv) -> Tensor:
     problem = problem_of(x, call)
     tile = _conv_tiles.choose(problem, torch.cuda.get_device_properties(x.device).multi_processor_count)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     tensors = [None if t is None else _readable(t) for t in (x, weight, bias, residual)]
     where = *call.stride, *call.padding, *call.dilation
-    torch.ops.fastres._conv_act_native.default(*tensors, y, *where, call.act, tile.index)
+    y: Tensor = torch.ops.fastres._conv_act_native.default(*tensors, *where, call.act, tile.index)
     return y
 
 
@@ -289,7 +235,7 @@ def _readable(t: Tensor) -> Tensor:
 
 
 def tf32_allowed() -> bool:
-    """Whether cuDNN's switch allows TF32 in convolutions: it rules all kernels that are one.
+    """Say whether cuDNN's switch allows TF32 in convolutions: it rules all kernels that are one.
 
     Not by `torch.backends.cudnn.allow_tf32`, which raises once the newer `fp32_precision` was set for convolutions.
     """
@@ -309,19 +255,11 @@ def why_not_conv_triton(x: Tensor, call: Conv) -> list[str]:
     return list(why_not(dense, weight, call.stride, call.padding, call.dilation, call.groups))
 
 
-def triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    shape: Sequence[int],
-    call: Conv,
-) -> Tensor:
+def triton(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, call: Conv) -> Tensor:
     from fastres.kernels.conv_act import conv_act_forward
 
     layout = memory_format(call.channels_last)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    y = torch.empty(call.shape, dtype=x.dtype, device=x.device, memory_format=layout)
     conv_act_forward(
         x.contiguous(memory_format=layout),
         weight,

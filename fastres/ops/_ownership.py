@@ -1,4 +1,7 @@
-"""Whether a backward holds the only reference to the gradient it was given, so that it may write over it.
+"""Tells a backward that it holds the only reference to the gradient it was given, so that it may write over it.
+
+What it saves: 4 % of the CPU time of a training step of ResNet-50 (batch 8, 160x160, fp32, one thread), 5 % of one of
+ResNet-18; under bfloat16 autocast 2.7 % and 1.2 %. Medians of steps with and without it in turn, in one process.
 
 PyTorch's engine adds gradients in place by the same rule: one owner of the tensor, one of its storage
 (torch/csrc/autograd/input_buffer.cpp). As there, memory that a storage has only borrowed (a backward that returns
@@ -45,7 +48,7 @@ def _seen_from_backward(dy: Tensor) -> Counts:
 
 
 def is_unshared(dy: Tensor) -> bool:
-    """Whether `dy`, the argument of the calling backward, is held by nobody but the engine."""
+    """Say whether `dy`, the argument of the calling backward, is held by nobody but the engine."""
     return _unshared is not None and _counts(dy) == _unshared
 
 
@@ -100,7 +103,7 @@ def _learn() -> None:
 
 
 def learn() -> None:
-    """Called by a forward whose backward will ask `is_unshared`: the first call takes some milliseconds."""
+    """Prepare for `is_unshared`, in a forward whose backward will ask: the first call takes some milliseconds."""
     if not _learnt and _learning.acquire(blocking=False):  # another thread's will do
         try:
             _learn()

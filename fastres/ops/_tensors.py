@@ -39,15 +39,23 @@ def memory_format(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def empty_elementwise(a: Tensor, b: Tensor, act: str = "relu") -> Tensor:
-    """An uninitialised tensor with the strides that eager gives `act(a + b)`; `a` and `b` have one shape and dtype."""
+def empty_elementwise(a: Tensor, b: Tensor, act: str = "relu", device: torch.device | str | None = None) -> Tensor:
+    """An uninitialized tensor with the strides that eager gives `act(a + b)`; `a` and `b` have one shape and dtype."""
+    device = a.device if device is None else device
     if a.is_contiguous() and b.is_contiguous():
-        return torch.empty_like(a, memory_format=torch.contiguous_format)
+        return torch.empty_like(a, memory_format=torch.contiguous_format, device=device)
     if a.ndim == 4 and is_nhwc(a) and is_nhwc(b):
-        return torch.empty_like(a, memory_format=torch.channels_last)
-    y = torch.empty_strided(a.shape, compute_elementwise_output_strides(a, b), dtype=a.dtype, device=a.device)
+        return torch.empty_like(a, memory_format=torch.channels_last, device=device)
+    y = torch.empty_strided(a.shape, compute_elementwise_output_strides(a, b), dtype=a.dtype, device=device)
     # the addition may leave odd strides on dimensions of size 1; the activation makes them canonical
     return torch.empty_like(y, memory_format=torch.contiguous_format) if act == "relu" and y.is_contiguous() else y
+
+
+def with_strides(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """`t`, copied only if its strides are others."""
+    if t.stride() == strides:
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
 def is_nhwc(x: Tensor) -> bool:

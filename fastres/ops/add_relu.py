@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
-from fastres.ops._autograd import is_plain_eager, leave_to_the_general_way, register_autograd
+from fastres.ops._autograd import is_plain_eager, refuse_elsewhere, register_autograd
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -25,27 +25,15 @@ from fastres.ops._tensors import (
     why_not_cuda,
     why_not_reference,
     why_not_triton,
+    with_strides,
 )
 
 _LIB = torch.library.Library("fastres", "FRAGMENT")
 _LIB.define('add_relu(Tensor x, Tensor residual, str backend="auto") -> Tensor')
 _LIB.define('add_relu_backward(Tensor dy, Tensor y, str backend="auto") -> Tensor')
-_LIB.define("_add_relu_native(Tensor x, Tensor residual, Tensor(a!) y) -> ()")
-_LIB.define("_add_relu_backward_native(Tensor dy, Tensor y, Tensor(a!) dx) -> ()")
-_LIB.define("_add_relu_direct_native(Tensor x, Tensor residual) -> Tensor?")
-_LIB.define("_add_relu_backward_direct_native(Tensor dy, Tensor y) -> Tensor?")
-
-
-# ---- reference -------------------------------------------------------------------------------------------------------
-
-
-def _reference_forward(x: Tensor, residual: Tensor, y: Tensor) -> None:
-    torch.add(x, residual, out=y)
-    torch.relu_(y)
-
-
-def _reference_backward(dy: Tensor, y: Tensor, dx: Tensor) -> None:
-    torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=dx)
+# None, having done nothing, unless both tensors have the same strides, dense in an order that eager keeps
+_LIB.define("_add_relu_native(Tensor x, Tensor residual) -> Tensor?")
+_LIB.define("_add_relu_backward_native(Tensor dy, Tensor y) -> Tensor?")
 
 
 # ---- operator: checks, kernel, fake, autograd ------------------------------------------------------------------------
@@ -56,41 +44,26 @@ def _check(x: Tensor, residual: Tensor) -> None:
     check_activation("add_relu", "residual", residual, like=x)
 
 
+def _run(kernel: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """`kernel` on tensors of one memory order, that of the output: `like`, which is on the meta device."""
+    strides = like.stride()
+    if not a.numel():
+        return torch.empty_strided(a.shape, strides, dtype=a.dtype, device=a.device)
+    return with_strides(kernel(with_strides(a, strides), with_strides(b, strides)), strides)
+
+
 def _forward(x: Tensor, residual: Tensor, backend: str = AUTO) -> Tensor:
     _check(x, residual)
-    chosen = choose(OPERATOR, backend, x)
-    y = empty_elementwise(x, residual)
-    if x.numel():
-        chosen.forward(_ordered(x, y), _ordered(residual, y), y)
-    return y
+    return _run(choose(OPERATOR, backend, x).forward, x, residual, empty_elementwise(x, residual, device="meta"))
 
 
 def _backward(dy: Tensor, y: Tensor, backend: str = AUTO) -> Tensor:
-    chosen = choose(OPERATOR, backend, y)
-    dx = torch.empty_like(y)
-    if y.numel():
-        chosen.backward(_ordered(dy, dx), _ordered(y, dx), dx)
-    return dx
-
-
-def _ordered(t: Tensor, like: Tensor) -> Tensor:
-    """`t`, copied only if it is not dense in `like`'s memory order already."""
-    if t.stride() == like.stride():
-        return t
-    if like.is_contiguous():
-        return t.contiguous()
-    if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
-        return t.contiguous(memory_format=torch.channels_last)
-    return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+    return _run(choose(OPERATOR, backend, y).backward, dy, y, torch.empty_like(y, device="meta"))
 
 
 def _fake_forward(x: Tensor, residual: Tensor, backend: str = AUTO) -> Tensor:
     _check(x, residual)
     return empty_elementwise(x, residual)
-
-
-def _fake_backward(dy: Tensor, y: Tensor, backend: str = AUTO) -> Tensor:
-    return torch.empty_like(y)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -99,91 +72,83 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    (y,) = ctx.saved_tensors
-    return *_gradients(ctx.needs_input_grad, dy, y, ctx.backend), None
-
-
-def _gradients(needs: tuple[bool, ...], dy: Tensor, y: Tensor, backend: str) -> tuple[Tensor | None, Tensor | None]:
+    (y,), needs = ctx.saved_tensors, ctx.needs_input_grad
+    dx: Tensor | None = None
     if torch.is_grad_enabled():  # create_graph=True: linear in dy, so one mask serves every order
         dx = torch.where(y.detach() <= 0, 0, dy)
-    else:
-        dx = torch.ops.fastres.add_relu_backward.default(dy, y, backend)
-    return dx if needs[0] else None, dx if needs[1] else None
+    elif is_plain_eager(dy, y) and choose(OPERATOR, ctx.backend, y).native:
+        dx = _NATIVE_BACKWARD(dy, y)
+    if dx is None:
+        dx = torch.ops.fastres.add_relu_backward.default(dy, y, ctx.backend)
+    return dx if needs[0] else None, dx if needs[1] else None, None
 
 
-class _Direct(torch.autograd.Function):
-    """The short way (see ops/_bn_autograd.py): kernels that allocate; None from one that leaves the call."""
+class _FastPath(torch.autograd.Function):
+    """The native operator without the dispatcher; returns None where that does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, backend: Backend) -> Tensor | None:
-        assert backend.direct is not None
-        y: Tensor | None = backend.direct(x, residual)
-        ctx.backend = backend
-        ctx.save_for_backward(y)
+    def forward(ctx: Any, x: Tensor, residual: Tensor, backend: str) -> Tensor | None:
+        y: Tensor | None = _NATIVE(x, residual)
+        if y is not None:
+            _setup_context(ctx, (x, residual, backend), y)
         return y
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (y,), needs = ctx.saved_tensors, ctx.needs_input_grad
-        if not torch.is_grad_enabled() and is_plain_eager(dy, y):
-            dx = ctx.backend.direct_backward(dy, y)
-            if dx is not None:
-                return dx if needs[0] else None, dx if needs[1] else None, None
-        return *_gradients(needs, dy, y, ctx.backend.name), None
+    backward = staticmethod(_autograd_backward)
 
 
-_apply_direct: Callable[..., Tensor | None] = _Direct.apply
-
+_fast_path: Callable[..., Tensor | None] = _FastPath.apply
 
 for _key in ("CPU", "CUDA"):
     _LIB.impl("add_relu", _forward, _key)
     _LIB.impl("add_relu_backward", _backward, _key)
-for _name in ("_add_relu_direct_native", "_add_relu_backward_direct_native"):
-    leave_to_the_general_way(_LIB, _name)
 torch.library.register_fake("fastres::add_relu", _fake_forward, lib=_LIB)
-torch.library.register_fake("fastres::add_relu_backward", _fake_backward, lib=_LIB)
+torch.library.register_fake("fastres::add_relu_backward", lambda dy, y, backend=AUTO: torch.empty_like(y), lib=_LIB)
 register_autograd(_LIB, "add_relu", _forward, _setup_context, _autograd_backward)
+for _name in ("_add_relu_native", "_add_relu_backward_native"):
+    refuse_elsewhere(_LIB, _name)
 
 
-# ---- backends --------------------------------------------------------------------------------------------------------
+# ---- backends: each returns y, or dx, in the memory order of its arguments -------------------------------------------
 
 
-def _native_forward(x: Tensor, residual: Tensor, y: Tensor) -> None:
-    torch.ops.fastres._add_relu_native.default(x, residual, y)
+def _native(kernel: Callable[[Tensor, Tensor], Tensor | None]) -> Callable[[Tensor, Tensor], Tensor]:
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        out = kernel(a, b)
+        if out is None:  # an order that only the strides of dimensions of size 1 tell
+            out = kernel(a.contiguous(), b.contiguous())
+        assert out is not None
+        return out
+
+    return run
 
 
-def _native_backward(dy: Tensor, y: Tensor, dx: Tensor) -> None:
-    torch.ops.fastres._add_relu_backward_native.default(dy, y, dx)
+def _triton(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        from fastres.kernels import add_relu as kernels
 
+        out = torch.empty_like(a)
+        getattr(kernels, name)(a, b, out)
+        return out
 
-def _triton_forward(x: Tensor, residual: Tensor, y: Tensor) -> None:
-    from fastres.kernels.add_relu import add_relu_forward
-
-    add_relu_forward(x, residual, y)
-
-
-def _triton_backward(dy: Tensor, y: Tensor, dx: Tensor) -> None:
-    from fastres.kernels.add_relu import add_relu_backward
-
-    add_relu_backward(dy, y, dx)
+    return run
 
 
 _OP = torch.ops.fastres.add_relu.default
-# On a GPU the order is not measured yet: C++ first, for its short way and because nothing is compiled at run time.
+_NATIVE = torch.ops.fastres._add_relu_native.default
+_NATIVE_BACKWARD = torch.ops.fastres._add_relu_backward_native.default
+# On a GPU the order is not measured yet: C++ first, for its fast path and because nothing is compiled at run time.
 OPERATOR = register(Operator("add_relu", order={"cpu": ("cpu",), "cuda": ("cuda", "triton")}))
-OPERATOR.add(Backend(REFERENCE, why_not_reference, _reference_forward, _reference_backward))
-for _backend, _why_not in (("cpu", why_not_cpu), ("cuda", why_not_cuda)):
-    OPERATOR.add(
-        Backend(
-            _backend,
-            _why_not,
-            _native_forward,
-            _native_backward,
-            torch.ops.fastres._add_relu_direct_native.default,
-            torch.ops.fastres._add_relu_backward_direct_native.default,
-        )
+OPERATOR.add(
+    Backend(
+        REFERENCE,
+        why_not_reference,
+        lambda x, residual: torch.relu_(torch.add(x, residual)),
+        lambda dy, y: torch.ops.aten.threshold_backward.default(dy, y, 0),
     )
-OPERATOR.add(Backend("triton", why_not_triton, _triton_forward, _triton_backward))
+)
+for _backend, _why_not in (("cpu", why_not_cpu), ("cuda", why_not_cuda)):
+    OPERATOR.add(Backend(_backend, _why_not, _native(_NATIVE), _native(_NATIVE_BACKWARD), native=True))
+OPERATOR.add(Backend("triton", why_not_triton, _triton("add_relu_forward"), _triton("add_relu_backward")))
 
 
 # ---- public function -------------------------------------------------------------------------------------------------
@@ -217,13 +182,11 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = AUTO) -> Tensor:
     """
     if not (isinstance(x, Tensor) and isinstance(residual, Tensor)):
         _check(x, residual)
-    if is_plain_eager(x, residual):
-        chosen = choose(OPERATOR, backend, x)
-        if chosen.direct is not None:
-            grad = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
-            straight: Tensor | None = _apply_direct(x, residual, chosen) if grad else chosen.direct(x, residual)
-            if straight is not None:
-                return straight
+    if is_plain_eager(x, residual) and choose(OPERATOR, backend, x).native:
+        grad = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
+        fast: Tensor | None = _fast_path(x, residual, backend) if grad else _NATIVE(x, residual)
+        if fast is not None:
+            return fast
     y: Tensor = _OP(x, residual, backend)
     return y
 

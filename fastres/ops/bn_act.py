@@ -1,4 +1,4 @@
-"""bn_act: batch normalisation with the residual addition and the ReLU that follow it.
+"""bn_act: batch normalization with the residual addition and the ReLU that follow it.
 
     formula    x_hat = (x - mean) * rstd                    rstd = 1 / sqrt(var + eps), per channel
                z     = weight * x_hat + bias [+ residual]
@@ -27,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
-from fastres.ops import _bn_autograd, _bn_reference
-from fastres.ops._autograd import is_plain_eager, leave_to_the_general_way, register_autograd
-from fastres.ops._bn_autograd import Call, call_direct, update_running
+from fastres.ops import _bn_autograd, _bn_backends
+from fastres.ops._autograd import is_plain_eager, register_autograd
+from fastres.ops._bn_autograd import Call, fast_path, update_running
+from fastres.ops._bn_backends import NATIVE, Grads, Outputs, statistics
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -40,6 +41,7 @@ from fastres.ops._tensors import (
     why_not_cuda,
     why_not_reference,
     why_not_triton,
+    with_strides,
 )
 
 ACTS = ("relu", "none")
@@ -52,25 +54,6 @@ _LIB.define(
 _LIB.define(
     "bn_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, bool training, "
     'float eps, str act, bool[] needs, str backend="auto") -> (Tensor, Tensor, Tensor, Tensor)'
-)
-_LIB.define(
-    "_bn_act_native(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!) y, Tensor(b!) mean, "
-    "Tensor(c!) var, bool channels_last, bool training, float eps, str act) -> ()"
-)
-_LIB.define(
-    "_bn_act_direct_native(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float momentum, float eps, bool relu) "
-    "-> (Tensor?, Tensor?, Tensor?)"
-)
-_LIB.define(
-    "_bn_act_backward_direct_native(Tensor(a!) dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor var, bool training, float eps, bool relu, int needs, bool reuse_dy) "
-    "-> (Tensor?, Tensor?, Tensor?, Tensor?)"
-)
-_LIB.define(
-    "_bn_act_backward_native(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor mean, Tensor var, Tensor(a!)? dx, "
-    "Tensor(b!)? dweight, Tensor(c!)? dbias, Tensor(d!)? dresidual, bool channels_last, bool training, float eps, "
-    "str act) -> ()"
 )
 
 
@@ -112,25 +95,28 @@ def _check(
         raise ValueError("bn_act: running_mean and running_var: got None, expected [C] tensors when training is False")
 
 
-def _is_empty(x: Tensor) -> bool:
-    return x.numel() == 0
+def _empty_output(x: Tensor, residual: Tensor | None, act: str, device: torch.device | str) -> Tensor:
+    """Uninitialized y, with the strides that eager's batch_norm, addition and relu leave."""
+    if x.numel() == 0 and residual is None and act == "none":
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    layout = memory_format(x.numel() > 0 and is_channels_last(x))
+    y = torch.empty_like(x, memory_format=layout, device=device)
+    if x.numel() == 0 or residual is None or residual.stride() == y.stride():
+        return y
+    return empty_elementwise(y, residual, act)
 
 
-def _empty_output(x: Tensor, residual: Tensor | None, act: str, channels_last: bool) -> Tensor:
-    """Uninitialised y, with the strides that eager's batch_norm, addition and relu leave."""
-    if _is_empty(x):
-        y = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        return y if residual is None and act == "none" else torch.empty_like(y, memory_format=torch.contiguous_format)
-    y = torch.empty_like(x, memory_format=memory_format(channels_last))
-    return y if residual is None or residual.stride() == y.stride() else empty_elementwise(y, residual, act)
-
-
-def _dense(t: Tensor, channels_last: bool) -> Tensor:
-    return t.contiguous(memory_format=memory_format(channels_last))
+def _dense(t: Tensor | None, channels_last: bool) -> Tensor | None:
+    """`t` with the strides of a new tensor in this order; copied only where its memory has another."""
+    if t is None:
+        return None
+    t = t.contiguous(memory_format=memory_format(channels_last))
+    n, c, h, w = t.shape
+    return t.as_strided(t.shape, (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1))
 
 
 def _per_channel(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return t if t is None or (t.dtype is dtype and t.is_contiguous()) else t.to(dtype).contiguous()
+    return None if t is None else t.to(dtype).contiguous()
 
 
 def _forward(
@@ -144,72 +130,28 @@ def _forward(
     eps: float,
     act: str,
     backend: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Outputs:
     _check(x, weight, bias, running_mean, running_var, residual, training, act)
-    chosen = choose(OPERATOR, backend, x)
-    channels_last = is_channels_last(x)
-    y = _empty_output(x, residual, act, channels_last)
-    dtype = stats_dtype(x)
-    if training:
-        mean = x.new_empty(x.shape[1], dtype=dtype)
-        var = torch.empty_like(mean)
-        if _is_empty(x):
-            return y, mean.zero_(), var.zero_()
-    else:  # copies: backward uses the statistics of this forward, whatever happens to the buffers in between
-        assert running_mean is not None and running_var is not None
-        mean = x.new_empty(x.shape[1], dtype=dtype).copy_(running_mean)
-        var = torch.empty_like(mean).copy_(running_var)
-        if _is_empty(x):
-            return y, mean, var
-    chosen.forward(
-        _dense(x, channels_last),
-        _per_channel(weight, dtype),
-        _per_channel(bias, dtype),
-        None if residual is None else _dense(residual, channels_last),
-        y,
-        mean,
-        var,
-        channels_last=channels_last,
-        training=training,
-        eps=eps,
-        act=act,
-    )
-    return y, mean, var
+    chosen, dtype = choose(OPERATOR, backend, x), stats_dtype(x)
+    mean, var = (None if training else _per_channel(t, dtype) for t in (running_mean, running_var))
+    if x.numel() == 0:
+        return _empty_output(x, residual, act, x.device), *statistics(x, mean, var)
+    images = [_dense(t, is_channels_last(x)) for t in (x, residual)]
+    numbers = [_per_channel(t, dtype) for t in (weight, bias)]
+    how = {"training": training, "eps": eps, "act": act}
+    y, *used = chosen.forward(images[0], *numbers, images[1], mean, var, **how)
+    return with_strides(y, _empty_output(x, residual, act, "meta").stride()), *used
 
 
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    eps: float,
-    act: str,
-    backend: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(x: Tensor, *others: Any) -> Outputs:
+    weight, bias, running_mean, running_var, residual, training, _, act = others[:8]
     _check(x, weight, bias, running_mean, running_var, residual, training, act)
-    y = _empty_output(x, residual, act, is_channels_last(x))
-    mean = x.new_empty(x.shape[1], dtype=stats_dtype(x))
-    return y, mean, torch.empty_like(mean)
+    return _empty_output(x, residual, act, x.device), *statistics(x, None, None)
 
 
-def _empty_gradients(
-    x: Tensor, y: Tensor | None, mean: Tensor, needs: Sequence[bool], channels_last: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Uninitialised (dx, dweight, dbias, dresidual), None where not needed; dx in x's memory order, as eager's."""
-    dx = torch.empty_like(x, memory_format=memory_format(channels_last)) if needs[0] else None
-    dweight = torch.empty_like(mean) if needs[1] else None
-    dbias = torch.empty_like(mean) if needs[2] else None
-    dresidual = torch.empty_like(x, memory_format=memory_format(channels_last)) if needs[3] else None
-    return dx, dweight, dbias, dresidual
-
-
-def _filled(x: Tensor, grads: Sequence[Tensor | None]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _returned(x: Tensor, grads: Grads) -> tuple[Tensor, ...]:
     """A schema cannot return None: an empty tensor stands for a gradient that is not needed."""
-    dx, dweight, dbias, dresidual = (x.new_empty(0) if g is None else g for g in grads)
-    return dx, dweight, dbias, dresidual
+    return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
 def _backward(
@@ -224,49 +166,29 @@ def _backward(
     act: str,
     needs: Sequence[bool],
     backend: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     chosen = choose(OPERATOR, backend, x)
-    channels_last = is_channels_last(x)
-    grads = _empty_gradients(x, y, mean, needs, channels_last)
-    if _is_empty(x):
-        return _filled(x, [None if g is None else g.zero_() for g in grads])
-    chosen.backward(
-        _dense(dy, channels_last),
-        _dense(x, channels_last),
-        None if y is None else _dense(y, channels_last),
-        _per_channel(weight, mean.dtype),
-        mean,
-        var,
-        *grads,
-        channels_last=channels_last,
-        training=training,
-        eps=eps,
-        act=act,
-    )
-    return _filled(x, grads)
+    if x.numel() == 0:
+        return _zero_gradients(x, mean, needs)
+    images = [_dense(t, is_channels_last(x)) for t in (dy, x, y)]
+    how = {"training": training, "eps": eps, "act": act, "needs": needs}
+    return _returned(x, chosen.backward(*images, _per_channel(weight, mean.dtype), mean, var, **how))
 
 
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    training: bool,
-    eps: float,
-    act: str,
-    needs: Sequence[bool],
-    backend: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _filled(x, _empty_gradients(x, y, mean, needs, is_channels_last(x)))
+def _zero_gradients(x: Tensor, mean: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """dx and dresidual in x's memory order, as eager's."""
+    layout = memory_format(is_channels_last(x))
+    like = torch.empty_like(x, memory_format=layout), mean, mean, torch.empty_like(x, memory_format=layout)
+    return _returned(x, [torch.zeros_like(t) if need else None for t, need in zip(like, needs, strict=True)])
+
+
+def _fake_backward(dy: Tensor, x: Tensor, y: Any, weight: Any, mean: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return _zero_gradients(x, mean, others[4])
 
 
 for _key in ("CPU", "CUDA"):
     _LIB.impl("bn_act", _forward, _key)
     _LIB.impl("bn_act_backward", _backward, _key)
-for _name in ("_bn_act_direct_native", "_bn_act_backward_direct_native"):
-    leave_to_the_general_way(_LIB, _name)
 torch.library.register_fake("fastres::bn_act", _fake_forward, lib=_LIB)
 torch.library.register_fake("fastres::bn_act_backward", _fake_backward, lib=_LIB)
 register_autograd(_LIB, "bn_act", _forward, _bn_autograd.setup_context, _bn_autograd.backward)
@@ -275,43 +197,14 @@ register_autograd(_LIB, "bn_act", _forward, _bn_autograd.setup_context, _bn_auto
 # ---- backends --------------------------------------------------------------------------------------------------------
 
 
-def _native_forward(*tensors: Tensor | None, channels_last: bool, training: bool, eps: float, act: str) -> None:
-    torch.ops.fastres._bn_act_native.default(*tensors, channels_last, training, eps, act)
-
-
-def _native_backward(*tensors: Tensor | None, channels_last: bool, training: bool, eps: float, act: str) -> None:
-    torch.ops.fastres._bn_act_backward_native.default(*tensors, channels_last, training, eps, act)
-
-
-def _triton_forward(*tensors: Tensor | None, **attributes: Any) -> None:
-    from fastres.kernels.bn_act import bn_act_forward
-
-    bn_act_forward(*tensors, **attributes)
-
-
-def _triton_backward(*tensors: Tensor | None, **attributes: Any) -> None:
-    from fastres.kernels.bn_act import bn_act_backward
-
-    bn_act_backward(*tensors, **attributes)
-
-
 _OP = torch.ops.fastres.bn_act.default
-# On a GPU the order is not measured yet: C++ first, for its short way and because nothing is compiled at run time.
+# On a GPU the order is not measured yet: C++ first, for its fast path and because nothing is compiled at run time.
 OPERATOR = register(Operator("bn_act", order={"cpu": ("cpu",), "cuda": ("cuda", "triton")}))
-OPERATOR.add(Backend(REFERENCE, why_not_reference, _bn_reference.forward, _bn_reference.backward))
-for _backend, _why_not in (("cpu", why_not_cpu), ("cuda", why_not_cuda)):
-    OPERATOR.add(
-        Backend(
-            _backend,
-            _why_not,
-            _native_forward,
-            _native_backward,
-            torch.ops.fastres._bn_act_direct_native.default,
-            torch.ops.fastres._bn_act_backward_direct_native.default,
-            signs_from_x=_backend == "cpu",
-        )
-    )
-OPERATOR.add(Backend("triton", why_not_triton, _triton_forward, _triton_backward))
+OPERATOR.add(Backend(REFERENCE, why_not_reference, _bn_backends.reference_forward, _bn_backends.reference_backward))
+for _name, _why_not in (("cpu", why_not_cpu), ("cuda", why_not_cuda)):
+    kernels = _bn_backends.native_forward, _bn_backends.native_backward
+    OPERATOR.add(Backend(_name, _why_not, *kernels, native=True, signs_from_x=_name == "cpu"))
+OPERATOR.add(Backend("triton", why_not_triton, _bn_backends.triton_forward, _bn_backends.triton_backward))
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -344,7 +237,7 @@ def bn_act(
         weight, bias: [C], any floating dtype; None stands for 1 and 0.
         residual: [N, C, H, W], x's dtype and device, added before the activation; may be x itself.
         act: "relu" or "none".
-        training: normalise by the batch's statistics (biased variance) instead of the running ones.
+        training: normalize by the batch's statistics (biased variance) instead of the running ones.
         momentum: weight of the new statistics in the running ones; None for the cumulative average, which needs
             num_batches_tracked.
         eps: added to the variance.
@@ -379,16 +272,40 @@ def bn_act(
     tensors = weight, bias, running_mean, running_var, residual
     if act in ACTS and (momentum is not None or recompute) and is_plain_eager(x, *tensors):
         chosen = choose(OPERATOR, backend, x)
-        if chosen.direct is not None or recompute:
+        if chosen.native or recompute:
             call = Call(running_mean, running_var, num_batches_tracked, training, momentum, eps, act, chosen, recompute)
-            straight = call_direct(x, weight, bias, residual, call)
-            if straight is not None:
-                return straight
+            fast = fast_path(x, weight, bias, residual, call)
+            if fast is not None:
+                return fast
     y, mean, var = _OP(x, weight, bias, running_mean, running_var, residual, training, eps, act, backend)
-    if training and not _is_empty(x):
+    if training and x.numel():
         update_running(running_mean, running_var, num_batches_tracked, mean, var, momentum, x)
     out: Tensor = y
     return out
+
+
+def bn_act_over(
+    x: Tensor,  # [N, C, H, W], written over
+    running_mean: Tensor | None,  # [C]
+    running_var: Tensor | None,  # [C]
+    weight: Tensor | None,  # [C]
+    bias: Tensor | None,  # [C]
+    residual: Tensor | None,  # [N, C, H, W]
+    *,
+    act: str,
+    eps: float,
+    backend: str = AUTO,
+) -> Tensor | None:
+    """`bn_act` in eval mode without gradients, its result in x's memory: for an x that nobody else reads.
+
+    Returns:
+        x; or None, and x is as it was, where no kernel can.
+    """
+    if not choose(OPERATOR, backend, x).native:
+        return None
+    y: Tensor | None
+    y, _, _ = NATIVE(x, weight, bias, residual, running_mean, running_var, None, False, 0.0, eps, act == "relu", True)
+    return y
 
 
 def bn_act_module(

@@ -12,30 +12,32 @@
 
 One pass over the output where a backend writes it with its epilogue, instead of three. Saved for backward: x, weight,
 scale, and y for its sign. The other activations' gradients need z: where gradients are wanted they run behind
-act="none". With a scale everything after the convolution is computed in float32 (float64 for float64) and rounded once.
+act="none". With a scale, what follows the convolution is computed in float32 (float64 for float64).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastres._dispatch import AUTO, REFERENCE, Backend, Choices, Operator, choose, register, settings
+from fastres._dispatch import AUTO, REFERENCE, Backend, Choices, Operator, choose, register
 from fastres.ops import _conv_backends, _conv_frozen
 from fastres.ops._autograd import any_requires_grad, is_plain_eager, register_autograd
-from fastres.ops._conv_backends import ACTS, Conv, Pair, output_size, pair
-from fastres.ops._flops import register_flops
+from fastres.ops._conv_backends import ACTS, Conv, Maybe, Pair, output_size, pair
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
     is_channels_last,
     memory_format,
     stats_dtype,
+    with_strides,
 )
 
 _BEHIND: dict[str, Callable[[Tensor], Tensor]] = {"relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
@@ -46,8 +48,8 @@ _LIB.define(
     'SymInt[2] padding, SymInt[2] dilation, SymInt groups, str act, str backend="auto") -> Tensor'
 )
 _LIB.define(
-    "_conv_act_native(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) y, int stride_h, "
-    "int stride_w, int padding_h, int padding_w, int dilation_h, int dilation_w, str act, int tile) -> ()"
+    "_conv_act_native(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride_h, int stride_w, "
+    "int padding_h, int padding_w, int dilation_h, int dilation_w, str act, int tile) -> Tensor"
 )
 
 
@@ -57,9 +59,9 @@ _LIB.define(
 def _check(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
+    bias: Maybe,
+    residual: Maybe,
+    scale: Maybe,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
@@ -94,7 +96,7 @@ def _check(
             f"dilation {tuple(dilation)}: the output would be {p}x{q}"
         )
     shape = n, k, p, q
-    others: list[tuple[str, Tensor | None, tuple[int, ...] | None]]
+    others: list[tuple[str, Maybe, tuple[int, ...] | None]]
     others = [("weight", weight, None), ("bias", bias, (k,)), ("residual", residual, shape), ("scale", scale, (k,))]
     for name, other, like in others:
         if other is None:
@@ -122,9 +124,9 @@ def _output_is_channels_last(x: Tensor, weight: Tensor) -> bool:
 def _kind(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
+    bias: Maybe = None,
+    residual: Maybe = None,
+    scale: Maybe = None,
     stride: int | Pair = 1,
     padding: int | Pair = 0,
     dilation: int | Pair = 1,
@@ -154,9 +156,9 @@ def _kind(
 def _forward(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
+    bias: Maybe,
+    residual: Maybe,
+    scale: Maybe,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
@@ -164,45 +166,20 @@ def _forward(
     act: str,
     backend: str = AUTO,
 ) -> Tensor:
-    y, _ = _run(x, weight, bias, residual, scale, stride, padding, dilation, groups, act, backend)
-    return y
-
-
-_Again = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
-
-
-def _run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    act: str,
-    backend: str,
-) -> tuple[Tensor, _Again | None]:
-    """y, and what computes it for tensors alike without asking anything again; None where y's strides need a look."""
-    shape = _check(x, weight, bias, residual, scale, stride, padding, dilation, groups, act)
-    call = _kind(x, weight, bias, residual, scale, stride, padding, dilation, groups, act)
-    forward = choose(OPERATOR, backend, x, call).forward
-    y: Tensor = forward(x, weight, bias, residual, scale, shape, call)
-    n, k, p, q = shape
+    where = stride, padding, dilation, groups, act
+    _, k, p, q = shape = _check(x, weight, bias, residual, scale, *where)
+    call = _kind(x, weight, bias, residual, scale, *where)
+    y: Tensor = choose(OPERATOR, backend, x, call).forward(x, weight, bias, residual, scale, call)
     plain = k > 1 and p * q > 1 and (residual is None or residual.stride() == y.stride())
     if plain and y.is_contiguous(memory_format=memory_format(call.channels_last)):
-        return y, lambda x, weight, bias, residual, scale: forward(x, weight, bias, residual, scale, shape, call)
-    like = _empty_output(x, weight, residual, shape, act, "meta")
-    if y.stride() == like.stride():
-        return y, None
-    return torch.empty_strided(shape, like.stride(), dtype=y.dtype, device=y.device).copy_(y), None
+        return y
+    return with_strides(y, _empty_output(x, weight, residual, shape, act, "meta").stride())
 
 
 def _empty_output(
-    x: Tensor, weight: Tensor, residual: Tensor | None, shape: Sequence[int], act: str, device: torch.device | str
+    x: Tensor, weight: Tensor, residual: Maybe, shape: Sequence[int], act: str, device: torch.device | str
 ) -> Tensor:
-    """Uninitialised y, with the strides that eager's conv2d, addition and activation leave."""
+    """Uninitialized y, with the strides that eager's conv2d, addition and activation leave."""
     layout = memory_format(_output_is_channels_last(x, weight))
     y = torch.empty(shape, dtype=x.dtype, device=device, memory_format=layout)
     if residual is not None:
@@ -212,20 +189,9 @@ def _empty_output(
     return torch.empty_like(y, memory_format=torch.contiguous_format) if act != "none" and y.is_contiguous() else y
 
 
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    act: str,
-    backend: str = AUTO,
-) -> Tensor:
-    shape = _check(x, weight, bias, residual, scale, stride, padding, dilation, groups, act)
+def _fake_forward(*arguments: Any) -> Tensor:
+    x, weight, _, residual, _, *_, act, _ = arguments if len(arguments) == 11 else (*arguments, AUTO)
+    shape = _check(*arguments[:10])
     return _empty_output(x, weight, residual, shape, act, x.device)
 
 
@@ -239,7 +205,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, scale, output if ctx.act == "relu" else None)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
     x, weight, scale, y = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_residual, needs_scale = ctx.needs_input_grad[:5]
     stride, padding, dilation, groups = ctx.where
@@ -274,13 +240,23 @@ register_autograd(_LIB, "conv_act", _forward, _setup_context, _backward)
 
 def _flops(x_shape: Any, w_shape: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
     """Multiplications and additions of the convolution, 2 N K P Q (C / groups) R S; the epilogue's are not counted."""
-    n, k, p, q = out_shape
-    _, per_group, r, s = w_shape
-    flops: int = 2 * n * k * p * q * per_group * r * s
+    flops: int = 2 * prod(out_shape) * prod(w_shape[1:])
     return flops
 
 
-register_flops(torch.ops.fastres.conv_act, _flops)
+def _tell_flop_counters() -> None:
+    """Give FlopCounterMode the formula. Its module imports Triton, so only where somebody has loaded it."""
+    module: Any = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    if torch.ops.fastres.conv_act not in module.flop_registry:
+        module.register_flop_formula(torch.ops.fastres.conv_act)(_flops)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, module._FlopCounterMode):  # it copied the registry when it was made, perhaps before this
+            mode.counter.flop_registry = module.flop_registry | mode.counter.flop_registry
+
+
+_tell_flop_counters()
 
 
 # ---- backends: each returns y ----------------------------------------------------------------------------------------
@@ -305,57 +281,15 @@ OPERATOR.add(Backend("triton", _conv_backends.why_not_conv_triton, _conv_backend
 OPERATOR.add(Backend("cuda", _conv_backends.why_not_conv_cuda, _conv_backends.cuda))
 
 
-# ---- the short way ---------------------------------------------------------------------------------------------------
-
-# Behind a convolution the caches hold weights, and the Python of a call costs three to five times what it does alone:
-# 60 to 130 us, 3 % of a convolution of 4 ms. So what a call's checks came to is kept for calls like it.
-_seen: dict[Any, _Again] = {}
-_SEEN = 1024
-
-
-def _alike(t: Tensor | None) -> tuple[Any, ...] | None:
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.device)
-
-
-def _straight(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    stride: int | Pair,
-    padding: int | Pair,
-    dilation: int | Pair,
-    groups: int,
-    act: str,
-    backend: str,
-) -> Tensor:
-    tf32 = x.dtype is torch.float32 and x.device.type == "cuda" and _conv_backends.tf32_allowed()
-    where = stride, padding, dilation, groups, act, backend, settings(), tf32
-    key = _alike(x), _alike(weight), _alike(bias), _alike(residual), _alike(scale), *where
-    try:
-        again = _seen[key]
-    except (KeyError, TypeError):  # TypeError: a list, which is no key
-        pairs = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
-        y, made = _run(x, weight, bias, residual, scale, *pairs, groups, act, backend)
-        if made is not None:
-            if len(_seen) >= _SEEN:
-                _seen.clear()
-            with suppress(TypeError):
-                _seen[key] = made
-        return y
-    return again(x, weight, bias, residual, scale)
-
-
 # ---- public function -------------------------------------------------------------------------------------------------
 
 
 def conv_act(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    scale: Tensor | None = None,
+    bias: Maybe = None,
+    residual: Maybe = None,
+    scale: Maybe = None,
     stride: int | Pair = 1,
     padding: int | Pair = 0,
     dilation: int | Pair = 1,
@@ -406,16 +340,16 @@ def conv_act(
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias if bias is None or scale is not None else bias.to(dtype)
         residual = None if residual is None else residual.to(dtype)
-    if is_plain_eager(x, weight, bias, residual, scale) and not (
-        torch.is_grad_enabled() and any_requires_grad(x, weight, bias, residual, scale)
-    ):
-        return _straight(x, weight, bias, residual, scale, stride, padding, dilation, groups, act, backend)
-    pairs = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation")
-    tensors = [t for t in (x, weight, bias, residual, scale) if t is not None]
-    if act in _BEHIND and torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        z: Tensor = _OP(x, weight, bias, residual, scale, *pairs, groups, "none", backend)
+    tensors = x, weight, bias, residual, scale
+    where = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups
+    if is_plain_eager(*tensors) and not (torch.is_grad_enabled() and any_requires_grad(*tensors)):
+        return _forward(*tensors, *where, act, backend)
+    if not torch.compiler.is_compiling():
+        _tell_flop_counters()
+    if act in _BEHIND and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        z: Tensor = _OP(*tensors, *where, "none", backend)
         return _BEHIND[act](z)
-    y: Tensor = _OP(x, weight, bias, residual, scale, *pairs, groups, act, backend)
+    y: Tensor = _OP(*tensors, *where, act, backend)
     return y
 
 

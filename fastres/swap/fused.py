@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastres.nn.checkpoint import moving_once
-from fastres.nn.conv_steps import forget
 from fastres.swap import library as _library  # noqa: F401  (registers the known classes)
 from fastres.swap.adapters import find_adapter, inherits_method
 
@@ -46,7 +45,6 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
             "fastres_stock": stock,
             **{f"fastres_{name}": value for name, value in Options()._asdict().items()},
             adapter.method: _method(stock, adapter.method),
-            "train": _train(stock),
         }
         fused = _CLASSES.setdefault(stock, metaclass(f"Fused{stock.__name__}", (stock,), namespace))
     fused.fastres_adapter = adapter  # follows a later registration
@@ -82,16 +80,6 @@ def restore(block: Any) -> None:
     block.__class__ = block.fastres_stock
     for name in Options._fields:
         block.__dict__.pop(f"fastres_{name}", None)
-
-
-def _train(stock: type[nn.Module]) -> Callable[..., Any]:
-    """The stock `train`, which also drops the folds of the block's BN; see fastres/nn/conv_steps.py."""
-
-    def train(self: Any, mode: bool = True) -> Any:
-        forget(self.children())
-        return stock.train(self, mode)
-
-    return train
 
 
 def _method(stock: type[nn.Module], name: str) -> Callable[..., Any]:

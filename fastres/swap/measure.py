@@ -19,7 +19,7 @@ from fastres.swap.match import Match
 
 Inputs = dict[str, tuple[Any, ...]]
 
-# Name, training, backward; without gradients a block in eval mode folds its BN, another road.
+# Name, training, backward; without gradients a block in eval mode writes over its convolutions' outputs.
 WAYS = (("eval mode", False, True), ("training mode", True, True), ("inference", False, False))
 
 

@@ -22,6 +22,7 @@ KERNELS = [ROOT / "csrc/cuda" / name for name in ("add_relu_flat.cu", "bn_act_fo
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-w", f"-I{ROOT}/csrc"]
 LAUNCHER = "cutlass/conv/device/implicit_gemm_convolution.h"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+EDGE = 32
 MULTIPROCESSORS = 3  # few: each block has several row tiles, and there are several blocks to a tile
 
 
@@ -100,8 +101,25 @@ def pointer(t):
     return None if t is None else ctypes.c_void_p(t.data_ptr())
 
 
+def dense(shape, dtype, channels_last=False, offset=0, device="cpu"):
+    """A dense tensor of this order in the middle of a buffer of NaN, `offset` elements off an aligned address."""
+    count = torch.Size(shape).numel()
+    whole = torch.full((count + 2 * EDGE + offset,), float("nan"), dtype=dtype, device=device)
+    flat = whole[EDGE + offset :][:count]
+    if not channels_last:
+        return flat.view(shape)
+    n, c, h, w = shape
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def edges_untouched(t):
+    whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    before, after = t.storage_offset(), t.storage_offset() + t.numel()
+    return bool(whole[:before].isnan().all() and whole[after:].isnan().all())
+
+
 class Emulated:
-    """The operators of fastres._C_cuda, by their names in torch.ops.fastres."""
+    """The operators of fastres._C_cuda, by their names in torch.ops.fastres; outputs lie in the middle of NaN."""
 
     def __init__(self, multiprocessors):
         self.multiprocessors = multiprocessors
@@ -116,33 +134,47 @@ class Emulated:
         sizes = [ctypes.c_int64(v) for v in (n, c, h * w)]
         return [ctypes.c_int(TYPES[x.dtype]), *sizes, ctypes.c_int(channels_last)]
 
-    def _add_relu_native(self, x, residual, y):
-        kind, numel = ctypes.c_int(TYPES[x.dtype]), ctypes.c_int64(x.numel())
-        self._run("add_relu", kind, *map(pointer, (x, residual, y)), numel)
+    def _add_relu(self, name, a, b):
+        out = dense(a.shape, a.dtype, offset=a.storage_offset() % EDGE)
+        self._run(name, ctypes.c_int(TYPES[a.dtype]), *map(pointer, (a, b, out)), ctypes.c_int64(a.numel()))
+        assert edges_untouched(out)
+        return out
 
-    def _add_relu_backward_native(self, dy, y, dx):
-        kind, numel = ctypes.c_int(TYPES[y.dtype]), ctypes.c_int64(y.numel())
-        self._run("add_relu_backward", kind, *map(pointer, (dy, y, dx)), numel)
+    def _add_relu_native(self, x, residual):
+        return self._add_relu("add_relu", x, residual)
 
-    def bn_act(
-        self, x, weight, bias, residual, y, mean, var, channels_last, training, eps, act, running=(), momentum=0
+    def _add_relu_backward_native(self, dy, y):
+        return self._add_relu("add_relu_backward", dy, y)
+
+    def _bn_act_native(
+        self, x, weight, bias, residual, running_mean, running_var, count, training, momentum, eps, relu, overwrite
     ):
-        running_mean, running_var, count = running or (None, None, None)
-        if not training:
-            running_mean, running_var = mean.clone(), var.clone()  # mean and var are written, as copies
+        channels_last = not x.is_contiguous()
+        y = x if overwrite else dense(x.shape, x.dtype, channels_last, x.storage_offset() % EDGE)
+        mean, var = (None, None) if overwrite else torch.full((2, x.shape[1]), float("nan"))
         tensors = map(pointer, (x, residual, y, weight, bias, mean, var, running_mean, running_var, count))
-        numbers = ctypes.c_float(momentum), ctypes.c_float(eps), ctypes.c_int(act == "relu"), ctypes.c_int(training)
+        numbers = ctypes.c_float(momentum), ctypes.c_float(eps), ctypes.c_int(relu), ctypes.c_int(training)
         self._run("bn_act", *self._image(x, channels_last), *tensors, *numbers)
+        assert edges_untouched(y)
+        return y, mean, var
 
-    _bn_act_native = bn_act
+    def _bn_act_backward_native(self, dy, x, y, weight, bias, mean, var, training, eps, relu, needs, reuse_dy):
+        channels_last = not x.is_contiguous()
 
-    def _bn_act_backward_native(
-        self, dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, channels_last, training, eps, act
-    ):
-        y = y if act == "relu" else None
-        tensors = map(pointer, (dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual))
+        def new(bit):
+            if not needs >> bit & 1:
+                return None
+            image = bit in (0, 3)
+            return (
+                dense(x.shape, x.dtype, channels_last, x.storage_offset() % EDGE) if image else torch.empty_like(mean)
+            )
+
+        grads = dx, dweight, dbias, dresidual = [new(bit) for bit in range(4)]
+        tensors = map(pointer, (dy, x, y if relu else None, weight, mean, var, dx, dweight, dbias, dresidual))
         numbers = ctypes.c_float(eps), ctypes.c_int(training)
         self._run("bn_act_backward", *self._image(dy, channels_last), *tensors, *numbers)
+        assert all(edges_untouched(t) for t in (dx, dresidual) if t is not None)
+        return grads
 
 
 @cache

@@ -73,10 +73,8 @@ def test_running_statistics_move_in_the_launch_that_merges(lane, channels_last):
     case = Case(lane, (5, 24, 7, 7), torch.float32, channels_last)
     running = torch.randn(24), torch.rand(24) + 0.5, torch.tensor(41)
     mean, var, count = (t.clone() for t in running)
-    y, got_mean, got_var = case.out(), torch.empty(24), torch.empty(24)
-    lane.ops.bn_act(
-        case.x, case.weight, case.bias, None, y, got_mean, got_var, channels_last, True, 1e-5, "relu", running, 0.3
-    )  # fmt: skip
+    given = case.x, case.weight, case.bias, None, *running
+    _, got_mean, got_var = lane.ops._bn_act_native(*given, True, 0.3, 1e-5, True, False)
     assert running[2] == count + 1
     n = case.x.numel() // 24
     torch.testing.assert_close(running[0], 0.7 * mean + 0.3 * got_mean)
@@ -95,7 +93,7 @@ def test_launch_counts(lane, channels_last):
     library.take_launches()
     for training, act in itertools.product((True, False), ("relu", "none")):
         case = Case(lane, (4, 16, 8, 8), torch.float16, channels_last, training=training, act=act)
-        statistics = case.forward()
+        statistics = case.run(case.x)
         assert library.take_launches() == (3 if training else 1)
         for needs in itertools.product((True, False), repeat=4):
             case.backward(*statistics, needs)

@@ -69,7 +69,12 @@ def test_the_batch_follows_from_the_memory(monkeypatch, gib, batch):
 def test_a_kernel_gets_what_conv_act_passes_it(monkeypatch, layer):
     """The same types, shapes and strides, in the same order, as from the backend itself."""
     calls = []
-    monkeypatch.setattr(torch.ops.fastres._conv_act_native, "default", lambda *given: calls.append(given))
+
+    def record(*given):
+        calls.append(given)
+        return given[0].new_empty(layer.batch, layer.conv.outputs, layer.conv.out, layer.conv.out)
+
+    monkeypatch.setattr(torch.ops.fastres._conv_act_native, "default", record)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda device: type("Gpu", (), {"multi_processor_count": 1})
@@ -82,7 +87,7 @@ def test_a_kernel_gets_what_conv_act_passes_it(monkeypatch, layer):
     call = _conv_backends.Conv(True, False, (layer.batch, c.size, c.size), tuple(weight.shape), *how)
     problem = _conv_backends.problem_of(x, call)
     assert (problem.shape, problem.residual, problem.dtype) == (layer.shape, c.residual, x.dtype)
-    _conv_backends.cuda(x, weight, bias, residual, shape, call)
+    _conv_backends.cuda(x, weight, bias, residual, None, call)
     layers.native(
         kernel("one", 7), layer, tensors, torch.empty(shape, dtype=x.dtype).to(memory_format=torch.channels_last)
     )

@@ -1,4 +1,4 @@
-"""fastres._C_cuda on a GPU, where it differs from the Triton kernels: the short way, errors, what it says of itself."""
+"""fastres._C_cuda on a GPU, where it differs from the Triton kernels: the fast path, errors, what it says of itself."""
 
 import sys
 
@@ -39,24 +39,24 @@ def step(x, residual, weight, bias, stats, training):
 @DTYPES
 @LAYOUTS
 @pytest.mark.parametrize("training", (True, False))
-def test_the_short_way_and_the_general_way_agree(training, layout, dtype, monkeypatch):
+def test_the_fast_path_and_the_dispatcher_path_agree(training, layout, dtype, monkeypatch):
     x, residual = random((5, 24, 9, 9), dtype, layout), random((5, 24, 9, 9), dtype, layout)
     weight, bias = torch.randn(2, 24, device="cuda")
     stats = torch.randn(24, device="cuda"), torch.rand(24, device="cuda") + 0.5, torch.tensor(3, device="cuda")
-    short = step(x, residual, weight, bias, [t.clone() for t in stats], training)
+    fast = step(x, residual, weight, bias, [t.clone() for t in stats], training)
     # the module, which the package's function of the same name hides
     monkeypatch.setattr(sys.modules["fastres.ops.bn_act"], "is_plain_eager", lambda *tensors: False)
-    general = step(x, residual, weight, bias, [t.clone() for t in stats], training)
-    for i, (a, b) in enumerate(zip(short, general, strict=True)):
+    dispatched = step(x, residual, weight, bias, [t.clone() for t in stats], training)
+    for i, (a, b) in enumerate(zip(fast, dispatched, strict=True)):
         if i in (5, 6):  # the running statistics: moved in the merge, or by torch's own operations
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
         else:
             assert torch.equal(a, b), i
-    assert short[7] == (4 if training else 3)
+    assert fast[7] == (4 if training else 3)
 
 
 @DTYPES
-def test_add_relu_the_short_way(dtype):
+def test_add_relu_on_the_fast_path(dtype):
     for shape, layout in (((100_003,), torch.contiguous_format), ((4, 24, 9, 9), torch.channels_last)):
         x, r = (random(shape, dtype, layout).requires_grad_() for _ in range(2))
         y = add_relu(x, r, backend="cuda")
@@ -104,30 +104,39 @@ def test_row3_empty_tensors_launch_nothing():
         y.sum().backward()
         assert x.grad.shape == x.shape
         assert add_relu(x, x, backend="cuda").shape == x.shape
-    assert OPS._add_relu_native(*(torch.empty(0, device="cuda") for _ in range(3))) is None
+    assert OPS._add_relu_native(torch.empty(0, device="cuda"), torch.empty(0, device="cuda")) is None
 
 
-def test_row5_wrong_tensors_are_named_and_leave_no_error_behind():
+def test_row5_other_tensors_return_nothing_and_move_nothing():
     x, v = torch.randn(2, 6, 3, 3, device="cuda"), torch.ones(6, device="cuda")
-    base = [x, v, v, x, torch.empty_like(x), v.clone(), v.clone(), False, True, 1e-5, "relu"]
+    base = [x, v, v, x, v.clone(), v.clone(), None, True, 0.1, 1e-5, True, False]
     wrong = [
-        ("x: expected a CUDA tensor", 0, x.cpu()),
-        ("x: expected a dense contiguous", 0, x.contiguous(memory_format=torch.channels_last)),
-        (r"weight: expected device cuda:\d as x, got cpu \(shape \[6\]", 1, v.cpu()),
-        (r"weight: expected a contiguous \[6\], got \[7\]", 1, torch.ones(7, device="cuda")),
-        ("bias: expected dtype Float, got Half", 2, v.half()),
-        (r"residual: expected shape \[2, 6, 3, 3\] as x, got \[2, 6, 3, 4\]", 3, torch.ones(2, 6, 3, 4, device="cuda")),
-        ("y: expected dtype Float as x, got BFloat16", 4, x.bfloat16()),
-        ('act: expected "relu" or "none", got "gelu"', 10, "gelu"),
+        (0, x.double()),
+        (0, x[:, :, ::2]),
+        (1, v.cpu()),
+        (1, torch.ones(7, device="cuda")),
+        (2, v.half()),
+        (3, torch.ones(2, 6, 3, 4, device="cuda")),
+        (3, x.contiguous(memory_format=torch.channels_last)),
+        (6, torch.tensor(0)),
+        (11, True),  # written over in training
     ]
-    for message, index, value in wrong:
-        with pytest.raises((RuntimeError, NotImplementedError), match=message if index else None):
-            OPS._bn_act_native(*base[:index], value, *base[index + 1 :])
-    with pytest.raises(RuntimeError, match="expected dtype Float, BFloat16 or Half, got Double"):
-        OPS._add_relu_native(*(torch.ones(4, device="cuda", dtype=torch.float64) for _ in range(3)))
-    torch.cuda.synchronize()  # nothing of it is left in the stream
-    OPS._bn_act_native(*base)
-    assert torch.isfinite(base[4]).all()
+    for index, value in wrong:
+        assert list(OPS._bn_act_native(*base[:index], value, *base[index + 1 :])) == [None] * 3, (index, value)
+    assert OPS._add_relu_native(x.double(), x.double()) is None
+    torch.cuda.synchronize()
+    assert base[4].eq(1).all() and base[5].eq(1).all()
+    assert torch.isfinite(OPS._bn_act_native(*base)[0]).all()
+
+
+@DTYPES
+@LAYOUTS
+def test_the_same_bits_written_over_the_input(layout, dtype):
+    x, residual = random((5, 24, 9, 9), dtype, layout), random((5, 24, 9, 9), dtype, layout)
+    weight, bias, mean, var = torch.rand(4, 24, device="cuda")
+    given = weight, bias, residual, mean, var, None, False, 0.0, 1e-5, True
+    want, over = OPS._bn_act_native(x, *given, False)[0], x.clone(memory_format=torch.preserve_format)
+    assert list(OPS._bn_act_native(over, *given, True)[1:]) == [None, None] and torch.equal(over, want)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")

@@ -20,6 +20,7 @@ OPERATORS = ("tests/ops/test_bn_act.py", "tests/ops/test_bn_act_contract.py", "t
 INTERPRETER = ("tests/kernels/test_triton_interpreter.py::test_lane[lane_bn_act]",)
 GEOMETRY = ("tests/kernels/test_triton_interpreter.py::test_lane[lane_geometry]",)
 CONV = ("tests/kernels/test_triton_interpreter.py::test_lane[lane_conv_act]",)
+CONV_ACT = ("tests/ops/test_conv_act.py",)
 STEPS = ("tests/swap/test_conv_steps.py",)
 PROGRAM = ("tests/freeze/test_program.py",)
 LARGE = ("tests/ops/test_large.py",)
@@ -136,46 +137,27 @@ MUTANTS = [
         PROGRAM,
     ),
     Mutant(
-        "fold-ignores-versions",
+        "written-over-with-gradients",
         "fastres/nn/conv_steps.py",
-        " or _version(t) != version:",
-        ":",
+        "if not (torch.is_grad_enabled() and any_requires_grad(*tensors)):",
+        "if True:",
         STEPS,
     ),
-    Mutant(
-        "fold-ignores-identity",
-        "fastres/nn/conv_steps.py",
-        "reference() is not t or ",
-        "",
-        STEPS,
-    ),
-    Mutant(
-        "fold-kept-when-the-mode-is-set",
-        "fastres/swap/fused.py",
-        "        forget(self.children())\n",
-        "",
-        STEPS,
-    ),
-    Mutant(
-        "fold-used-with-gradients",
-        "fastres/nn/conv_steps.py",
-        "torch.is_grad_enabled() and any_requires_grad(x, residual, *tensors)",
-        "False",
-        STEPS,
-    ),
+    Mutant("written-over-under-hooks", "fastres/nn/conv_steps.py", "is_plain(conv, nn.Conv2d) and ", "", STEPS),
     Mutant(
         "conv-residual-added-after-relu",
         "fastres/ops/_conv_backends.py",
-        "        z = z.add_(residual)\n    return ACTIVATIONS[act](z)",
-        "        return ACTIVATIONS[act](z).add_(residual)\n    return ACTIVATIONS[act](z)",
-        STEPS,
+        "        z = z.add_(residual)\n    return ACTIVATIONS[act](z).to(c.dtype)",
+        "        return ACTIVATIONS[act](z).add_(residual).to(c.dtype)\n    return ACTIVATIONS[act](z).to(c.dtype)",
+        CONV_ACT,
     ),
     Mutant(
         "cpu-tail-dropped",
         "csrc/cpu/bn_act_terms.h",
-        "if (k < n) map.template at<W>(i + n - W, map.template parameters<W, false>(c + n - W));",
+        "    map.template at<W>(i + n - W, map.template parameters<W, kBroadcast>(kBroadcast ? c : c + n - W));\n",
         "",
     ),
+    Mutant("cpu-tail-written-over-twice", "csrc/cpu/bn_act_terms.h", "return x == y;", "return false;", NATIVE),
     Mutant("cpu-eps-omitted", "csrc/cpu/bn_act_terms.h", "std::sqrt(var[c] + eps)", "std::sqrt(var[c] + 0 * eps)"),
     Mutant(
         "cpu-mask-from-the-input",
@@ -215,7 +197,7 @@ MUTANTS = [
         "for (; row < last; ++row) map_rows<W, 1, kStream>(row * part.channels + c, width, c);",
         "",
     ),
-    Mutant("biased-running-variance", "fastres/ops/bn_act.py", "unbiased = n / (n - 1)", "unbiased = 1.0"),
+    Mutant("biased-running-variance", "fastres/ops/_bn_autograd.py", "unbiased = n / (n - 1)", "unbiased = 1.0"),
     Mutant(
         "statistics-updated-before-the-check",
         "fastres/ops/bn_act.py",

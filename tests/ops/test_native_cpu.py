@@ -1,5 +1,5 @@
-"""The C++ CPU kernels alone: writes past the caches, any number of threads, refusals. What they share with the CUDA
-kernels is in test_native.py."""
+"""The C++ CPU kernels alone: writes past the caches, any number of threads, 16-bit parameters. What they share with the
+CUDA kernels is in test_native.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastres import _extension
-from native_case import Case, Lane, check, same
+from native_case import Case, Lane, assert_close, check, per_channel, same
 
 if _extension.native_cpu() is None:
     pytest.skip(f"the compiled CPU kernels are not here: {_extension.why_not_cpu()}", allow_module_level=True)
@@ -53,27 +53,19 @@ def test_results_are_the_same_bits_on_repeats_and_with_any_number_of_threads(sha
     assert all(same(results[0], other) for other in results[1:])
 
 
-def test_refusals_name_the_tensor():
-    case = Case(LANE, (2, 6, 3, 3), torch.float32, False)
-    base = [case.x, case.weight, case.bias, case.residual, case.out(), case.mean, case.var, False, True, 1e-5, "relu"]
-    wrong = [
-        ("x: expected 4 dimensions", 0, case.x[0]),
-        ("x: expected a dense contiguous", 0, case.x.contiguous(memory_format=torch.channels_last)),
-        ("weight: expected a contiguous \\[6\\], got \\[7\\]", 1, torch.ones(7)),
-        ("bias: expected dtype Float, got Half", 2, torch.ones(6).half()),
-        ("residual: expected shape \\[2, 6, 3, 3\\] as x, got \\[2, 6, 3, 4\\]", 3, torch.ones(2, 6, 3, 4)),
-        ("y: expected dtype Float as x, got BFloat16", 4, torch.ones(2, 6, 3, 3).bfloat16()),
-        ("var: expected a contiguous", 6, torch.ones(12)[::2]),
-        ('act: expected "relu" or "none", got "gelu"', 10, "gelu"),
-    ]
-    for message, index, value in wrong:
-        with pytest.raises(RuntimeError, match=message):
-            OPS._bn_act_native(*base[:index], value, *base[index + 1 :])
-    with pytest.raises(RuntimeError, match="x: expected dtype Float, BFloat16 or Half, got Double"):
-        OPS._add_relu_native(*torch.ones(3, 4).double())
-    with pytest.raises(RuntimeError, match="y: act=.relu. takes its mask"):
-        outputs = case.out(), None, None, None
-        OPS._bn_act_backward_native(case.dy, case.x, None, None, case.mean, case.var, *outputs, *base[7:])
+@TYPES
+@LAYOUTS
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_what_is_written_over_takes_16_bit_parameters_and_no_statistics(stored, channels_last, dtype):
+    case = Case(LANE, (2, 19, 5, 7), dtype, channels_last, training=False)
+    for name in ("weight", "bias", "mean", "var"):
+        setattr(case, name, getattr(case, name).to(stored))
+    want, _, _ = case.forward64()
+    assert_close(case.run(case.x.clone(), overwrite=True)[0], want, 24)
+    given = case.x.clone(), case.weight, case.bias, case.residual, None, None, None
+    y, _, _ = OPS._bn_act_native(*given, False, 0.0, 1e-5, True, True)
+    z = case.x.double() * per_channel(case.weight.double()) + per_channel(case.bias.double()) + case.residual.double()
+    assert_close(y, torch.relu(z), 24)
 
 
 def test_build_info_says_how_it_was_built():

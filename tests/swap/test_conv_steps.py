@@ -1,12 +1,12 @@
-"""Convolution, BN, addition and ReLU as one step in eval mode: answers, what ends a fold, what never starts one."""
+"""Convolution, BN, addition and ReLU as one step in eval mode: answers, every write followed, who is left alone."""
 
 import copy
 import itertools
-import pickle
-import weakref
+from collections import Counter
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import fastres
@@ -16,7 +16,7 @@ from fastres.nn import BasicBlock, Bottleneck, ConvBNReLU, conv_bn_act, conv_nor
 from referee import LAYOUTS, assert_as_good, layout
 from swap_cases import projection, scramble, tiny
 
-pytestmark = pytest.mark.skipif(bool(why_not_cpu()), reason="without fastres._C nothing is folded on the fly")
+pytestmark = pytest.mark.skipif(bool(why_not_cpu()), reason="without fastres._C nothing is written over")
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +37,19 @@ def stock(x, conv, bn, residual=None, act="relu"):
     return torch.relu(y) if act == "relu" else y
 
 
-def is_folded(bn):
-    found = conv_steps._folds.get(bn)
-    return found is not None and found.folded is not None
+@pytest.fixture
+def written(monkeypatch):
+    """How many convolutions' outputs were written over: the answers alone would not show it, so the call is watched."""
+    real, found = conv_steps.bn_act_over, Counter()
+
+    def watched(*args, **kwargs):
+        y = real(*args, **kwargs)
+        assert y is None or y is args[0]
+        found[y is not None] += 1
+        return y
+
+    monkeypatch.setattr(conv_steps, "bn_act_over", watched)
+    return lambda: found.pop(True, 0)
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -49,7 +59,7 @@ def is_folded(bn):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("act", ["relu", "none"])
 @pytest.mark.parametrize("residual", [False, True])
-def test_answers(dtype, bias, act, residual):
+def test_answers(written, dtype, bias, act, residual):
     conv, bn, x = parts(bias=bias, stride=2)
     conv, x = conv.to(dtype), x.to(dtype)
     exact = copy.deepcopy(conv).double(), copy.deepcopy(bn).double()
@@ -61,8 +71,8 @@ def test_answers(dtype, bias, act, residual):
         given = layout(x, kind)
         r = layout(torch.randn(2, 16, 5, 5).to(dtype), kind) if residual else None
         y = conv_bn_act(given, conv, bn, r, act)
-        assert is_folded(bn)
         eager = stock(given, conv, bn, r, act)
+        assert written() == (r is None or r.stride() == eager.stride())  # others are made dense first
         assert y.stride() == eager.stride()
         r64 = None if r is None else r.double()
         truth = stock(x.double(), *exact, r64, act)
@@ -72,28 +82,33 @@ def test_answers(dtype, bias, act, residual):
 
 @pytest.mark.parametrize("block", [BasicBlock(8, 8), BasicBlock(8, 16, 2, projection(8, 16, 2)), Bottleneck(8, 2),
                                    Bottleneck(8, 4, 2, projection(8, 16, 2)), ConvBNReLU(8, 16)])  # fmt: skip
-def test_blocks_fold_every_pair(block):
+def test_blocks_write_over_every_convolution(written, block):
     torch.manual_seed(0)
     block, x = scramble(block).eval(), torch.randn(2, 8, 7, 7)
     y = block(x)
     norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
     shortcut = [] if getattr(block, "downsample", None) is None else list(block.downsample)
-    assert all(is_folded(bn) for bn in norms if bn not in shortcut)
+    assert written() == sum(bn not in shortcut for bn in norms)
     torch.testing.assert_close(y, copy.deepcopy(block).double()(x.double()).float(), rtol=1e-5, atol=1e-5)
 
 
-def test_a_swapped_network_folds_every_pair_and_calls_no_batch_norm():
-    net = tiny(torch.float32).eval()
-    x = torch.randn(2, 3, 16, 16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_swapped_network_is_its_convolutions_and_one_pass_over_each(dtype):
+    net = tiny(torch.float32).eval().to(dtype)
+    x = torch.randn(2, 3, 16, 16).to(dtype)
     wanted = net(x)
     fastres.swap(net)
     got = net(x)
-    assert all(is_folded(m) for m in net.modules() if isinstance(m, nn.BatchNorm2d))
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        got, wanted, rtol=1e-5 if dtype is torch.float32 else 0.05, atol=1e-5 if dtype is torch.float32 else 0.05
+    )
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
         again = net(x)
-    names = {event.key for event in trace.key_averages()}
-    assert not any("batch_norm" in name or "bn_act" in name for name in names), names
+    names = {event.key: event.count for event in trace.key_averages()}
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    assert names["fastres::_bn_act_native"] == norms == names["aten::conv2d"]
+    assert not any(part in name for name in names for part in ("batch_norm", "aten::relu", "fastres::bn_act"))
+    assert names.keys().isdisjoint({"aten::add", "aten::add_"})
     assert torch.equal(again, got)
 
 
@@ -105,11 +120,11 @@ def test_row10_nan_and_infinity_pass():
         assert torch.equal(y.isnan(), wanted.isnan()) and torch.equal(y.isinf(), wanted.isinf())
 
 
-def test_residuals_that_only_eager_adds():
+def test_residuals_that_only_eager_adds(written):
     conv, bn, x = parts()
     for r in (torch.randn(16, 1, 1), torch.randn(1, 16, 9, 9), torch.randn(2, 16, 9, 9).double(), torch.randn(9, 9)):
         y = conv_bn_act(x, conv, bn, r)
-        assert is_folded(bn) and y.dtype is torch.float32
+        assert not written() and y.dtype is torch.float32
         torch.testing.assert_close(y, stock(x, conv, bn, r).float())
 
 
@@ -127,7 +142,7 @@ def test_other_norms_and_activations_run_as_they_are():
     assert torch.equal(conv_norm_act(x, conv, nn.Identity(), None), conv(x))
 
 
-# ---- what ends a fold ------------------------------------------------------------------------------------------------
+# ---- every write is followed -----------------------------------------------------------------------------------------
 
 
 def change_weight(conv, bn):
@@ -187,8 +202,34 @@ def hook(conv, bn):
     conv.register_forward_hook(lambda module, args, y: y + 1)
 
 
+def copy_data(conv, bn):
+    conv.weight.data.copy_(torch.randn_like(conv.weight))
+
+
+def scale_data(conv, bn):
+    bn.weight.data.mul_(1.5)
+
+
+def one_element(conv, bn):
+    conv.weight.data[3, 2, 1, 1] = 7.0
+
+
+def numpy_view(conv, bn):
+    conv.weight.detach().numpy()[:] += 1
+
+
+def set_storage(conv, bn):
+    conv.weight.set_(torch.randn_like(conv.weight))
+
+
+def buffer_data(conv, bn):
+    bn.running_mean.data.add_(1)
+    bn.running_var.data.copy_(bn.running_var * 2)
+
+
 CHANGES = [change_weight, change_statistics, change_affine, change_eps, load, assign, replace, set_data, add_bias,
-           drop_affine, geometry, padding_mode, no_statistics, hook]  # fmt: skip
+           drop_affine, geometry, padding_mode, no_statistics, hook, copy_data, scale_data, one_element, numpy_view,
+           set_storage, buffer_data]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -201,67 +242,23 @@ def test_changes_are_followed(change):
     assert not torch.allclose(got, before, rtol=1e-3, atol=1e-3)
 
 
-def test_another_parameter_at_the_same_address_and_version_is_noticed():
-    conv, bn, x = parts()
-    memory = conv.weight.detach().numpy().copy()
-    conv.weight = nn.Parameter(torch.from_numpy(memory))
-    conv_bn_act(x, conv, bn)
-    memory *= 2
-    conv.weight = nn.Parameter(torch.from_numpy(memory))
-    torch.testing.assert_close(conv_bn_act(x, conv, bn), stock(x, conv, bn))
-
-
-@pytest.mark.parametrize("build", [lambda: ConvBNReLU(4, 8), lambda: BasicBlock(4, 4),
-                                   lambda: fastres.models.cifar_resnet(8), "swapped"])  # fmt: skip
-@pytest.mark.parametrize("between", ["eval", "train and eval", "a step", "a frozen step"])
-def test_writes_through_data_are_followed_in_every_usual_loop(build, between):
-    """`.data` moves no version counter: old EMA and optimizer code is seen by what comes before the next use."""
+def test_an_ema_that_is_swapped_in_through_data_is_evaluated():
+    """Evaluate, `p.data.copy_(ema)`, evaluate, restore, evaluate: `.data` moves no version counter."""
     torch.manual_seed(0)
-    channels = 4
-    if build == "swapped":
-        net = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
-        fastres.swap(net)
-    else:
-        net = build()
-        channels = 3 if isinstance(net, fastres.models.cifar.CifarResNet) else 4
-    x = torch.randn(2, channels, 8, 8)
-    before = scramble(net).eval()(x)
-    if between == "a step":
-        with torch.enable_grad():
-            net.train()(x).sum().backward()
-    elif between == "a frozen step":  # BN in eval mode all along, convolutions trained
-        with torch.enable_grad():
-            net(x).sum().backward()
-    for p in net.parameters():
-        p.data.mul_(1.5)
-    if between == "train and eval":
-        net.train()
-    if "eval" in between or between == "a step":
-        net.eval()
-    got = net(x)
-    wanted = copy.deepcopy(net).double()(x.double()).float()
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(got, before, rtol=1e-3, atol=1e-3)
-
-
-def test_row37_copies_and_pickles_hold_no_fold_and_share_none():
-    net, x = scramble(ConvBNReLU(4, 8)).eval(), torch.randn(1, 4, 6, 6)
-    size = len(pickle.dumps(net))
-    before = net(x)
-    assert len(pickle.dumps(net)) == size and not any("fold" in name for name in net[0].__dict__ | net[1].__dict__)
-    twin = copy.deepcopy(net)
-    assert not is_folded(twin[1])
-    twin[0].weight.mul_(2)
-    assert torch.equal(net(x), before) and not torch.allclose(twin(x), before)
-
-
-def test_a_fold_goes_with_its_module():
-    net = scramble(ConvBNReLU(4, 8)).eval()
-    net(torch.randn(1, 4, 6, 6))
-    weight = weakref.ref(conv_steps._folds[net[1]].folded.weight)
-    count = len(conv_steps._folds)
-    del net
-    assert weight() is None and len(conv_steps._folds) == count - 1
+    stock = scramble(torchvision.models.resnet18(weights=None)).eval()
+    swapped, x = copy.deepcopy(stock), torch.randn(2, 3, 64, 64)
+    fastres.swap(swapped, strict=True)
+    ema = [p + 0.3 * p.abs().mean() * torch.randn_like(p) for p in stock.parameters()]
+    kept = [p.clone() for p in stock.parameters()]
+    outputs = []
+    for values in (kept, ema, kept):
+        for net in (stock, swapped):
+            for p, value in zip(net.parameters(), values, strict=True):
+                p.data.copy_(value)
+        wanted, got = stock(x), swapped(x)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+        outputs.append(got)
+    assert torch.equal(outputs[0], outputs[2]) and not torch.allclose(outputs[0], outputs[1], rtol=0.05)
 
 
 def test_row41_one_bn_behind_two_convolutions():
@@ -271,10 +268,10 @@ def test_row41_one_bn_behind_two_convolutions():
         torch.testing.assert_close(conv_bn_act(x, c, bn), stock(x, c, bn))
 
 
-# ---- what never starts one -------------------------------------------------------------------------------------------
+# ---- who is left alone -----------------------------------------------------------------------------------------------
 
 
-def test_gradients_run_the_two_operators():
+def test_gradients_keep_the_convolutions_output(written):
     for wants in ("x", "weight", "gamma", "residual"):
         conv, bn, x = parts()
         r = torch.randn(2, 16, 9, 9)
@@ -282,26 +279,25 @@ def test_gradients_run_the_two_operators():
         {"x": x, "weight": conv.weight, "gamma": bn.weight, "residual": r}[wants].requires_grad_()
         with torch.enable_grad():
             y = conv_bn_act(x, conv, bn, r)
-            assert y.requires_grad and not is_folded(bn)
+            assert y.requires_grad and not written()
             y.sum().backward()
     conv, bn, x = parts()
     conv.requires_grad_(False), bn.requires_grad_(False)
     with torch.enable_grad():
-        assert not conv_bn_act(x, conv, bn).requires_grad and is_folded(bn)
+        assert not conv_bn_act(x, conv, bn).requires_grad and written()
 
 
-def test_train_mode_moves_the_statistics():
+def test_train_mode_moves_the_statistics(written):
     conv, bn, x = parts()
-    conv_bn_act(x, conv, bn)
     bn.train()
     before = bn.running_mean.clone()
     conv_bn_act(x, conv, bn)
-    assert not torch.equal(before, bn.running_mean) and not is_folded(bn)
+    assert not torch.equal(before, bn.running_mean) and not written()
 
 
 @pytest.mark.parametrize("case", ["float64", "a named backend", "FASTRES_BACKEND", "autocast", "global hook",
                                   "functional_call", "bad variance", "compile", "fx", "meta", "dtype"])  # fmt: skip
-def test_calls_that_are_left_alone(case, monkeypatch):
+def test_unusual_calls(case, monkeypatch, written):
     conv, bn, x = parts()
     handle, backend, call = None, "auto", conv_bn_act
     if case == "float64":
@@ -338,7 +334,7 @@ def test_calls_that_are_left_alone(case, monkeypatch):
             handle.remove()
         monkeypatch.delenv("FASTRES_BACKEND", raising=False)
         _dispatch.reload_environment()
-    assert not is_folded(bn) or case == "dtype"
+    assert bool(written()) == (case in ("autocast", "functional_call", "bad variance", "dtype"))
     if case not in ("meta", "autocast"):
         torch.testing.assert_close(y, stock(x, conv, bn), equal_nan=True, rtol=2e-3, atol=2e-3)
 
@@ -355,11 +351,3 @@ def test_an_empty_batch_keeps_its_shape():
     conv, bn, x = parts()
     assert conv_bn_act(x[:0], conv, bn).shape == (0, 16, 9, 9)
     torch.testing.assert_close(conv_bn_act(x, conv, bn), stock(x, conv, bn))
-
-
-def test_inference_mode_folds_are_good_outside_it():
-    conv, bn, x = parts()
-    with torch.inference_mode():
-        y = conv_bn_act(x, conv, bn)
-    assert is_folded(bn) and not conv_steps._folds[bn].folded.weight.is_inference()
-    assert torch.equal(conv_bn_act(x, conv, bn), y)

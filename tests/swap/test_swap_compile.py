@@ -244,8 +244,8 @@ def test_profiler_shows_our_operators_alone(backend, cls, inplanes, planes, norm
     if backend == "reference":  # made of eager's own operators
         assert forward["fastres::bn_act"] == norms and backward["fastres::bn_act_backward"] == norms
     else:
-        assert forward["fastres::_bn_act_direct_native"] == norms, forward
-        assert backward["fastres::_bn_act_backward_direct_native"] == norms, backward
+        assert forward["fastres::_bn_act_native"] == norms, forward
+        assert backward["fastres::_bn_act_backward_native"] == norms, backward
         stock = [name for name in [*forward, *backward] if any(part in name for part in STOCK_OPS)]
         assert set(stock) <= {"aten::add_"}, stock  # gradient accumulation
     report.revert()
@@ -261,7 +261,7 @@ def test_auto_takes_the_native_kernel_where_it_can():
     forward, backward = profiled(net, x)
     native = explanation.chosen == "cpu"
     assert native == (not explanation.refusals["cpu"])
-    names = ("_bn_act_direct_native", "_bn_act_backward_direct_native") if native else ("bn_act", "bn_act_backward")
+    names = ("_bn_act_native", "_bn_act_backward_native") if native else ("bn_act", "bn_act_backward")
     assert forward[f"fastres::{names[0]}"] == backward[f"fastres::{names[1]}"] == TINY_CALLS
 
 

@@ -176,21 +176,20 @@ def test_verify_with_a_backend_by_name():
     assert report.rows[0].status == "swapped" and fused_calls(net, torch.randn(4, 3, 8, 8)) == 2
 
 
-def test_a_wrong_fold_is_rolled_back(monkeypatch):
-    """Inference is a road of its own, judged too: gradients or training would not show it."""
+def test_a_wrong_pass_over_the_convolution_is_rolled_back(monkeypatch):
+    """Inference is a path of its own, judged too: gradients or training would not show it. Hence the planted fault."""
     from fastres.nn import conv_steps
 
-    real = conv_steps.fold
+    real = conv_steps.bn_act_over
 
-    def wrong(conv, bn, dtype):
-        made = real(conv, bn, dtype)
-        return type(made)(made.weight * 1.001, made.bias)
+    def wrong(z, *args, **kwargs):
+        y = real(z, *args, **kwargs)
+        return y if y is None else y.mul_(1.001)
 
-    monkeypatch.setattr(conv_steps, "fold", wrong)
+    monkeypatch.setattr(conv_steps, "bn_act_over", wrong)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())).eval()
-    with torch.no_grad():
-        if conv_steps.folded(torch.randn(2, 3, 8, 8), net[0][0], net[0][1]) is None:
-            pytest.skip("without fastres._C nothing is folded on the fly")
+    if fastres.explain("bn_act", torch.zeros(1)).chosen != "cpu":
+        pytest.skip("without fastres._C nothing is written over")
     report = fastres.swap(net, verify=torch.randn(2, 3, 8, 8))
     assert [row.status for row in report.rows] == ["rolled_back"] and "inference" in report.rows[0].message

@@ -1,4 +1,4 @@
-"""The short way of bn_act and add_relu (one kernel for the whole call) against the general one, and who takes which."""
+"""The fast path of bn_act and add_relu (the native operator) against the dispatcher path, and who takes which."""
 
 import contextlib
 import itertools
@@ -20,11 +20,11 @@ if _extension.native_cpu() is None:
 
 OPS = torch.ops.fastres
 NAMES = ("fastres::bn_act", "fastres::add_relu")
-SHORT = ("fastres::_bn_act_direct_native", "fastres::_add_relu_direct_native")
+NATIVE = ("fastres::_bn_act_native", "fastres::_add_relu_native")
 
 
 class Between(TorchDispatchMode):
-    """Stands between the call and the kernel and changes nothing: the general way is taken."""
+    """Stands between the call and the kernel and changes nothing: the dispatcher path is taken."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def results(y, leaves):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("act", ["relu", "none"])
-def test_both_ways_give_the_same_bits(dtype, training, act):
+def test_both_paths_give_the_same_bits(dtype, training, act):
     for kind, shape, needs in itertools.product(
         LAYOUTS[:2], [(3, 8, 5, 6), (2, 17, 7, 7)], itertools.product([False, True], repeat=4)
     ):
@@ -82,54 +82,51 @@ def test_both_ways_give_the_same_bits(dtype, training, act):
                 found.append([*results(y, leaves), *state])
         assert "fastres::bn_act" in mode.names
         running = range(len(found[0]) - 3, len(found[0]) - 1)  # their update is rounded once, or twice
-        for i, (short, general) in enumerate(zip(*found, strict=True)):
-            assert short.stride() == general.stride() and short.dtype == general.dtype
+        for i, (fast, dispatched) in enumerate(zip(*found, strict=True)):
+            assert fast.stride() == dispatched.stride() and fast.dtype == dispatched.dtype
             rtol, atol = (3e-7, 1e-7) if i in running else (0, 0)
-            torch.testing.assert_close(short, general, rtol=rtol, atol=atol)
+            torch.testing.assert_close(fast, dispatched, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_add_relu_both_ways_give_the_same_bits(dtype):
+def test_add_relu_both_paths_give_the_same_bits(dtype):
     for kind, needs in itertools.product(LAYOUTS[:2], itertools.product([False, True], repeat=2)):
         x, _, _, residual = problem((3, 8, 5, 6), dtype, kind, (needs[0], False, False, needs[1]))
-        short = results(add_relu(x, residual), (x, residual))
+        fast = results(add_relu(x, residual), (x, residual))
         with Between() as mode:
-            general = results(add_relu(x, residual), (x, residual))
+            dispatched = results(add_relu(x, residual), (x, residual))
         assert "fastres::add_relu" in mode.names
-        for a, b in zip(short, general, strict=True):
+        for a, b in zip(fast, dispatched, strict=True):
             assert torch.equal(a, b) and a.stride() == b.stride()
 
 
 @pytest.mark.parametrize("kind", LAYOUTS[:2])
-def test_every_resnet_shape_takes_the_short_way(kind):
+def test_every_resnet_shape_takes_the_fast_path(kind):
     for activation, dtype, training in itertools.product(ACTIVATIONS, DTYPES, (True, False)):
         channels, shape = activation.channels, (2, activation.channels, activation.height, activation.width)
         x = layout(torch.zeros(shape, dtype=dtype), kind)
         stats = torch.zeros(channels), torch.ones(channels)
-        found = OPS._bn_act_direct_native(x, *stats, x, *stats, torch.tensor(0), training, 0.1, 1e-5, True)
+        found = OPS._bn_act_native(x, *stats, x, *stats, torch.tensor(0), training, 0.1, 1e-5, True, False)
         y, mean, var = found
         assert y is not None and y.stride() == x.stride(), (activation, kind, dtype)
-        grads = OPS._bn_act_backward_direct_native(
-            x, x, y, stats[1], None, mean, var, training, 1e-5, True, 0b1111, False
-        )
+        grads = OPS._bn_act_backward_native(x, x, y, stats[1], None, mean, var, training, 1e-5, True, 0b1111, False)
         assert all(g is not None for g in grads)
-        assert OPS._add_relu_direct_native(x, x) is not None and OPS._add_relu_backward_direct_native(x, y) is not None
+        assert OPS._add_relu_native(x, x) is not None and OPS._add_relu_backward_native(x, y) is not None
 
 
 def test_only_the_gradients_asked_for_are_made():
     x, weight, _, _ = problem((2, 4, 3, 3), needs=(False,) * 4)
-    y, mean, var = OPS._bn_act_direct_native(x, weight, None, None, None, None, None, True, 0.1, 1e-5, True)
+    y, mean, var = OPS._bn_act_native(x, weight, None, None, None, None, None, True, 0.1, 1e-5, True, False)
     for bits in range(16):
-        grads = OPS._bn_act_backward_direct_native(x, x, y, weight, None, mean, var, True, 1e-5, True, bits, False)
+        grads = OPS._bn_act_backward_native(x, x, y, weight, None, mean, var, True, 1e-5, True, bits, False)
         assert [g is not None for g in grads] == [bool(bits >> k & 1) for k in range(4)]
 
 
-LEFT = {  # what the short way leaves: the call still runs, or raises, the general way
+LEFT = {  # what the fast path leaves: the dispatcher path runs it, or raises
     "fp64": {"x": torch.randn(2, 4, 3, 3).double()},
     "every second channel": {"x": layout(torch.randn(2, 4, 3, 3), "every_second")},
     "transposed": {"x": layout(torch.randn(2, 4, 3, 3), "transposed")},
-    "ambiguous strides": {"x": torch.randn(2, 4, 1, 1)},
-    "one channel": {"x": torch.randn(2, 1, 3, 3), "weight": torch.ones(1)},
+    "odd strides of one pixel": {"x": torch.randn(2, 4, 1, 1).as_strided((2, 4, 1, 1), (4, 1, 9, 9))},
     "empty": {"x": torch.randn(0, 4, 3, 3)},
     "residual in another layout": {"residual": layout(torch.randn(2, 4, 3, 3), "channels_last")},
     "half parameters": {"weight": torch.ones(4).half()},
@@ -141,10 +138,27 @@ LEFT = {  # what the short way leaves: the call still runs, or raises, the gener
 
 
 @pytest.mark.parametrize("change", LEFT.values(), ids=LEFT)
-def test_what_the_short_way_leaves_runs_the_general_way(change):
+def test_what_the_fast_path_leaves_takes_the_dispatcher_path(change):
     given = {"x": torch.randn(2, 4, 3, 3), "weight": torch.ones(4), "running_mean": None, "running_var": None, **change}
     names = called(lambda: bn_act(**given, training=True, act="relu"))
     assert "fastres::bn_act" in names
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 1, 1), (2, 1, 3, 3), (1, 4, 2, 1), (2, 1, 1, 1), (1, 1, 5, 5)], ids=str)
+@pytest.mark.parametrize("kind", LAYOUTS[:2])
+def test_ambiguous_shapes_keep_eagers_strides_on_both_paths(shape, kind):
+    for training, act, with_residual in itertools.product((True, False), ("relu", "none"), (True, False)):
+        x, weight, bias, residual = problem(shape, kind=kind, needs=(False,) * 4)
+        state, r = (torch.zeros(shape[1]), torch.ones(shape[1])), residual if with_residual else None
+        want = torch.nn.functional.batch_norm(x, *(t.clone() for t in state), weight, bias, training)
+        want = want if r is None else want + r
+        want = torch.relu(want) if act == "relu" else want
+        for mode in (contextlib.nullcontext(), Between()):
+            with mode:
+                y = bn_act(x, *state, weight, bias, r, act=act, training=training)
+                assert y.stride() == want.stride(), (training, act, with_residual, mode)
+                torch.testing.assert_close(y, want)
+                assert add_relu(x, residual).stride() == torch.relu(x + residual).stride()
 
 
 @pytest.mark.parametrize(
@@ -165,8 +179,8 @@ def test_a_bad_call_returns_nothing_and_moves_nothing(change):
     given = {"x": torch.randn(2, 4, 3, 3), "weight": torch.ones(4), "residual": None}
     given |= {"running_mean": mean, "running_var": var} | change
     x, weight, residual = (given[name] for name in ("x", "weight", "residual"))
-    found = OPS._bn_act_direct_native(
-        x, weight, None, residual, given["running_mean"], given["running_var"], count, True, 0.1, 1e-5, True
+    found = OPS._bn_act_native(
+        x, weight, None, residual, given["running_mean"], given["running_var"], count, True, 0.1, 1e-5, True, False
     )
     assert list(found) == [None] * 3
     assert not mean.any() and (var == 1).all() and count == 0
@@ -176,7 +190,7 @@ def test_running_statistics_bump_their_versions():
     bn = nn.BatchNorm2d(4)
     before = [t._version for t in bn.buffers()]
     names = called(lambda: bn_act_module(torch.randn(2, 4, 3, 3), bn))
-    assert names == {"fastres::_bn_act_direct_native"}
+    assert names == {"fastres::_bn_act_native"}
     assert all(t._version > old for t, old in zip(bn.buffers(), before, strict=True))
     before = [t._version for t in bn.buffers()]
     bn_act_module(torch.randn(2, 4, 3, 3), bn.eval())
@@ -199,7 +213,7 @@ def test_transforms_tracers_and_subclasses_see_the_operator():
     fake = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         assert f(fake.from_tensor(x), fake.from_tensor(residual)).shape == want.shape
-    assert called(lambda: f(x, residual)) == set(SHORT)
+    assert called(lambda: f(x, residual)) == set(NATIVE)
 
 
 @pytest.mark.parametrize("name", ["bn_act", "add_relu", "conv_act"])
@@ -217,7 +231,7 @@ def test_forward_mode_is_refused_and_no_tangent_is_lost(name):
     assert call(x).shape == x.shape
 
 
-def test_batched_gradients_take_the_general_way():
+def test_batched_gradients_take_the_dispatcher_path():
     x, weight, bias, residual = leaves = problem((2, 4, 3, 3))
     y = bn_act(x, None, None, weight, bias, residual, training=True)
     dys = torch.randn(3, *y.shape)
@@ -226,3 +240,17 @@ def test_batched_gradients_take_the_general_way():
         want = torch.autograd.grad(y, leaves, dy, retain_graph=True)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a[k], b)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1, 3, 5), (2, 3, 4, 5, 6), (1, 3, 4, 5, 6), (4, 1)], ids=str)
+def test_add_relu_keeps_eagers_strides_in_every_order_of_dimensions(shape):
+    for order in itertools.permutations(range(len(shape))):
+        x, residual = (
+            torch.randn([shape[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
+            for _ in range(2)
+        )
+        for r in (residual, residual.contiguous()):
+            for mode in (contextlib.nullcontext(), Between()):
+                with mode:
+                    y, want = add_relu(x, r), torch.relu(x + r)
+                assert torch.equal(y, want) and y.stride() == want.stride(), (order, mode)
