@@ -24,7 +24,7 @@ from fastres.inference.cuda_graphs import Graphs
 from fastres.inference.executor import Executor, is_traced
 from fastres.inference.fallback import swapped_copy
 from fastres.inference.file.document import Stored
-from fastres.inference.file.likeness import likeness_to_plain
+from fastres.inference.file.likeness import likeness_to_json
 from fastres.inference.file.store import write
 from fastres.inference.file.values import FrozenFileError
 from fastres.inference.network import Network, Places, fold, held, hold, source_tensors
@@ -403,7 +403,7 @@ class FrozenModel(nn.Module):
             )
         graph, tensors = network.executor.graph, self._constants_of(network)
         constants = dict(zip(graph.constants, tensors, strict=True))
-        likeness = likeness_to_plain(self._likeness, self, self._hub_class)
+        likeness = likeness_to_json(self._likeness, self, self._hub_class)
         how = network.captured, self._signature.parameters, self.dtype, self.plan, self.device, self.report, likeness
         write(path, Stored(graph, constants, *how))
 
