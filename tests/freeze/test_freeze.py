@@ -181,7 +181,7 @@ def test_44_a_random_network_is_verified_on_a_calibrated_copy():
 
 
 def test_44_half_precision_is_compared_with_eagers_of_that_dtype(caplog):
-    """Where bf16 is far from fp32 in any engine, as it is of a deep network calibrated on 4 images: no fault of ours."""
+    """Where bf16 is far from fp32 in any engine, as it is of a network calibrated on 4 images: no fault of ours."""
     net, x = Net(lambda net, x: (torch.relu(net.first(x)) + 128) - 128), images(4)
     with torch.no_grad():
         want, eager = net(x), copy.deepcopy(net).bfloat16()(x.bfloat16()).float()
