@@ -1,4 +1,4 @@
-"""Folding a batch normalisation into the convolution before it.
+"""Folding a batch normalization into the convolution before it.
 
     formula    y     = scale * (conv(x, w) + b - mean) + beta        scale = gamma / sqrt(var + eps), per output channel
                      = conv(x, w') + b'
@@ -27,7 +27,7 @@ _WITH_ACT = (("timm.layers.norm_act", "BatchNormAct2d"), ("timm.layers.norm_act"
 
 
 class Refusal(NamedTuple):
-    """Why something stays as it is: a code and a sentence."""
+    """A reason to leave something as it is: a code and a sentence."""
 
     code: str
     message: str
@@ -43,12 +43,12 @@ def _is_one_of(module: nn.Module, classes: tuple[tuple[str, str], ...]) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether folding knows what this module computes in eval mode: exactly one of the classes above, no subclass."""
+    """Say whether folding knows what this module computes in eval mode: one of the classes above, no subclass."""
     return type(module) in NORMS or _is_one_of(module, _FROZEN) or _is_one_of(module, _WITH_ACT)
 
 
 def remainder(norm: nn.Module) -> nn.Module:
-    """What is left of a norm once it is folded: nothing, or timm's drop layer and activation."""
+    """Return what is left of a norm once it is folded: nothing, or timm's drop layer and activation."""
     if not _is_one_of(norm, _WITH_ACT):
         return nn.Identity().eval()
     rest = [m for m in (norm.get_submodule("drop"), norm.get_submodule("act")) if type(m) is not nn.Identity]
@@ -56,10 +56,10 @@ def remainder(norm: nn.Module) -> nn.Module:
 
 
 def refuse_norm(norm: nn.Module) -> Refusal | None:
-    """Why this norm cannot be folded whatever its numbers are."""
+    """Say why this norm cannot be folded whatever its numbers are."""
     if getattr(norm, "running_mean", None) is None or getattr(norm, "running_var", None) is None:
         return Refusal(
-            "BATCH_STATISTICS", "it keeps no running statistics: in eval mode too it normalises by the batch's"
+            "BATCH_STATISTICS", "it keeps no running statistics: in eval mode too it normalizes by the batch's"
         )
     return None
 
