@@ -199,13 +199,12 @@ def _module(source: fx.GraphModule, traced: Traced, layout: Any) -> fx.GraphModu
         own[str(node.target)] = placeholder = graph.placeholder(str(node.target))
         placeholder.meta = {key: value for key, value in node.meta.items() if key != "example_value"}
         placeholder._dynamo_source = getattr(node, "_dynamo_source", None)
-    root = torch.nn.Module()
     for node in traced.graph.nodes:
         if str(node.target) in own and node.op in ("placeholder", "get_attr"):
             values[node] = own[str(node.target)]
-        elif node.op == "get_attr":  # a constant of the graph's own
-            root.register_buffer(str(node.target), traced.tensors[str(node.target)])
-            values[node] = graph.get_attr(str(node.target))
+        elif node.op == "get_attr":  # a constant of the graph's own: AOTAutograd knows the source of every attribute
+            t = traced.tensors[str(node.target)]
+            values[node] = graph.call_function(torch.tensor, (t.tolist(),), {"dtype": t.dtype, "device": t.device})
         elif node.op == "output":
             graph.output(fx.map_arg(node.args[0], values.__getitem__))
             continue
@@ -217,7 +216,7 @@ def _module(source: fx.GraphModule, traced: Traced, layout: Any) -> fx.GraphModu
                     laid = graph.call_function(aten.clone.default, (values[x],), {"memory_format": layout})
                 values[node].args = (laid, *values[node].args[1:])
         values[node].meta = {} if node.op == "call_function" else values[node].meta
-    module = fx.GraphModule(root, graph, "FusedGraph")
+    module = fx.GraphModule(torch.nn.Module(), graph, "FusedGraph")
     module.meta = dict(source.meta)
     for name in ("_param_name_to_source", "_source_to_user_stacks", "_backend_id"):
         if hasattr(source, name):

@@ -24,10 +24,10 @@ from fastres.inference.cuda_graphs import Graphs
 from fastres.inference.executor import Executor, is_traced
 from fastres.inference.fallback import swapped_copy
 from fastres.inference.file.document import Stored
-from fastres.inference.file.likeness import likeness_to_plain
+from fastres.inference.file.likeness import likeness_to_json
 from fastres.inference.file.store import write
 from fastres.inference.file.values import FrozenFileError
-from fastres.inference.network import Network, fold, held, hold, places, source_tensors
+from fastres.inference.network import Network, Places, fold, held, hold, source_tensors
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
 from fastres.inference.source import LikeItsSource, Source
@@ -83,7 +83,7 @@ class FrozenModel(nn.Module):
         self._cuda_graphs = Graphs()
         self._likeness: tuple[str, ...] = ()  # the attributes that it has of its source
         self._hub_class = ""  # its source's class, if that is transformers'
-        self._places: list[tuple[dict[str, Any], str]] | None = None  # of the constants, in the graph's order
+        self._places: Places | None = None  # of the constants, in the graph's order
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
         self._pass_nan()
 
@@ -165,8 +165,8 @@ class FrozenModel(nn.Module):
         if torch.compiler.is_dynamo_compiling():
             return held(self.weights, network.executor.graph.constants)
         if self._places is None:
-            self._places = places(self.weights, network.executor.graph.constants)
-        return tuple([buffers[leaf] for buffers, leaf in self._places])  # functional_call, say, puts others there
+            self._places = Places(self.weights, network.executor.graph.constants)
+        return self._places.read()
 
     def _prepare(self, _: str, t: Tensor) -> Tensor:
         if t.is_floating_point() and t.dtype != self.dtype:
@@ -403,7 +403,7 @@ class FrozenModel(nn.Module):
             )
         graph, tensors = network.executor.graph, self._constants_of(network)
         constants = dict(zip(graph.constants, tensors, strict=True))
-        likeness = likeness_to_plain(self._likeness, self, self._hub_class)
+        likeness = likeness_to_json(self._likeness, self, self._hub_class)
         how = network.captured, self._signature.parameters, self.dtype, self.plan, self.device, self.report, likeness
         write(path, Stored(graph, constants, *how))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +87,16 @@ def held(root: nn.Module, names: Iterable[str]) -> tuple[Tensor, ...]:
     return tuple(buffers[name] for name in names)
 
 
-def places(root: nn.Module, names: Iterable[str]) -> list[tuple[dict[str, Any], str]]:
-    """Where a tree keeps the tensors of these dotted names: the dicts that hold them, and their keys there."""
-    split = [name.rpartition(".") for name in names]
-    return [(root.get_submodule(path)._buffers, leaf) for path, _, leaf in split]
+class Places:
+    """Where a tree keeps the tensors of these dotted names. `read` sees those that functional_call, say, puts there.
+
+    An object, since `torch.export` takes the lists and dicts among a module's attributes apart, and leaves copies.
+    """
+
+    def __init__(self, root: nn.Module, names: Iterable[str]) -> None:
+        split = [name.rpartition(".") for name in names]
+        self._found = [(root.get_submodule(path)._buffers, leaf) for path, _, leaf in split]
+
+    def read(self) -> tuple[Tensor, ...]:
+        """The tensors, as they are now."""
+        return tuple([buffers[leaf] for buffers, leaf in self._found])  # type: ignore[misc]  # none of them is None

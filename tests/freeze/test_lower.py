@@ -112,7 +112,7 @@ N, C, SIZE = 4, 4, 3
 
 
 class Draw:
-    """A graph of some 14 steps: values of N or N / 2 images, each with the places of equals that may be read with it."""
+    """A graph of some 14 steps: values of N or N / 2 images, with the places of equals that may be read with it."""
 
     def __init__(self, seed):
         self.random, self.steps = random.Random(seed), []

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastres.graph.captured import Captured
 from fastres.graph.steps import Graph, Slot, Step, freed, slots_in
-from fastres.inference.file.likeness import likeness_from_plain
+from fastres.inference.file.likeness import likeness_from_json
 from fastres.inference.file.operators import name_of, operator_for
 from fastres.inference.file.trees import Parameters, Trees, signature_from_json, signature_to_json
 from fastres.inference.file.values import DTYPES, MAX_DEPTH, FrozenFileError, Values, short
@@ -123,7 +123,7 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device
         part("plan", Plan),
         device,
         report,
-        likeness_from_plain(part("likeness", dict[str, Any])),
+        likeness_from_json(part("likeness", Any)),
     )
 
 

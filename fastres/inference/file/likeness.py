@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from fastres.inference.file.values import FrozenFileError, is_plain, short
 
 
-def likeness_to_plain(names: Iterable[str], model: Any, hub_class: str) -> dict[str, Any]:
+def likeness_to_json(names: Iterable[str], model: Any, hub_class: str) -> dict[str, Any]:
     """The likeness as plain data; a configuration of a class that is not transformers' own stays behind.
 
     Args:
@@ -26,21 +26,24 @@ def likeness_to_plain(names: Iterable[str], model: Any, hub_class: str) -> dict[
     return data
 
 
-def likeness_from_plain(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What `hub.give_likeness` takes, of the plain data of `likeness_to_plain`.
+def likeness_from_json(data: Any) -> dict[str, Any]:
+    """What `hub.give_likeness` takes, of the plain data of `likeness_to_json`.
 
     Raises:
-        FrozenFileError: its class has no name, or its configuration needs a transformers that is not here.
+        FrozenFileError: it is something else, or its configuration needs a transformers that is not here.
     """
-    name, config = data.get("class"), data.get("config")
-    if not all(isinstance(n, str) for n in data["attributes"]) or not str(name).isidentifier():
-        raise FrozenFileError(f"its source's attributes or class have no names: {short(data)}")
+    if not isinstance(data, dict) or not isinstance(data.get("attributes"), dict):
+        raise FrozenFileError("it does not say what its source was like")
+    names, config = [*data["attributes"], data.get("class") or "None"], data.get("config")
+    if not all(isinstance(name, str) for name in names) or not names[-1].isidentifier():
+        raise FrozenFileError(f"{short(names)} are no names of attributes and a class")
     if config is None:
-        return dict(data)
-    kind, values = config
+        return data
+    if not isinstance(config, list) or len(config) != 2:
+        raise FrozenFileError(f"{short(config)} is no configuration")
     try:
         known = importlib.import_module("transformers").CONFIG_MAPPING
-        return {**data, "config": known[kind].from_dict(values)}
+        return {**data, "config": known[config[0]].from_dict(config[1])}
     except Exception as error:  # a kind of model that the transformers here lacks, or values that it refuses
-        what = f"the configuration of its source, a {short(kind)} of transformers"
+        what = f"the configuration of its source, a {short(config[0])} of transformers"
         raise FrozenFileError(f"{what}, cannot be made here: {short(str(error))}") from error
