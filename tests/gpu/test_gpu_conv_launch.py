@@ -48,7 +48,7 @@ def problem(dtype, n, c, k, size, r, residual=True):
 
 
 @each_kernel
-def test_twenty_repeats_are_bitwise_equal(kernel):
+def test_row45_twenty_repeats_are_bitwise_equal(kernel):
     need(kernel)
     for size in SIZES:
         tensors, how = problem(getattr(torch, kernel.element), *size)
@@ -60,7 +60,7 @@ def test_twenty_repeats_are_bitwise_equal(kernel):
 
 @on_gpu_alone
 @each_kernel
-def test_a_graph_captures_it_and_replays_see_new_inputs(kernel):
+def test_row27_a_graph_captures_it_and_replays_see_new_inputs(kernel):
     need(kernel)
     for size in SIZES:
         tensors, how = problem(getattr(torch, kernel.element), *size)
@@ -90,7 +90,7 @@ def test_a_graph_of_the_backend(dtype):
 
 @on_gpu_alone
 @each_kernel
-def test_the_current_stream_is_used(kernel):
+def test_row30_the_current_stream_is_used(kernel):
     need(kernel)
     tensors, how = problem(getattr(torch, kernel.element), *SIZES[1])
     wanted = launch(kernel, *tensors, how, "relu")
@@ -116,7 +116,7 @@ def test_two_streams_at_once_do_not_share_a_workspace(kernel):
 
 @needs_gpus(2)
 @each_kernel
-def test_the_tensors_own_device_is_used(kernel):
+def test_row28_the_tensors_own_device_is_used(kernel):
     need(kernel)
     if not kernel.runs_on(torch.cuda.get_device_capability(1)):
         pytest.skip(f"needs compute capability {kernel.architecture / 10} of the second GPU")

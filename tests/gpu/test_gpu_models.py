@@ -238,7 +238,7 @@ def test_a_whole_training_step_is_captured_and_replayed_a_hundred_times(memory):
 
 
 @needs_gpus(2)
-def test_row30_a_tensor_on_another_gpu_than_the_current_one():
+def test_row28_a_tensor_on_another_gpu_than_the_current_one():
     block = bottleneck().to("cuda:1")
     x = torch.randn(4, 64, 14, 14, device="cuda:1")
     with torch.cuda.device(0), torch.no_grad():
