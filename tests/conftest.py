@@ -34,13 +34,17 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def _usable(request):
-    """Skips, with its refusal, a backend that this machine cannot run; seeds torch for every test."""
+    """Skip, with its refusal, a backend that this machine cannot run; seed torch; restore its threads afterwards."""
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
     name = request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
     if name is not None:
         reasons = _dispatch.refusals(_dispatch.OPERATORS["bn_act"].backends[name], torch.empty(1, 1, 1, 1))
         if reasons:
             pytest.skip("; ".join(reasons))
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -18,15 +20,10 @@ from cli_cases import FASTRES, started  # noqa: E402
 from fastres import cli  # noqa: E402
 from fastres.lab import datasets, loop, train_command  # noqa: E402
 from fastres.lab.train_command import Request  # noqa: E402
+from own_process import own_process  # noqa: E402
+from train_runs import write_images  # noqa: E402
 
 QUICK = ["train", "resnet8", "--recipe", "digits-quick", "--device", "cpu", "--threads", "1"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def spec(*arguments, **options):
@@ -146,31 +143,24 @@ def test_bad_arguments_are_one_line_before_any_work(arguments, message, tmp_path
 @pytest.fixture
 def folders_run(tmp_path):
     """The command of a run on a few JPEG files, without its folder."""
-    pytest.importorskip("torchvision")
-    image = pytest.importorskip("PIL.Image")
-    for part in ("train", "val"):
-        for label in range(2):
-            folder = tmp_path / "data" / part / str(label)
-            folder.mkdir(parents=True)
-            for i in range(3):
-                pixels = torch.randint(0, 256, (230, 250, 3), generator=torch.Generator().manual_seed(i)).byte()
-                image.fromarray(pixels.numpy()).save(folder / f"{i}.JPEG")
+    write_images(tmp_path / "data", {"train": 3, "val": 3}, (230, 250))
     options = ["--data", "imagenet", "--data-root", str(tmp_path / "data"), "--workers", "1", "--batch-size", "4"]
     return ["train", "resnet8", *options, "--device", "cpu", "--threads", "1"]
 
 
-def test_images_in_folders_resume_exactly(folders_run, tmp_path, capsys):
+@own_process  # it forks decoders
+def test_images_in_folders_resume_exactly(folders_run, tmp_path):
     command = [*folders_run, "--iterations", "5"]
     assert cli.main([*command, "--out", str(tmp_path / "a")]) == 0
     assert cli.main([*command, "--out", str(tmp_path / "b"), "--stop-after", "2"]) == 0
     assert cli.main([*command, "--out", str(tmp_path / "b")]) == 0
     a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in "ab")
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
-    (tmp_path / "data/val/1/2.JPEG").write_bytes(b"\xff\xd8\xff\xe0 no more")
-    capsys.readouterr()
-    assert cli.main([*command, "--out", str(tmp_path / "c")]) == 2
-    err = capsys.readouterr().err
-    assert f"data file {tmp_path / 'data/val/1/2.JPEG'}: cannot be decoded" in err and err.count("\n") == 1
+    (tmp_path / "data/val/b/2.JPEG").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert cli.main([*command, "--out", str(tmp_path / "c")]) == 2
+    said = err.getvalue()
+    assert f"data file {tmp_path / 'data/val/b/2.JPEG'}: cannot be decoded" in said and said.count("\n") == 1
 
 
 def test_ctrl_c_with_worker_processes(folders_run, tmp_path):

@@ -27,7 +27,7 @@ from roofline import Rates  # noqa: E402
 
 GPU = {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "memory_mib": 81559, "cuda": "13.0", "cudnn": 91002}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TABLE = "fastres/ops/conv_measured.json"
+TABLE, TUNED = "fastres/ops/conv_measured.json", "kernels/tuned.json"
 PLACE = f"NVIDIA_H100_80GB_HBM3-torch{torch.__version__.partition('+')[0]}"
 SMALL = shapes.Activation(5, 6, 7, shapes.BLOCK_END, 1, 1)
 
@@ -161,39 +161,25 @@ def test_convolutions_are_merged_and_loaded(folder):
     assert found[256]["beside"] == {"conv_bias": 0.35} and "device" not in found[32]
 
 
-@pytest.mark.parametrize("phase", ["tests", "convs"])
-def test_convolutions_of_a_run_whose_tests_failed_stay_out(folder, phase, capsys):
+@pytest.mark.parametrize("phase", ["tests", "tune", "convs"])
+def test_what_a_failed_phase_measured_stays_out(folder, phase, capsys):
     data = json.loads(run_file())
     data["phases"][phase] |= {"status": "failed", "message": "1 failed"}
     (folder / files.RUN).write_text(json.dumps(data))
     assert imports(folder) == 0
-    assert TABLE not in state(folder) and ("kernels/tuned.json" in state(folder)) == (phase == "convs")
-    assert f"{TABLE} is not changed" in capsys.readouterr().out
+    out = {"tune": {TUNED}, "convs": {TABLE}}.get(phase, {TUNED, TABLE})
+    said = capsys.readouterr().out
+    assert {TUNED, TABLE} - state(folder).keys() == out and len(state(folder)) > 3
+    assert f"the phase {phase} failed: 1 failed" in said and all(f"{table} is not changed" in said for table in out)
 
 
-def test_a_run_that_measured_convolutions_alone(folder):
-    for name in (files.BENCH, files.TUNED):
+@pytest.mark.parametrize("missing", [[files.BENCH], [files.BENCH, files.TUNED]], ids=str)
+def test_a_run_that_measured_less(folder, missing):
+    for name in missing:
         (folder / name).unlink()
     assert imports(folder) == 0
-    assert set(state(folder)) == {"benchmarks/results/older.json", f"benchmarks/results/gpu-{PLACE}.md", TABLE}
-
-
-@pytest.mark.parametrize("phase", ["tests", "tune"])
-def test_configurations_of_a_run_whose_tests_failed_stay_out(folder, phase, capsys):
-    data = json.loads(run_file())
-    data["phases"][phase] |= {"status": "failed", "message": "1 failed"}
-    (folder / files.RUN).write_text(json.dumps(data))
-    assert imports(folder) == 0
-    assert "kernels/tuned.json" not in state(folder) and len(state(folder)) > 3
-    out = capsys.readouterr().out
-    assert f"the phase {phase} failed: 1 failed" in out and "is not changed" in out
-
-
-def test_a_run_without_benchmarks_or_without_tuning(folder):
-    (folder / files.BENCH).unlink()
-    assert imports(folder) == 0
-    kept = {"benchmarks/results/older.json", f"benchmarks/results/gpu-{PLACE}.md", "kernels/tuned.json", TABLE}
-    assert set(state(folder)) == kept
+    filed = {"benchmarks/results/older.json", f"benchmarks/results/gpu-{PLACE}.md", TABLE}
+    assert set(state(folder)) == filed | ({TUNED} if files.TUNED not in missing else set())
 
 
 def edited(name, **other):

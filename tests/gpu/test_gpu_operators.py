@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import fastres.ops  # noqa: F401  (declares the operators that fastres._C_cuda implements)
 from fastres import _dispatch
+from gpu_device import captured, late_on_another_stream, memory_for, shifted
 from referee import assert_as_good
 
 pytestmark = [
@@ -50,12 +51,6 @@ def bn_act_backward(*tensors, **attributes):
 
 def random(shape, dtype, layout, scale=1.0, shift=0.0):
     return (torch.randn(shape, device="cuda") * scale + shift).to(dtype).contiguous(memory_format=layout)
-
-
-def shifted(t, offset):
-    """The same values and strides, `offset` elements off an aligned address."""
-    flat = torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)
-    return flat.as_strided(t.shape, t.stride(), offset).copy_(t)
 
 
 def how(layout, training, act="relu"):
@@ -202,21 +197,14 @@ def test_row27_graph_capture_and_replay(layout):
         y, mean, var = forward(x, weight, weight, residual, layout=layout)
         return [y, mean, var, *backward(dy, x, y, weight, mean, var, True, layout)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # what is compiled and loaded on the first call
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, found = captured(step)
     for seed in range(5):
         torch.manual_seed(seed)
         x.normal_(seed)
         dy.normal_()
         graph.replay()
         torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("nhwc", "nchw"))
@@ -234,21 +222,7 @@ def test_row45_twenty_repeats_are_bitwise_equal(layout):
 def test_row30_current_stream():
     x = random((64, 256, 56, 56), torch.float16, torch.channels_last)
     want, *_ = forward(x, None, None, None)
-    stream = torch.cuda.Stream()
-    late = torch.zeros_like(x)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
-        late.copy_(x)
-        y, *_ = forward(late, None, None, None)
-    stream.synchronize()
-    assert torch.equal(y, want)
-
-
-def memory_for(gigabytes):
-    free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GiB of GPU memory, {free:.0f} are free")
+    assert torch.equal(late_on_another_stream(x, lambda late: forward(late, None, None, None)[0]), want)
 
 
 @pytest.mark.full

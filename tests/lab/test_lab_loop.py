@@ -21,21 +21,7 @@ from fastres.lab.loop import Point, RunResult, RunSpec, run, trained  # noqa: E4
 from fastres.lab.recipes import TrainRecipe, recipe  # noqa: E402
 from train_runs import QUICK, SPEC, assert_equal, timeless, weights  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """SPEC run without a break: (result, folder, steps)."""
-    folder, steps = tmp_path_factory.mktemp("whole") / "new" / "run", []
-    torch.set_num_threads(1)
-    return run(SPEC, folder, device="cpu", on_step=steps.append), folder, steps
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------

@@ -235,6 +235,7 @@ NAMED = {
     "fastres/ops/__init__.py": (4, "the registry"),
     "fastres/functional.py": (2, "the public names"),
     "fastres/nn/steps.py": (8, "the modules' calls"),
+    "fastres/nn/conv_steps.py": (2, "the modules' calls"),
     "fastres/verify/floor.py": (5, "how exact an operator is"),
     "fastres/ops/_conv_backends.py": (2, "conv_act's ReLU after a convolution of its own"),
     "fastres/ops/conv_act.py": (1, "its ReLU's gradient is add_relu's"),
