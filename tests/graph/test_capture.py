@@ -106,7 +106,7 @@ def test_capture_takes_what_freeze_takes_and_does_it_once(caplog):
         compare(net, frozen, images(3, 12))
         compare(net, frozen, images(3, 12), scale=2.0)
         assert "captured" not in caplog.text
-    with pytest.raises(ValueError, match=r"input: got \[2, 3\]; .*\[N, 3, 16, 16\], and it cannot be for this: torch.exp"):
+    with pytest.raises(ValueError, match=r"input: got \[2, 3\]; .*\[N, 3, 16, 16\], and it cannot be for this: "):
         frozen.capture(torch.ones(2, 3))
     with pytest.raises(TypeError, match="unexpected keyword"):
         frozen.capture({"x": images(2, 12), "size": 3})
@@ -183,9 +183,7 @@ NO_GRAPH = {
         "differently from call to call",
     ),
     "buffer": (
-        lambda: Net(
-            lambda net, x: net.first(x) * net.n.add_(1), lambda net: net.register_buffer("n", torch.zeros(()))
-        ),
+        lambda: Net(lambda net, x: net.first(x) * net.n.add_(1), lambda net: net.register_buffer("n", torch.zeros(()))),
         "its forward writes to n",
     ),
     "data": (lambda: Net(lambda net, x: net.first(x) if x.mean() > 0 else net.conv(x)), "data-dependent"),
@@ -226,7 +224,7 @@ def test_capture_is_checked():
         freeze(nn.Conv2d(3, 3, 1), images(), capture="trace")
 
 
-# ---- faults of our own: planted, since no network is known that has one ------------------------------------------------
+# ---- faults of our own: planted, since no network is known that has one ----------------------------------------------
 
 
 def test_a_fault_in_the_rewriting_loses_no_network(monkeypatch, caplog):

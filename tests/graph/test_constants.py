@@ -106,9 +106,7 @@ def test_20_networks_of_several_dtypes(case):
 
 ASKS = {
     "weight's": lambda net, x: net.conv2(net.first(x.to(net.conv.weight.dtype)).to(net.conv2.weight.dtype)),
-    "zeros": lambda net, x: net.conv2(
-        torch.cat([net.first(x)[:, :2], torch.zeros(len(x), 2, 8, 8, dtype=x.dtype)], 1)
-    ),
+    "zeros": lambda net, x: net.conv2(torch.cat([net.first(x)[:, :2], torch.zeros(len(x), 2, 8, 8, dtype=x.dtype)], 1)),
     "float and back": lambda net, x: net.fc(F.layer_norm(net.first(x).mean((2, 3)).float(), (4,)).to(x.dtype)),
     "finfo": lambda net, x: net.first(x).masked_fill(x[:, :1] > 0, torch.finfo(x.dtype).min).softmax(1),
     "constant": lambda net, x: net.conv2(net.first(x - torch.tensor([0.1, 0.2, 0.3])[:, None, None])),
