@@ -32,7 +32,7 @@ inline bool on_one_device(const Tensor& a, const Tensor& b) {
   return a.is_cpu() ? b.is_cpu() : a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
-// Uninitialised, on the device of `like`. Straight to torch's allocator: through the dispatcher, as
+// Uninitialized, on the device of `like`. Straight to torch's allocator: through the dispatcher, as
 // torch::stable::empty_like goes, it takes as long as a small kernel.
 inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                             torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype, const Tensor& like) {

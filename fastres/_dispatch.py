@@ -80,7 +80,7 @@ class Choices:
 class Operator:
     """An operator's backends and, per device type, the order in which "auto" tries them.
 
-    `kind(x, *args, **kwargs)` is what refusals follow from beside x; `chosen` remembers choices. `measured(x, kind)`
+    `kind(x, *args, **kwargs)` is what refusals depend on besides x; `chosen` remembers choices. `measured(x, kind)`
     has the order for one call where it was measured, else nothing. `example(probe)` makes of a small tensor
     [1, 1, 1, 1] the arguments of an ordinary call in its dtype, on its device.
 
@@ -105,7 +105,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: the chosen backend and every backend's refusals."""
+    """Findings of `explain`: the chosen backend and every backend's refusals."""
 
     operator: str
     chosen: str
@@ -146,7 +146,7 @@ def check_name(backend: str, operator: Operator | None = None) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment asks for."""
+    """Choices asked for by the environment."""
 
     backend: str = AUTO
     disabled: frozenset[str] = frozenset()
@@ -164,7 +164,7 @@ _settings = _from_environment()  # not at every call: reading the environment co
 
 
 def settings() -> Settings:
-    """What the environment asked for when it was last read: another object after each reading."""
+    """Return what the environment asked for when it was last read: another object after each reading."""
     return _settings
 
 
@@ -177,14 +177,14 @@ def reload_environment() -> None:
 
 
 def refusals(backend: Backend, x: Tensor, *kind: Hashable) -> list[str]:
-    """Why `backend` cannot take a call whose input is `x` (of this kind); empty when it can."""
+    """List why `backend` cannot take a call whose input is `x` (of this kind); empty when it can."""
     if _settings.disabled and _settings.disables(backend.name):
         return ["disabled by FASTRES_DISABLE"]
     return backend.why_not(x, *kind)
 
 
 def ordinary_refusals(operator: Operator, backend: Backend, probe: Tensor) -> list[str]:
-    """Why `backend` cannot take an ordinary call in `probe`'s dtype, on its device; empty when it can."""
+    """List why `backend` cannot take an ordinary call in `probe`'s dtype, on its device; empty when it can."""
     x, *others = operator.example(probe)
     kind = () if operator.kind is None else (operator.kind(x, *others),)
     return refusals(backend, x, *kind)
@@ -229,7 +229,7 @@ def _choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> B
 
 
 def explain(operator: str, x: Tensor, *args: object, backend: str = AUTO, **kwargs: object) -> Explanation:
-    """Which backend would run `operator` on `x`, and why not the others.
+    """Say which backend would run `operator` on `x`, and why not the others.
 
     Args:
         operator: an operator's name, such as "bn_act".

@@ -45,7 +45,7 @@ class _Native:
         return self._module
 
     def why_not(self) -> str | None:
-        """Why the module is not loaded, as a sentence; None when it is."""
+        """Say why the module is not loaded; None when it is."""
         if not self._settled:
             disabled = self._disabled()
             if disabled is not None:  # not remembered: the setting may change before the first load
@@ -54,7 +54,7 @@ class _Native:
         return self._reason
 
     def build_info(self) -> dict[str, object]:
-        """How the module was built; empty when it is not loaded."""
+        """Describe how the module was built; empty when it is not loaded."""
         module = self.module()
         return {} if module is None else dict(module.build_info())
 
@@ -111,7 +111,7 @@ def native_cpu() -> ModuleType | None:
 
 
 def why_not_cpu() -> str | None:
-    """Why `fastres._C` is not loaded, as a sentence; None when it is."""
+    """Say why `fastres._C` is not loaded; None when it is."""
     return _CPU.why_not()
 
 
@@ -121,17 +121,17 @@ def native_cuda() -> ModuleType | None:
 
 
 def why_not_cuda() -> str | None:
-    """Why `fastres._C_cuda` is not loaded, as a sentence; None when it is."""
+    """Say why `fastres._C_cuda` is not loaded; None when it is."""
     return _CUDA.why_not()
 
 
 def build_info() -> dict[str, object]:
-    """How `fastres._C` was built (compiler, flags, torch target, schema version); empty when it is not loaded."""
+    """Describe how `fastres._C` was built: compiler, flags, target, schema version; empty when it is not loaded."""
     return _CPU.build_info()
 
 
 def build_info_cuda() -> dict[str, object]:
-    """The same of `fastres._C_cuda`, with CUDA's release and the architectures; empty when it is not loaded."""
+    """Describe `fastres._C_cuda` likewise, with CUDA's release and the architectures; empty when it is not loaded."""
     return _CUDA.build_info()
 
 
@@ -154,7 +154,7 @@ def conv_kernels() -> list[dict[str, Any]]:
 
 
 def why_not_conv(tile: int, shape: tuple[int, ...]) -> str:
-    """Why a kernel of conv_act cannot take a convolution; empty when it can. Needs no GPU.
+    """Say why a kernel of conv_act cannot take a convolution; empty when it can. Needs no GPU.
 
     shape: N, H, W, C, K, R, S, P, Q, then stride, padding and dilation, two each.
     """
@@ -163,7 +163,7 @@ def why_not_conv(tile: int, shape: tuple[int, ...]) -> str:
 
 
 def why_not_architecture(capability: tuple[int, int], architectures: str) -> str | None:
-    """Why a build for `architectures`, as in TORCH_CUDA_ARCH_LIST, does not run at `capability`; None where it does.
+    """Say why a build for `architectures` (TORCH_CUDA_ARCH_LIST) does not run at `capability`; None where it does.
 
     Code for 8.0 runs on 8.0 to 8.9, code for 9.0a on 9.0 alone; "+PTX" is compiled by the driver for what is newer.
     """

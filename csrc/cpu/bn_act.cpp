@@ -52,9 +52,11 @@ struct Shape {
   int64_t numel, channels, batch, plane;
   bool rows, cached;
 
-  Shape(const Tensor& x, bool channels_last) : numel(x.numel()), channels(x.size(1)), batch(x.size(0)) {
+  // `images`: tensors of x's size that the passes touch.
+  Shape(const Tensor& x, bool channels_last, int64_t images = 4)
+      : numel(x.numel()), channels(x.size(1)), batch(x.size(0)) {
     plane = numel / (batch * channels);
-    cached = is_cached(numel * (x.scalar_type() == ScalarType::Float ? 4 : 2));
+    cached = is_cached(images * numel * (x.scalar_type() == ScalarType::Float ? 4 : 2));
     rows = channels_last ? channels > 1 : plane == 1;
     if (channels_last && channels == 1) {
       plane = numel;
@@ -214,7 +216,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act(
     bool relu, bool overwrite) {
   const auto channels_last = channels_last_of(x);
   if (!channels_last || !x.is_cpu() || !has_kernel_dtype(x) || !looks_like(residual, x)) return {};
-  const Shape shape(x, *channels_last);
+  const Shape shape(x, *channels_last, !overwrite ? 4 : residual ? 2 : 1);
   for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
     if (!is_per_channel(*t, shape.channels, x, overwrite)) return {};
   }

@@ -63,6 +63,7 @@ struct GroupPasses {
 
   template <int W>
   FASTRES_HD void run(int64_t begin, int64_t end) const {
+    const Map own = map;  // in registers, as in MapRows
     for (int64_t task = begin; task < end; ++task) {
       const int64_t c = task * planes.group;
       const int64_t width = planes.group < planes.channels - c ? planes.group : planes.channels - c;
@@ -71,7 +72,7 @@ struct GroupPasses {
       if (!Term::kNeedsParameters) set_parameters(c, width);
       if (!wants_map) continue;
       for (int64_t n = planes.batch - 1; n >= 0; --n) {
-        for (int64_t j = 0; j < width; ++j) map_run<W, true>(map, planes.offset(n, c + j), planes.size, c + j);
+        for (int64_t j = 0; j < width; ++j) map_run<W, true>(own, planes.offset(n, c + j), planes.size, c + j);
       }
     }
   }

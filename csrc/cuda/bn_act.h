@@ -21,7 +21,7 @@ struct Forward {
   const void *x, *residual;  // residual: null, or x itself, or another
   void* y;
   const float *weight, *bias;
-  const float *mean, *var;       // normalised with
+  const float *mean, *var;       // normalized with
   float *mean_copy, *var_copy;   // written, or null
   float eps;
   bool relu;

@@ -172,7 +172,7 @@ void bn_act_gradients(const Backward& b, float* scratch, const Stream& on) {
   if (!b.needs_sums()) {
     if (b.dx) return apply(b, nullptr, on);
     if (!b.dresidual) return;
-    // the residual's gradient alone: nothing of the normalisation is needed
+    // the residual's gradient alone: nothing of the normalization is needed
     if (b.y) return add_relu_gradient(b.type, b.dy, b.y, b.dresidual, n, on);
     const size_t bytes = static_cast<size_t>(n * size_of(b.type));
     return check_cuda(cudaMemcpyAsync(b.dresidual, b.dy, bytes, cudaMemcpyDeviceToDevice, on.stream), "cudaMemcpyAsync",

@@ -26,7 +26,7 @@ _hooks_forbidden: Any = torch._C._autograd._saved_tensors_hooks_get_disabled_err
 
 
 def may_recompute() -> bool:
-    """Whether saved tensors are PyTorch's own business here: no hooks on them, and none forbidden."""
+    """Say whether saved tensors are PyTorch's own business here: no hooks on them, and none forbidden."""
     return not torch.compiler.is_compiling() and _hooks_forbidden() is None and _top_hooks(True) is None
 
 

@@ -25,7 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing else: no hooks, no forward of its own."""
+    """Say whether calling `module` runs its class's forward and nothing else: no hooks, no forward of its own."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -36,13 +36,13 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether a hook on every module's forward is set: `torch.nn.modules.module.register_module_forward_hook`."""
+    """Say whether a hook on every module's forward is set: `register_module_forward_hook`."""
     hooks = nn.modules.module
     return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
 
 def is_plain(module: Any, cls: type[M]) -> TypeGuard[M]:
-    """Whether `module` is exactly a `cls` (a parametrised one is not) and bare: a fused step may stand for it."""
+    """Say whether `module` is exactly a `cls` (a parametrized one is not) and bare: a fused step may stand for it."""
     return type(module) is cls and is_bare(module)
 
 

@@ -37,7 +37,7 @@ REUSE_FROM = 1 << 16  # elements of a gradient worth asking for its owners: a fr
 
 
 class Call(NamedTuple):
-    """What a call is made of besides the tensors that may need a gradient."""
+    """Arguments of a call besides the tensors that may need a gradient."""
 
     running_mean: Tensor | None  # [C]
     running_var: Tensor | None  # [C]
@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a node keeps; each may be None."""
+    """Tensors that a node keeps; each may be None."""
 
     x: Tensor | None  # [N, C, H, W]
     y: Tensor | None  # [N, C, H, W]
@@ -111,7 +111,7 @@ def _gradients(ctx: Any, dy: Tensor, saved: Saved) -> Grads:
     if y is None and ctx.act == "relu":
         y = output_of(ctx, saved)
     needs_residual = ctx.needs[3]
-    if not any(ctx.needs[:3]):  # the residual alone: nothing of the normalisation is needed
+    if not any(ctx.needs[:3]):  # the residual alone: nothing of the normalization is needed
         return None, None, None, dy if y is None else torch.where(y.detach() <= 0, 0, dy)
     needs = [*ctx.needs[:3], needs_residual and ctx.act == "relu"]
     if x is None:  # only its layout is asked for

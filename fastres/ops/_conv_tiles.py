@@ -1,11 +1,11 @@
-"""Which kernel of fastres._C_cuda runs a convolution: what was measured, else what its bounds come to.
+"""The choice of a kernel of fastres._C_cuda for a convolution: by measurements, else by its bounds.
 
     kernels()          what this build has: tiles of y, from the largest that two warpgroups hold down to 64 x 64
     why_not(problem)   refusals, as sentences; empty when a kernel takes it
     choose(problem)    the kernel: the fastest measured one, else the one of least `cost`
     measured_order     the backends of a GPU, fastest first, where they were measured
 
-Measurements are data in conv_measured.json beside this file; `make gpu` takes them and `make gpu-import` writes them:
+Measurements are data in conv_measured.json next to this file; `make gpu` takes them and `make gpu-import` writes them:
 
     {"schema": "fastres.conv", "schema_version": 1, "entries": [
         {"arch": 90, "dtype": "float16", "shape": [256, 56, 56, 64, 64, 3, 3, 56, 56, 1, 1, 1, 1, 1, 1],
@@ -30,7 +30,7 @@ from fastres import _extension
 ACTS = ("relu", "none", "relu6")
 PATH = Path(__file__).with_name("conv_measured.json")
 SCHEMA, VERSION = "fastres.conv", 1
-BACKENDS = ("cudnn", "triton")  # beside our kernels, which have names of their own
+BACKENDS = ("cudnn", "triton")  # apart from our kernels, which have names of their own
 FARTHEST = 2.0  # times as many pixels, or as few, that a measurement speaks for
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -51,7 +51,7 @@ class Problem:
 
     @property
     def layer(self) -> tuple[Any, ...]:
-        """What stays when the batch or the image's size changes."""
+        """Key of the measurements: what stays when the batch or the image's size changes."""
         arch = 10 * self.capability[0] + self.capability[1]
         return arch, _NAMES[self.dtype], self.shape[3:7], self.shape[9:], self.residual
 
@@ -78,7 +78,7 @@ class Kernel:
 
 @cache
 def kernels() -> tuple[Kernel, ...]:
-    """What this build has; nothing where it was built without CUTLASS's headers."""
+    """List the kernels of this build; none where it was built without CUTLASS's headers."""
     return tuple(Kernel(i, **found) for i, found in enumerate(_extension.conv_kernels()))
 
 
@@ -92,7 +92,7 @@ def taken_by(problem: Problem) -> tuple[tuple[Kernel, ...], tuple[str, ...]]:
 
 
 def why_not(problem: Problem) -> list[str]:
-    """Why no kernel takes it; empty when one does."""
+    """List why no kernel takes it; empty when one does."""
     if not kernels():
         return [
             "fastres._C_cuda was built without CUTLASS's headers: pip install --no-deps nvidia-cutlass, build again"

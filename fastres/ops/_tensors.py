@@ -1,4 +1,4 @@
-"""What every operator needs of its tensors: eager's output strides, one memory order for all inputs, typed checks."""
+"""Tensors of every operator: eager's output strides, one memory order for all inputs, typed checks, refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether eager calls the layout of x, [N, C, H, W], channels_last; ambiguous strides count as NCHW, as there."""
+    """Say whether eager calls x, [N, C, H, W], channels_last; ambiguous strides count as NCHW, as there."""
     smallest = 0
     shape, stride = x.shape, x.stride()
     if shape[0] * shape[2] * shape[3] == 1:  # eager's batch_norm answers in NCHW strides

@@ -13,7 +13,7 @@
     update     running = (1 - momentum) * running + momentum * (mean, var * n / (n - 1))
 
 Statistics and per-channel arithmetic are float32 whatever the activations are (float64 for float64). Saved for
-backward: x, mean, var, and y where the sign needs it; no normalised copy (ops/_bn_autograd.py). The statistics are
+backward: x, mean, var, and y where the sign needs it; no normalized copy (ops/_bn_autograd.py). The statistics are
 returned, and the running ones updated after the operator, in the public function: nothing has moved when a call raises.
 """
 

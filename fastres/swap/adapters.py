@@ -31,7 +31,7 @@ ReasonCode = Literal[
 
 
 class Refusal(NamedTuple):
-    """Why a block is left alone: a code and a sentence."""
+    """A reason to leave a block alone: a code and a sentence."""
 
     code: ReasonCode
     message: str
@@ -44,21 +44,21 @@ def stock_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def refuse_norm(name: str, module: Any) -> Refusal | None:
-    """Why the child `module` cannot be fused as a BN."""
+    """Say why the child `module` cannot be fused as a BN."""
     if is_plain(module, nn.BatchNorm2d):
         return None
     return _refuse(name, module, "NORM_TYPE", "BatchNorm2d")
 
 
 def refuse_act(name: str, module: Any) -> Refusal | None:
-    """Why the child `module` cannot be fused as the ReLU."""
+    """Say why the child `module` cannot be fused as the ReLU."""
     if is_plain(module, nn.ReLU):
         return None
     return _refuse(name, module, "ACT_TYPE", "ReLU")
 
 
 def refuse_extra(name: str, module: Any) -> Refusal | None:
-    """Why the optional child `module` is in the way."""
+    """Say why the optional child `module` is in the way."""
     if module is None or is_plain(module, nn.Identity):
         return None
     return _refuse(name, module, "HAS_EXTRA_LAYER", "None or Identity")
@@ -77,7 +77,7 @@ def _refuse(name: str, module: Any, code: ReasonCode, expected: str) -> Refusal:
 
 @dataclass(frozen=True)
 class BlockAdapter:
-    """How to run one block class fused.
+    """Fused forward of one block class, and its conditions.
 
     Args:
         forward: the fused forward, called with the block and its inputs; it runs shortcuts as the modules they are,
@@ -117,7 +117,7 @@ class BlockAdapter:
     reads: frozenset[str] = field(default=frozenset())
 
     def ready(self, block: nn.Module) -> bool:
-        """Whether the fused forward means what the stock one means now: a few microseconds, every call."""
+        """Say whether the fused forward means what the stock one means now: a few microseconds, every call."""
         children = block._modules  # getattr on a Module costs ten times as much
         for name in self.norms:
             if not is_plain(children.get(name), nn.BatchNorm2d):
@@ -132,7 +132,7 @@ class BlockAdapter:
         return True
 
     def refusal(self, block: nn.Module) -> Refusal | None:
-        """Why `block` would not run fused, in words; None when it would."""
+        """Say why `block` would not run fused; None when it would."""
         for names, refuse in ((self.norms, refuse_norm), (self.acts, refuse_act), (self.absent, refuse_extra)):
             for name in names:
                 if not hasattr(block, name):
@@ -143,7 +143,7 @@ class BlockAdapter:
         return None
 
     def knows(self, block: nn.Module) -> bool:
-        """Whether the block's class still reads exactly the children that the adapter was written for."""
+        """Say whether the block's class still reads exactly the children that the adapter was written for."""
         if not self.reads:
             return True
         code = getattr(getattr(type(block), self.method), "__code__", None)
@@ -200,5 +200,5 @@ def find_adapter(cls: type[nn.Module]) -> tuple[BlockAdapter, type[nn.Module]] |
 
 
 def inherits_method(cls: type[nn.Module], base: type[nn.Module], method: str) -> bool:
-    """Whether `cls` leaves `base`'s method alone."""
+    """Say whether `cls` leaves `base`'s method alone."""
     return getattr(cls, method, None) is getattr(base, method)

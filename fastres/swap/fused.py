@@ -53,7 +53,7 @@ def fused_class(stock: type[nn.Module]) -> type[nn.Module]:
 
 
 class Options(NamedTuple):
-    """What a swap asks of its blocks: attributes `fastres_<name>` of the class, of a block where it asks for more."""
+    """Options of a swap: attributes `fastres_<name>` of the class, of a block where it asks for more."""
 
     backend: str = "auto"
     memory: str = "default"
@@ -71,7 +71,7 @@ def convert(block: nn.Module, options: Options) -> type[nn.Module]:
 
 
 def options_of(block: Any) -> Options:
-    """What the swap of `block` asked for."""
+    """Return the options that `block` was swapped with."""
     return Options(*(getattr(block, f"fastres_{name}") for name in Options._fields))
 
 

@@ -1,4 +1,4 @@
-"""Which modules of a model are blocks, and which of them can be swapped."""
+"""Blocks of a model, and which of them can be swapped."""
 
 from __future__ import annotations
 

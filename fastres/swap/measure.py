@@ -68,7 +68,7 @@ def _probe(stock: nn.Module, match: Match) -> nn.Module:
 
 
 def _record(stock: nn.Module, probes: dict[str, nn.Module], example: Any, training: bool) -> Inputs:
-    """What each probe receives, detached; a probe that is no part of the model is recorded at its first child."""
+    """Record what each probe receives, detached; one that is no part of the model, at its first child."""
     recorded: Inputs = {}
     handles = []
     members = set(stock.modules())

@@ -36,7 +36,7 @@ class SwapRow:
 
 
 class SwapReport:
-    """What `swap` did. `rows` hold one entry per block; `str()` is a table, `to_dict()` is JSON's kind of data.
+    """Record of a swap. `rows` hold one entry per block; `str()` is a table, `to_dict()` is JSON's kind of data.
 
     Attributes:
         rows: the blocks in the model's order.

@@ -1,4 +1,4 @@
-"""Networks frozen by default, seen by the profiler: one fused call for each convolution, nothing left of the rest."""
+"""Networks frozen by default, by PyTorch's profiler: one fused call for each convolution, nothing left of the rest."""
 
 import pytest
 import torch

@@ -89,9 +89,7 @@ def stock(graph):
 @pytest.mark.parametrize("cls", [Net, Features])
 def test_export_gives_stock_operators_for_any_batch(pair, cls, strict):
     net, fast = pair(cls)
-    program = torch.export.export(
-        fast, (images(2, 16),), dynamic_shapes=({0: Dim("batch")},), strict=strict
-    )
+    program = torch.export.export(fast, (images(2, 16),), dynamic_shapes=({0: Dim("batch")},), strict=strict)
     assert stock(program.graph)
     agree(program.module(), net)
     agree(fast, net)
@@ -230,7 +228,7 @@ def test_a_traced_network_is_stock_torchscript(pair):
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-@pytest.mark.parametrize("cls", [Net, Features])
+@pytest.mark.parametrize("cls", [Net, pytest.param(Features, marks=pytest.mark.full)])
 def test_compiled(pair, cls, inner):
     torch._dynamo.reset()
     net, fast = pair(cls)

@@ -31,10 +31,7 @@ NETS = {  # y is a convolution's output; how many residuals are written over
     "the convolution's own input": (lambda net, y: F.relu(net.second(y) + y), 0),
     "an output": (lambda net, y: (y, F.relu(net.second(y.tanh()) + y)), 0),
     "read later": (lambda net, y: F.relu(net.second(y.tanh()) + y) * y, 0),
-    "read later through a view": (
-        lambda net, y: (lambda v: F.relu(net.second(y.tanh()) + y) + v)(y.transpose(2, 3)),
-        0,
-    ),
+    "read later, a view": (lambda net, y: (lambda v: F.relu(net.second(y.tanh()) + y) + v)(y.transpose(2, 3)), 0),
     "a view whose base is read later": (lambda net, y: F.relu(net.second(y.tanh()) + y[:]) + y.sum(), 0),
     "a part that the rest is read of": (
         lambda net, y: (lambda a, b: torch.cat([F.relu(net.second(a.tanh()) + a), b]))(y[:1], y[1:]),
@@ -112,7 +109,7 @@ N, C, SIZE = 4, 4, 3
 
 
 class Draw:
-    """A graph of some 14 steps: values of N or N / 2 images, with the places of equals that may be read with it."""
+    """A graph of some 14 steps on values of N or N / 2 images."""
 
     def __init__(self, seed):
         self.random, self.steps = random.Random(seed), []
@@ -135,10 +132,8 @@ class Draw:
         x, y = pool[-1] if d.random() < 0.5 else d.choice(pool), d.choice(pool)
         kind = d.choice(["conv"] * 6 + ["view"] * 3 + ["copy", "sum", "halves"])
         if kind == "conv":
-            where = [1, 1], [1, 1], [1, 1], 1
-            new = self.add(
-                CONV, x, Slot(2), Slot(3), d.choice([y, y, y, None]), None, *where, d.choice(["relu", "none"])
-            )
+            rest = None, [1, 1], [1, 1], [1, 1], 1, d.choice(["relu", "none"])
+            new = self.add(CONV, x, Slot(2), Slot(3), d.choice([y, y, y, None]), *rest)
         elif kind == "view":
             views = [
                 (aten.alias.default,),

@@ -106,9 +106,7 @@ def test_capture_takes_what_freeze_takes_and_does_it_once(caplog):
         compare(net, frozen, images(3, 12))
         compare(net, frozen, images(3, 12), scale=2.0)
         assert "captured" not in caplog.text
-    with pytest.raises(
-        ValueError, match=r"input: got \[2, 3\]; .*\[N, 3, 16, 16\], and it cannot be for this: torch.exp"
-    ):
+    with pytest.raises(ValueError, match=r"input: got \[2, 3\]; .*\[N, 3, 16, 16\], and it cannot be for this: "):
         frozen.capture(torch.ones(2, 3))
     with pytest.raises(TypeError, match="unexpected keyword"):
         frozen.capture({"x": images(2, 12), "size": 3})

@@ -1,4 +1,4 @@
-"""Folding BN into convolutions: the arithmetic, what is refused and why, what is shared. `test_NN_`: faults.md."""
+"""Folding BN into convolutions: the arithmetic, refusals, what is shared. `test_NN_`: rows of faults.md."""
 
 import pytest
 import torch

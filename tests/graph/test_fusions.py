@@ -104,10 +104,7 @@ TREES = {
     "read twice": residual(lambda n, y: (lambda z: F.relu(z) + z)(n.second(y)), adds=0, acts=1),
     "a shared activation": residual(lambda n, y: (lambda z: z + n.relu(z))(n.relu(n.second(y))), acts=2, adds=0),
     "a tree of sums": residual(
-        lambda n, y: F.relu((n.second(y) + n.second(y.flip(1))) + (n.second(y.flip(2)) + y)),
-        convs=4,
-        adds=2,
-        add_relu=1,
+        lambda n, y: F.relu((n.second(y) + n.second(y.flip(1))) + (n.second(y.flip(2)) + y)), adds=2, add_relu=1
     ),
 }
 

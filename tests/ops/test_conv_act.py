@@ -11,9 +11,9 @@ import torchvision
 from torch.library import opcheck
 
 import fastres
-from fastres._dispatch import OPERATORS, BackendError, refusals
+from conv_cases import GEOMETRY, eager, problem, skip_if_refused
+from fastres._dispatch import OPERATORS, BackendError
 from fastres.functional import conv_act
-from fastres.ops._tensors import stats_dtype
 from fastres.ops.conv_act import ACTS, _kind
 from referee import LAYOUTS, assert_as_good, layout
 
@@ -21,51 +21,12 @@ BACKENDS = ("reference", "cpu", "onednn")
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def scaled(x, weight, bias=None, residual=None, scale=None, act="relu", **call):
-    """The formula in fp64 for fp64 tensors, in the statistics' dtype for others."""
-    z = F.conv2d(x, weight, None, **call).to(stats_dtype(x)) * scale[:, None, None]
-    z = z if bias is None else z + bias[:, None, None]
-    return EAGER[act](z if residual is None else z + residual).to(x.dtype)
-
-
-EAGER = {"relu": F.relu, "none": lambda z: z, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
-GEOMETRY = [  # kernel, stride, padding, dilation
-    (1, 1, 0, 1), (1, 2, 0, 1), (2, 1, 1, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 3, 0, 1), (3, 1, 2, 2), (5, 2, 3, 1),
-    (4, 3, 2, 2), (6, 1, 3, 1), (7, 2, 3, 1), ((1, 3), (2, 1), (0, 1), (1, 2)),
-]  # fmt: skip
 WIDTHS = (1, 3, 8, 17, 33, 64, 65)
 
 
 def pytest_generate_tests(metafunc):
     if "how" in metafunc.fixturenames:
         metafunc.parametrize("how", BACKENDS)
-
-
-def skip_if_refused(how, *args, **kwargs):
-    reasons = refusals(OPERATORS["conv_act"].backends[how], args[0], _kind(*args, **kwargs))
-    if reasons:
-        pytest.skip("; ".join(reasons))
-
-
-def eager(x, weight, bias=None, residual=None, stride=1, padding=0, dilation=1, groups=1, act="relu"):
-    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return EAGER[act](z if residual is None else z + residual)
-
-
-def problem(c, k, size, geometry, dtype=torch.float32, kind="channels_last", groups=1, residual=True, integer=False):
-    """(x, weight, bias, residual), and the keyword arguments of the call."""
-    kernel, stride, padding, dilation = geometry
-    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-
-    def draw(*shape):
-        t = torch.randint(-2, 3, shape).float() if integer else torch.randn(shape)
-        return t.to(dtype)
-
-    x, weight = layout(draw(2, c, *size), kind), draw(k, c // groups, *kernel)
-    how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    like = F.conv2d(x.float(), weight.float(), None, **how)
-    r = draw(*like.shape).contiguous(memory_format=torch.channels_last) if residual else None
-    return x, weight, draw(k), r, how
 
 
 def fits(size, geometry):
@@ -145,44 +106,6 @@ def test_row45_bitwise_repeatable(how):
     assert all(torch.equal(conv_act(x, weight, bias, residual, **call, backend=how), first) for _ in range(20))
 
 
-TAKE_SCALE = ("reference", "cpu", "triton")
-
-
-@pytest.mark.parametrize("wide", [False, True], ids=["own", "fp32"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("act", ACTS)
-def test_forward_with_a_scale_against_fp64(how, dtype, act, wide):
-    """One rounding: not worse than eager's convolution, batch norm and addition, which round three times."""
-    for (c, k, groups), kind, residual, bias in itertools.product(
-        [(16, 24, 1), (6, 9, 3), (3, 1, 1)], LAYOUTS[:2], (True, False), (True, False)
-    ):
-        x, weight, b, r, call = problem(c, k, (9, 10), GEOMETRY[4], dtype, kind, groups=groups, residual=residual)
-        scale, b = torch.randn(k).to(stats_dtype(x) if wide else dtype), b.to(stats_dtype(x)) if wide else b
-        b = b if bias else None
-        skip_if_refused(how, x, weight, b, r, scale, **call, act=act)
-        got = conv_act(x, weight, b, r, scale, **call, act=act, backend=how)
-        assert got.stride() == conv_act(x, weight, None, r, **call, act=act, backend=how).stride()
-        doubles = [None if t is None else t.double() for t in (x, weight, b, r, scale)]
-        exact = scaled(*doubles, **call, act=act)
-        size = scaled(*(None if t is None else t.abs() for t in doubles), **call, act="none")
-        b, s = (None if t is None else t.to(dtype) for t in (b, scale))
-        z = F.conv2d(x, weight, None, **call) * s[:, None, None]
-        z = z if b is None else z + b[:, None, None]
-        assert_as_good(got, EAGER[act](z if r is None else z + r), exact, size, f"{act} {groups}")
-
-
-def test_row10_nan_and_infinity_with_a_scale(how):
-    if how not in TAKE_SCALE:
-        pytest.skip("refuses a scale")
-    for value, act, kind in itertools.product((float("nan"), float("inf"), -float("inf")), ACTS, LAYOUTS[:2]):
-        x, weight, bias, residual, call = problem(4, 19, (5, 5), (3, 1, 1, 1), kind=kind)
-        scale = torch.randn(19)
-        scale[3] = bias[5] = x[0, 1, 2, 3] = residual[1, 7, 0, 0] = value
-        got = conv_act(x, weight, bias, residual, scale, **call, act=act, backend=how)
-        want = scaled(x, weight, bias, residual, scale, **call, act=act)
-        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf()), (value, act)
-
-
 # ---- backward --------------------------------------------------------------------------------------------------------
 
 
@@ -194,25 +117,6 @@ def test_row50_gradients_and_only_those_asked_for(how, act):
         theirs = [t.detach().clone().requires_grad_(n) for t, n in zip(ours, needs, strict=True)]
         got = conv_act(*ours, **call, act=act, backend=how)
         want = eager(*theirs, **call, act=act)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        if any(needs):
-            dy = torch.randn_like(want)
-            got.backward(dy)
-            want.backward(dy)
-        for a, b in zip(ours, theirs, strict=True):
-            assert (a.grad is None) == (b.grad is None)
-            if a.grad is not None:
-                torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("act", ACTS)
-def test_row50_gradients_with_a_scale_and_only_those_asked_for(act):
-    x, weight, bias, residual, call = problem(6, 8, (7, 7), (3, 2, 1, 1), groups=2)
-    scale = torch.randn(8)
-    for needs in itertools.product((False, True), repeat=5):
-        ours = [t.clone().requires_grad_(n) for t, n in zip((x, weight, bias, residual, scale), needs, strict=True)]
-        theirs = [t.detach().clone().requires_grad_(n) for t, n in zip(ours, needs, strict=True)]
-        got, want = conv_act(*ours, **call, act=act), scaled(*theirs, **call, act=act)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         if any(needs):
             dy = torch.randn_like(want)
@@ -246,18 +150,17 @@ def test_row24_what_changes_after_the_forward_is_noticed():
 
 @pytest.mark.parametrize("act", ACTS)
 def test_opcheck_over_layouts(act):
-    for kind, residual, scale in itertools.product(LAYOUTS, (True, False), (None, torch.randn(5))):
+    for kind, residual in itertools.product(LAYOUTS, (True, False)):
         x, weight, bias, r, _ = problem(3, 5, (5, 6), (3, 2, 1, 1), kind=kind, residual=residual)
-        leaves = [t if t is None else t.requires_grad_(act in ("relu", "none")) for t in (x, weight, bias, r, scale)]
-        opcheck(torch.ops.fastres.conv_act.default, (*leaves, [2, 2], [1, 1], [1, 1], 1, act))
+        leaves = [t if t is None else t.requires_grad_(act in ("relu", "none")) for t in (x, weight, bias, r)]
+        opcheck(torch.ops.fastres.conv_act.default, (*leaves, None, [2, 2], [1, 1], [1, 1], 1, act))
 
 
 def test_row19_gradcheck_to_second_order():
     x, weight, bias, r, call = problem(4, 4, (4, 4), (3, 1, 1, 1), torch.float64, groups=2)
-    for scale in (None, torch.randn(4, dtype=torch.float64)):
-        leaves = [None if t is None else t.requires_grad_() for t in (x, weight, bias, r, scale)]
-        assert torch.autograd.gradcheck(lambda *a: conv_act(*a, **call), leaves)
-        assert torch.autograd.gradgradcheck(lambda *a: conv_act(*a, **call), leaves)
+    leaves = [t.requires_grad_() for t in (x, weight, bias, r)]
+    assert torch.autograd.gradcheck(lambda *a: conv_act(*a, **call), leaves)
+    assert torch.autograd.gradgradcheck(lambda *a: conv_act(*a, **call), leaves)
 
 
 def test_row23_compile_fullgraph_equals_eager_without_recompiles(how):
@@ -267,16 +170,6 @@ def test_row23_compile_fullgraph_equals_eager_without_recompiles(how):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *a: conv_act(*a, padding=1, backend=how), fullgraph=True, backend=counter)
     weight, bias = torch.randn(8, 4, 3, 3, requires_grad=True), torch.randn(8, requires_grad=True)
-    if how in TAKE_SCALE:
-        x, scale = torch.randn(2, 4, 6, 6), torch.randn(8, requires_grad=True)
-        call = {"padding": 1}
-        got = torch.compile(lambda *a: conv_act(*a, **call, backend=how), fullgraph=True, backend="aot_eager")(
-            x, weight, bias, None, scale
-        )
-        want = scaled(x, weight, bias, None, scale, **call)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        grads = [torch.autograd.grad(y.square().sum(), (weight, bias, scale)) for y in (got, want)]
-        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
     for n in range(2, 12):
         x = layout(torch.randn(n, 4, 6, 6), "channels_last").requires_grad_()
         got, want = compiled(x, weight, bias), eager(x, weight, bias, padding=1)
@@ -345,10 +238,6 @@ BAD = [
     ({"bias": torch.zeros(8).double()}, TypeError, "bias: got dtype torch.float64"),
     ({"residual": torch.zeros(2, 8, 4, 5)}, ValueError, r"residual: got shape \[2, 8, 4, 5\], expected \[2, 8, 4, 4\]"),
     ({"residual": torch.zeros(2, 8, 4, 4).half()}, TypeError, "residual: got dtype torch.float16"),
-    ({"bias": torch.zeros(8).half(), "scale": torch.zeros(8)}, TypeError, "bias: got dtype torch.float16, expected"),
-    ({"scale": torch.zeros(7)}, ValueError, r"scale: got shape \[7\], expected \[8\], weight's output channels"),
-    ({"scale": torch.zeros(8).half()}, TypeError, "scale: got dtype torch.float16, expected x's dtype"),
-    ({"scale": torch.zeros(8, device="meta")}, ValueError, "scale: got device meta, expected x's device"),
     ({"groups": 3}, ValueError, "groups: got 3, expected a divisor of x's 4"),
     ({"groups": 0}, ValueError, "groups: got 0"),
     ({"padding": -1}, ValueError, r"padding: got \(-1, -1\), expected two numbers of at least 0"),
@@ -405,8 +294,6 @@ def test_refusals_are_sentences():
     assert fastres.explain("conv_act", x.double(), weight).chosen == "reference"
     with pytest.raises(BackendError, match="conv_act: backend 'onednn' refuses: dtype torch.float64"):
         conv_act(x.double(), weight.double(), backend="onednn")
-    with pytest.raises(BackendError, match="conv_act: backend 'onednn' refuses: its epilogue has no scale per channel"):
-        conv_act(x, weight, scale=torch.ones(4), backend="onednn")
     with torch.backends.mkldnn.flags(enabled=False):
         missing = fastres.explain("conv_act", x, weight).refusals["onednn"]
         assert missing == ["this build of torch has no oneDNN, or torch.backends.mkldnn.enabled is False"]

@@ -101,13 +101,7 @@ MUTANTS = [
     Mutant(
         "relu-drops-nan", "csrc/element.h", "return z < floor ? floor : z;", "return z > floor ? z : floor;", NATIVE
     ),
-    Mutant(
-        "program-ignores-versions",
-        "fastres/inference/program.py",
-        "t._version != version or ",
-        "",
-        PROGRAM,
-    ),
+    Mutant("program-ignores-versions", "fastres/inference/program.py", "t._version != version or ", "", PROGRAM),
     Mutant(
         "program-ignores-modules",
         "fastres/inference/program.py",

@@ -1,0 +1,50 @@
+"""conv_act's calls and what stock PyTorch makes of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastres._dispatch import OPERATORS, refusals
+from fastres.ops._tensors import stats_dtype
+from fastres.ops.conv_act import _kind
+from referee import layout
+
+EAGER = {"relu": F.relu, "none": lambda z: z, "relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
+GEOMETRY = [  # kernel, stride, padding, dilation
+    (1, 1, 0, 1), (1, 2, 0, 1), (2, 1, 1, 1), (3, 1, 1, 1), (3, 2, 1, 1), (3, 3, 0, 1), (3, 1, 2, 2), (5, 2, 3, 1),
+    (4, 3, 2, 2), (6, 1, 3, 1), (7, 2, 3, 1), ((1, 3), (2, 1), (0, 1), (1, 2)),
+]  # fmt: skip
+
+
+def skip_if_refused(how, *args, **kwargs):
+    reasons = refusals(OPERATORS["conv_act"].backends[how], args[0], _kind(*args, **kwargs))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+def eager(x, weight, bias=None, residual=None, stride=1, padding=0, dilation=1, groups=1, act="relu"):
+    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return EAGER[act](z if residual is None else z + residual)
+
+
+def problem(c, k, size, geometry, dtype=torch.float32, kind="channels_last", groups=1, residual=True, integer=False):
+    """(x, weight, bias, residual), and the keyword arguments of the call."""
+    kernel, stride, padding, dilation = geometry
+    kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+
+    def draw(*shape):
+        t = torch.randint(-2, 3, shape).float() if integer else torch.randn(shape)
+        return t.to(dtype)
+
+    x, weight = layout(draw(2, c, *size), kind), draw(k, c // groups, *kernel)
+    how = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    like = F.conv2d(x.float(), weight.float(), None, **how)
+    r = draw(*like.shape).contiguous(memory_format=torch.channels_last) if residual else None
+    return x, weight, draw(k), r, how
+
+
+def scaled(x, weight, bias=None, residual=None, scale=None, act="relu", **call):
+    """The formula in fp64 for fp64 tensors, in the statistics' dtype for others."""
+    z = F.conv2d(x, weight, None, **call).to(stats_dtype(x)) * scale[:, None, None]
+    z = z if bias is None else z + bias[:, None, None]
+    return EAGER[act](z if residual is None else z + residual).to(x.dtype)
