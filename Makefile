@@ -57,7 +57,7 @@ test: $(STAMP_EXTENSION)  ## the default tests (ARGS="tests/ops/test_bn_act.py" 
 test-full: $(STAMP_EXTENSION) $(STAMP_LOOPS)  ## every test, also those that take minutes or build and install packages
 	$(PYTEST) -m "full or not full" $(ARGS)
 
-bench: $(STAMP_EXTENSION) $(STAMP_BENCH)  ## the benchmarks beside every engine (15 to 20 minutes; ARGS="-k networks")
+bench: $(STAMP_EXTENSION) $(STAMP_BENCH)  ## the benchmarks against every engine (15 to 20 minutes; ARGS="-k networks")
 	$(VPY) -m pytest benchmarks/ $(ARGS)
 
 gpu:  ## on a GPU: build, test, sanitize, tune, measure in ten minutes (PYTHON=python3 RESULTS=dir PHASES=tests,bench)
@@ -66,8 +66,8 @@ gpu:  ## on a GPU: build, test, sanitize, tune, measure in ten minutes (PYTHON=p
 gpu-dry-run: $(STAMP_EXTENSION)  ## all phases of `make gpu` on a CPU, tiny; no figure is kept
 	@$(GPU_RUN) $(VPY) -m gpu_run --dry-run $(if $(RESULTS),--results $(RESULTS)) $(if $(PHASES),--phases $(PHASES)) $(ARGS)
 
-gpu-import: $(STAMP_PACKAGE)  ## file what `make gpu` wrote: benchmarks/results, kernels/tuned.json, fastres/ops/conv_measured.json (DIR=build/gpu/results)
-	@$(GPU_RUN) $(VPY) -m gpu_run.keep $(DIR)
+gpu-import: $(STAMP_PACKAGE)  ## import the results of `make gpu`: benchmarks/results, kernels/tuned.json, fastres/ops/conv_measured.json (DIR=build/gpu/results)
+	@$(GPU_RUN) $(VPY) -m gpu_run.import_results $(DIR)
 
 lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict
 	$(VPY) -m ruff check .

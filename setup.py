@@ -1,11 +1,11 @@
-"""Builds fastres._C (the CPU kernels) and, where it can, fastres._C_cuda (the GPU kernels). Downloads nothing.
+"""Builds fastres._C (the CPU kernels) and, where possible, fastres._C_cuda (the GPU kernels). Downloads nothing.
 
-The metadata is in pyproject.toml. `FASTRES_BUILD_EXT` decides about the extensions: 0 leaves both out, 1 makes a failed
-compilation an error, cpu does so and leaves fastres._C_cuda out, unset tries. fastres._C_cuda is built where nvcc and a
-CUDA build of torch of the same major release are installed, whether a GPU is there or not, for the architectures of
-`TORCH_CUDA_ARCH_LIST`. Its convolutions need the headers of CUTLASS 4: PyPI's nvidia-cutlass, or what
-`FASTRES_CUTLASS` names. A build that leaves something out says why in one line and goes on: every operator then runs
-through Triton, cuDNN or its reference, and `fastres info` says what is missing.
+The metadata is in pyproject.toml. `FASTRES_BUILD_EXT` controls the extensions: 0 leaves both out, 1 makes a failed
+compilation an error, cpu does the same but leaves fastres._C_cuda out, unset tries both. fastres._C_cuda needs nvcc and
+a CUDA build of torch of the same major release, but no GPU; it is built for the architectures of
+`TORCH_CUDA_ARCH_LIST`. Its convolutions need the headers of CUTLASS 4: PyPI's nvidia-cutlass, or a path in
+`FASTRES_CUTLASS`. A build that leaves something out says why in one line and continues: operators then run through
+Triton, cuDNN or their references, and `fastres info` says what is missing.
 """
 
 import importlib.util
@@ -16,9 +16,9 @@ import shutil
 import subprocess
 import sysconfig
 import zipfile
-from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
+from unittest import mock
 
 from setuptools import find_packages, setup
 
@@ -35,7 +35,7 @@ REQUIRED = SETTING in ("1", "cpu")
 CPU, CUDA = "fastres._C", "fastres._C_cuda"
 INSTEAD = {CPU: "operators run through their references", CUDA: "operators on a GPU run through Triton"}
 
-# csrc includes no ATen header: with the stable ABI of this release, one binary loads in it and in every later one.
+# csrc includes no ATen header: built for the stable ABI of this release, one binary loads in it and in later ones.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
 CXX_FLAGS = [
     "-O3",
@@ -48,19 +48,19 @@ CXX_FLAGS = [
     *DEFINES,
 ]
 SM90 = "/conv_sm90"  # files of kernels that only 9.0a can run
-# NDEBUG: without it ptxas serialises wgmma. USE_CUDA: torch's header declares the current stream.
+# NDEBUG: without it ptxas serializes wgmma. USE_CUDA: torch's header declares the current stream.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DNDEBUG", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden", *DEFINES]
 
 
 def leave_out(module, reason, required=REQUIRED):
-    """Says in one line that a module is left out, or ends the build where it is required."""
+    """Say in one line that a module is left out, or end the build if it is required."""
     if required:
         raise SystemExit(f"fastres: FASTRES_BUILD_EXT={SETTING}, but {module} cannot be built: {reason}")
     print(f"fastres: {module} is left out, {INSTEAD[module]}: {reason}", flush=True)
 
 
 def missing_tool():
-    """What a build of fastres._C lacks on this machine, or None."""
+    """The tool that a build of fastres._C lacks on this machine, as a sentence, or None."""
     asked = os.environ.get("CXX")
     compiler = next(filter(shutil.which, [shlex.split(asked)[0]] if asked else ["c++", "g++", "clang++"]), None)
     if compiler is None:
@@ -74,7 +74,7 @@ def missing_tool():
 
 
 def toolkit_root():
-    """CUDA's folder: CUDA_HOME, CUDA_PATH, or what nvcc itself says; nvcc on PATH may be a link or a script."""
+    """CUDA's folder: CUDA_HOME, CUDA_PATH, or what nvcc reports: nvcc on PATH may be a link or a script."""
     asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if asked:
         return Path(asked)
@@ -87,7 +87,7 @@ def toolkit_root():
 
 
 def cuda_tools(torch_cuda):
-    """(root, folder of the static runtime, nvcc's release) of a toolkit for this torch, or why there is none."""
+    """(root, folder of the static runtime, nvcc's release) of a toolkit for this torch, or the reason there is none."""
     if torch_cuda is None:
         return "this torch is built without CUDA"
     root = toolkit_root()
@@ -96,14 +96,13 @@ def cuda_tools(torch_cuda):
     nvcc = root / "bin" / "nvcc"
     if not nvcc.exists():
         return f"{nvcc} does not exist; CUDA_HOME must name the folder of a CUDA {torch_cuda} toolkit"
-    release = re.search(
-        r"release (\d+\.\d+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    )
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+\.\d+)", version)
     if release is None:
-        return f"{nvcc} --version names no release"
+        return f"{nvcc} --version reports no release"
     if release[1].split(".")[0] != torch_cuda.split(".")[0]:
         return (
-            f"nvcc is of CUDA {release[1]} ({root}), this torch of CUDA {torch_cuda}: install a toolkit of that major"
+            f"nvcc is CUDA {release[1]} ({root}), this torch CUDA {torch_cuda}: install a toolkit of that major release"
         )
     if not (root / "include" / "cuda_runtime.h").exists():
         return f"{root}/include has no cuda_runtime.h"
@@ -114,12 +113,12 @@ def cuda_tools(torch_cuda):
 
 
 def cutlass_headers():
-    """(folders, version) of the headers of CUTLASS 4, or why there are none."""
-    how = "pip install --no-deps nvidia-cutlass, or FASTRES_CUTLASS=its wheel or a folder with include/cutlass"
+    """(folders, version) of the headers of CUTLASS 4, or the reason there are none."""
+    how = "pip install --no-deps nvidia-cutlass, or set FASTRES_CUTLASS to its wheel or a folder with include/cutlass"
     given = os.environ.get("FASTRES_CUTLASS")
     spec = None if given else importlib.util.find_spec("cutlass_library")
     if not given and (spec is None or spec.origin is None):
-        return f"CUTLASS's headers are not here: {how}"
+        return f"the headers of CUTLASS were not found: {how}"
     root = Path(given) if given else Path(spec.origin).parents[1]
     if root.is_file() and zipfile.is_zipfile(root):
         with zipfile.ZipFile(root) as wheel:
@@ -134,40 +133,29 @@ def cutlass_headers():
     text = found.read_text()
     version = [re.search(rf"define CUTLASS_{part} (\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
     if None in version or version[0][1] != "4":
-        return f"{source} is not of CUTLASS 4: {how}"
+        return f"{source} is not CUTLASS 4: {how}"
     return [str(source / "include"), str(source / "tools/util/include")], ".".join(part[1] for part in version)
 
 
-@contextmanager
-def architecture(name):
-    """Inside, torch compiles for this architecture alone."""
-    before = os.environ["TORCH_CUDA_ARCH_LIST"]
-    os.environ["TORCH_CUDA_ARCH_LIST"] = name
-    try:
-        yield
-    finally:
-        os.environ["TORCH_CUDA_ARCH_LIST"] = before
-
-
-def few_jobs():
-    """No more compilers at once than memory holds: a file of convolutions takes up to 5 GB. MAX_JOBS overrules."""
+def limit_jobs():
+    """Limit parallel compilers to what fits in memory: a file of convolutions takes up to 5 GB. MAX_JOBS overrides."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
     os.environ.setdefault("MAX_JOBS", str(max(1, min(os.cpu_count() or 1, memory // 5))))
 
 
 def cuda_extension(torch, extension):
-    """The extension fastres._C_cuda, or None where it is left out."""
+    """The extension fastres._C_cuda, or None if it is left out."""
     if SETTING == "cpu":
         return leave_out(CUDA, "FASTRES_BUILD_EXT=cpu", required=False)
-    sources = sorted(glob("csrc/cuda/*.cu"))
+    sources = sorted(glob("csrc/cuda/**/*.cu", recursive=True))
     tools = cuda_tools(torch.version.cuda) if sources else "there are no sources under csrc/cuda"
-    if isinstance(tools, str):  # not an error where the extension is required: the machine is not meant to build it
+    if isinstance(tools, str):  # not an error even if extensions are required: this machine cannot build it
         return leave_out(CUDA, tools, required=False)
     root, libraries, release = tools
     from torch.utils import cpp_extension
 
-    cpp_extension.CUDA_HOME = str(root)  # torch has guessed from the place of nvcc, which may be a script elsewhere
-    # PTX of 10.0a would fit no other chip; CUDA before 12.8 does not know 10.0.
+    cpp_extension.CUDA_HOME = str(root)  # torch guesses it from the location of nvcc, which may be a script elsewhere
+    # PTX of 10.0a would run on no other chip; CUDA before 12.8 does not know 10.0.
     known = "8.0;9.0a;10.0+PTX" if tuple(map(int, release.split("."))) >= (12, 8) else "8.0;9.0a"
     architectures = os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or known
     cutlass = cutlass_headers()
@@ -181,7 +169,7 @@ def cuda_extension(torch, extension):
         hopper = "9.0a" in re.split(r"[; +]", architectures)
         sources += [source for source in tiles if hopper or SM90 not in source]
         defines = ["-DFASTRES_CONV_SM80", *(["-DFASTRES_CONV_SM90"] if hopper else [])]
-        few_jobs()
+        limit_jobs()
     with_cutlass = f" and CUTLASS {version}" if version else ""
     print(f"fastres: building {CUDA} with nvcc {release} ({root}){with_cutlass} for {architectures}", flush=True)
     about = [f'-DFASTRES_ARCHITECTURES="{architectures}"', f'-DFASTRES_FLAGS="{" ".join(NVCC_FLAGS)}"']
@@ -192,7 +180,7 @@ def cuda_extension(torch, extension):
         depends=sorted(glob("csrc/*.h") + glob("csrc/cuda/*.h") + glob("csrc/cuda/*.cuh")),
         include=folders,
         extra_compile_args={"cxx": [*CXX_FLAGS, "-DFASTRES_CUDA", *about], "nvcc": [*NVCC_FLAGS, *defines]},
-        # The static runtime: none has to be found at run time, and its error state is nobody else's.
+        # The static runtime: none has to be found at load time, and nobody shares its error state.
         library_dirs=[str(libraries)],
         libraries=["torch_cuda", "cudart_static", "rt", "dl", "pthread"],
         extra_link_args=["-Wl,--exclude-libs,libcudart_static.a"],
@@ -200,7 +188,7 @@ def cuda_extension(torch, extension):
 
 
 def extension_options():
-    """setup()'s arguments for the extensions; empty when both are left out."""
+    """setup()'s arguments for the extensions; empty if both are left out."""
     if SETTING == "0":
         return leave_out(CPU, "FASTRES_BUILD_EXT=0") or {}
     sources = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
@@ -219,7 +207,7 @@ def extension_options():
             cxx = os.environ["CXX"]
             print(f"fastres: building {CPU} with {cxx} for torch >= 2.11 (here {torch.__version__})", flush=True)
             whole = self.extensions
-            for one in whole:  # apart: one may fail alone
+            for one in whole:  # one at a time, so that one can fail without the other
                 self.extensions = [one]
                 try:
                     super().build_extensions()
@@ -237,8 +225,8 @@ def extension_options():
             def compile_by_architecture(sources, output_dir, **options):
                 hopper = [source for source in sources if SM90 in source]
                 objects = []
-                if hopper:  # first: they take longest; apart: other chips have no such instructions
-                    with architecture("9.0a"):
+                if hopper:  # first, they take longest; separate, other chips lack the instructions
+                    with mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST="9.0a"):
                         objects += compile_all(hopper, output_dir=os.path.join(output_dir, "sm_90a"), **options)
                 rest = [source for source in sources if source not in hopper]
                 return objects + compile_all(rest, output_dir=output_dir, **options)
@@ -250,7 +238,7 @@ def extension_options():
                 self.build_temp, self.compiler.compile = temporary, compile_all
 
         def forget(self, failed):
-            """No older binary may pass for this one: neither the one built before, nor one beside the sources."""
+            """Delete older binaries, from the build and next to the sources, so that none passes for this one."""
             for ext in self.extensions if failed.name == CUDA else self.distribution.ext_modules:
                 ext.optional = True
                 built = Path(self.get_ext_fullpath(ext.name))
@@ -258,7 +246,7 @@ def extension_options():
                     stale.unlink(missing_ok=True)
 
     def extension(name, include=(), **options):
-        # PyPI's pybind11 comes before torch's bundled copy, which refuses TORCH_TARGET_VERSION.
+        # PyPI's pybind11 comes before torch's bundled copy, which rejects TORCH_TARGET_VERSION.
         return CppExtension(name, include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), *include], **options)
 
     cpu = extension(

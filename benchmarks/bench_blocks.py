@@ -1,7 +1,7 @@
 """torchvision's residual blocks, swapped and eager, in both layouts: the blocks of ResNet-18 and ResNet-50, batch 8.
 
-The ratio is over the faster of eager NCHW and eager channels_last. Training is forward and backward, the gradients of
-the input and of every parameter; torch.compile stands beside it with --peers all.
+The speed-up is over the faster of eager NCHW and eager channels_last. Training is forward and backward, with the
+gradients of the input and of every parameter; torch.compile runs with --peers all.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torchvision
 from torch import nn
 
 import fastres
-from judge import judge_module
+from judge import judge_call
 from measure import Case, Prepared
-from peers import forward_only, module_variants
+from peers import forward_only, module_variants, with_gradients
 from shapes import BATCH
 
 MODES = {"train": "training, forward+backward", "eval": "eval, forward, no grad"}
 BLOCKS = ("layer1.1", "layer2.0", "layer2.1", "layer3.1", "layer4.1")  # one of each stage, and one with a projection
-JUDGED = 2  # images, of the batch, that the referee sees
+JUDGED = 2  # images of the batch that the referee sees
 
 
 @cache
@@ -72,22 +72,17 @@ class BlockCase(Case):
 
     def prepare(self, device: torch.device, peers: tuple[str, ...]) -> Prepared:
         training = self.kind == "train"
-        block = network(self.network).get_submodule(self.block).to(device)
-        block = block.train(training)
+        block = network(self.network).get_submodule(self.block).to(device).train(training)
         x = torch.randn(self.facts()["shape"], device=device)
-        variants = module_variants(block, x, peers)
         calls = {}
-        for name, (module, images) in variants.items():
-            if training:
-                calls[name] = _training_call(module, images)
-            else:
-                calls[name] = forward_only(module, (images,), grad=False)
+        for name, (module, images) in module_variants(block, x, peers).items():
+            calls[name] = _training_call(module, images) if training else forward_only(module, (images,), grad=False)
 
         def judge(results):
             ours = tuple(name for name in results if name in self.ours)
-            fresh = module_variants(block, x.detach()[:JUDGED], ours)  # the timed ones have moved their statistics
+            fresh = module_variants(block, x.detach()[:JUDGED], ours)  # the timed ones have updated their statistics
             return {
-                name: judge_module(block, module, images, training=training, backward=training)
+                name: judge_call(block, module, images, training=training, backward=training)
                 for name, (module, images) in fresh.items()
             }
 
@@ -95,19 +90,13 @@ class BlockCase(Case):
 
 
 def _training_call(module: nn.Module, x: torch.Tensor):
-    x.requires_grad_()
-    inputs = (x, *module.parameters())
     with torch.no_grad():
         dy = torch.randn_like(module(x))  # [N, C, H/s, W/s], in the layout of the output
-
-    def call() -> tuple[torch.Tensor, ...]:
-        return torch.autograd.grad(module(x), inputs, dy)
-
-    return call
+    return with_gradients(module, (x.requires_grad_(),), dy, tuple(module.parameters()))
 
 
 CASES = [BlockCase(name, block, kind) for kind in MODES for name in ("resnet18", "resnet50") for block in BLOCKS]
 
 
-def test_blocks(case, peer, beside):
-    beside(case, peer)
+def test_blocks(case, peer, run_peer):
+    run_peer(case, peer)

@@ -1,6 +1,6 @@
-"""bn_act beside eager's batch norm, addition and ReLU at the shapes of ResNet-18 and ResNet-50, batch 8.
+"""bn_act against eager's batch norm, addition and ReLU at the shapes of ResNet-18 and ResNet-50, batch 8.
 
-torch.compile stands beside it at two block ends in channels_last, and with --peers all everywhere.
+torch.compile runs at two block ends in channels_last, and with --peers all everywhere.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
-import fastres
-from judge import BatchNormExact, judge_operator
-from measure import Case, Prepared
-from peers import DTYPES, LAYOUTS, backend_of, compiled, eager_bn_act, forward_only, fused_bn_act, with_gradients
+from activation_case import ActivationCase
+from fastres.functional import bn_act
+from peers import Forward, backend_of
 from shapes import BATCH, BLOCK_END, INNER, PROJECTION, Activation, distinct, with_role
 
 MODES = {
@@ -22,14 +22,17 @@ MODES = {
     "train-nograd": "training, forward, no grad",
     "eval": "eval, forward, no grad",
 }
-QUICK_COMPILE = ("256x56x56", "1024x14x14")
+MOMENTUM, EPS = 0.1, 1e-5
 
 
 @dataclass(frozen=True)
-class BnActCase(Case):
+class BnActCase(ActivationCase):
     what: ClassVar[str] = "bn_act"
+    operator: ClassVar[str] = "bn_act"
+    modes: ClassVar[dict[str, str]] = MODES
+    quick_compile: ClassVar[tuple[str, ...]] = ("256x56x56", "1024x14x14")
     activation: Activation
-    kind: str  # a key of MODES
+    kind: str
     form: str  # "residual-relu", "relu" or "none"
     layout: str
     dtype: str
@@ -40,10 +43,6 @@ class BnActCase(Case):
         return f"{self.kind}-{self.form}-{self.activation.size}-{self.layout}-{self.dtype}"
 
     @property
-    def mode(self) -> str:
-        return MODES[self.kind]
-
-    @property
     def residual(self) -> bool:
         return self.form == "residual-relu"
 
@@ -52,85 +51,62 @@ class BnActCase(Case):
         return "none" if self.form == "none" else "relu"
 
     def facts(self) -> dict[str, Any]:
-        return {
-            "shape": list(self.activation.shape(self.batch)),
-            "layout": self.layout,
-            "dtype": self.dtype,
-            "form": self.form,
-            "role": self.activation.role,
-            "counts": self.activation.counts,
-        }
+        return super().facts() | {"form": self.form}
 
     def quick(self) -> bool:
-        at = self.layout == "channels_last" and self.dtype == "fp32" and self.activation.size in QUICK_COMPILE
-        return at and self.residual and self.kind in ("train", "eval")
+        return super().quick() and self.residual and self.kind in ("train", "eval")
 
-    def bytes_moved(self) -> int:
-        x, r = 1, int(self.residual)  # tensors of x's size
+    def passes(self) -> int:
+        x, r = 1, int(self.residual)
         if self.kind == "eval":
-            passes = x + r + 1  # -> y
-        else:
-            passes = x + (x + r + 1)  # statistics; -> y
+            return x + r + 1  # -> y
+        passes = x + (x + r + 1)  # statistics; -> y
         if self.kind == "train":
             read = 2 if self.act == "none" else 3  # dy, x [, y]
             passes += read + (read + 1 + r)  # the two sums; -> dx [, dresidual]
-        n, c, h, w = self.activation.shape(self.batch)
-        return passes * n * c * h * w * DTYPES[self.dtype].itemsize
+        return passes
 
-    def prepare(self, device: torch.device, peers: tuple[str, ...]) -> Prepared:
-        dtype, layout = DTYPES[self.dtype], LAYOUTS[self.layout]
-        shape, channels = self.activation.shape(self.batch), self.activation.channels
+    def inputs(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """x, running mean and variance, weight, bias [, residual]."""
+        shape, grad = (self.activation.channels,), self.kind != "eval"
+        mean, var = torch.randn(shape, device=device) * 0.1 + 0.5, torch.rand(shape, device=device) * 2 + 3  # [C]
+        weight, bias = torch.rand(shape, device=device) + 0.5, torch.randn(shape, device=device) * 0.5  # [C]
+        leaves = [self.tensor(device).mul_(2).add_(0.5), weight, bias]
+        leaves += [self.tensor(device)] if self.residual else []
+        x, *others = (t.requires_grad_(grad) for t in leaves)
+        return x, mean, var, *others
 
-        def activation() -> torch.Tensor:
-            return torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
+    def forward_of(self, peer: str) -> Forward:
+        act, training, backend = self.act, self.kind != "eval", backend_of(peer)
 
-        x, dy = activation().mul_(2).add_(0.5), activation()
-        residual = activation() if self.residual else None
-        weight = torch.rand(channels, device=device) + 0.5
-        bias = torch.randn(channels, device=device) * 0.5
-        mean, var = torch.randn(channels, device=device) * 0.1 + 0.5, torch.rand(channels, device=device) * 2 + 3
-        inputs = tuple(t for t in (x, weight, bias, residual) if t is not None)
-        for t in inputs if self.kind != "eval" else ():
-            t.requires_grad_()
-        training = self.kind != "eval"
-        calls = {}
-        for name in peers:
-            backend, running = backend_of(name), (mean.clone(), var.clone())
-            if backend is None:
-                forward = eager_bn_act(running, training, self.act)
-            else:
-                forward = fused_bn_act(running, training, self.act, backend)
-            if name == "compile":
-                forward = compiled(forward)
-            if self.kind == "train":
-                calls[name] = with_gradients(forward, inputs, dy)
-            else:
-                calls[name] = forward_only(forward, inputs, grad=self.kind == "train-forward")
-        backward = dy if self.kind == "train" else None
-        names = ("y", "dx", "dweight", "dbias", "dresidual")
+        def eager(x, mean, var, weight, bias, residual=None):
+            out = F.batch_norm(x, mean, var, weight, bias, training, MOMENTUM, EPS)
+            if residual is not None:
+                out += residual
+            return out.relu_() if act == "relu" else out
 
-        def judge(results):
-            exact = BatchNormExact(x, residual, (mean, var), (weight, bias), training, self.act)
-            return judge_operator(exact, results, backward, names)
+        def fused(x, mean, var, weight, bias, residual=None):
+            how = {"act": act, "training": training, "momentum": MOMENTUM, "eps": EPS, "backend": backend}
+            return bn_act(x, mean, var, weight, bias, residual, **how)
 
-        return Prepared(calls, judge, backend=fastres.explain("bn_act", x).chosen)
+        return eager if backend is None else fused
 
 
 def _cases() -> list[BnActCase]:
+    forms = (("residual-relu", BLOCK_END), ("relu", INNER), ("none", PROJECTION))
     cases = []
     for layout in ("channels_last", "nchw"):
-        cases += [BnActCase(a, "train", "residual-relu", layout, "fp32") for a in distinct()]
-        cases += [BnActCase(a, "train", "relu", layout, "fp32") for a in with_role(INNER)]
-        cases += [BnActCase(a, "train", "none", layout, "fp32") for a in with_role(PROJECTION)]
-        cases += [BnActCase(a, "eval", "residual-relu", layout, "fp32") for a in with_role(BLOCK_END)]
-        cases += [BnActCase(a, "eval", "relu", layout, "fp32") for a in with_role(INNER)]
-        cases += [BnActCase(a, "eval", "none", layout, "fp32") for a in with_role(PROJECTION)]
-    cases += [BnActCase(a, "train", "residual-relu", "channels_last", "bf16") for a in with_role(BLOCK_END)]
-    return cases + [BnActCase(a, "eval", "residual-relu", "channels_last", "bf16") for a in with_role(BLOCK_END)]
+        for kind in ("train", "eval"):
+            for form, role in forms:
+                shapes = distinct() if (kind, form) == ("train", "residual-relu") else with_role(role)
+                cases += [BnActCase(a, kind, form, layout, "fp32") for a in shapes]
+    for kind in ("train", "eval"):
+        cases += [BnActCase(a, kind, "residual-relu", "channels_last", "bf16") for a in with_role(BLOCK_END)]
+    return cases
 
 
 CASES = _cases()
 
 
-def test_bn_act(case, peer, beside):
-    beside(case, peer)
+def test_bn_act(case, peer, run_peer):
+    run_peer(case, peer)

@@ -1,4 +1,4 @@
-"""What a frozen network's executor costs beside its operators: ResNet at batch 1, many calls with little work each.
+"""The cost of a frozen network's executor without its operators: ResNet at batch 1, many calls with little work each.
 
 `frozen` is a whole call. `operators` is the time spent inside the operators of one call, `beside_operators` the rest of
 the same call: the signature, the checks, the Python between two operators, with the caches as cold as a network leaves
@@ -21,25 +21,21 @@ from measure import Case, Prepared, Verdict
 
 
 class Clocked:
-    """A frozen network whose program adds up the time inside its operators."""
+    """A frozen network whose plan adds up the time inside its operators."""
 
     def __init__(self, frozen: fastres.FrozenModel, x: torch.Tensor) -> None:
         self.frozen, self.x, self.inside = frozen, x, 0.0
-        self.programs = frozen._engine.programs
-        for _ in range(2):
-            frozen(x)
-        (self.key, (self.program, self.tree)), *_ = [(k, v) for k, v in self.programs._found.items() if v is not None]
-        scope = {
-            name: self.clocked(value) if name[0] == "f" and callable(value) else value
-            for name, value in self.program.__globals__.items()
-        }
-        exec(self.program.__doc__ or "", scope)
-        self.timed = scope["program"]
+        frozen(x)
+        prepared = frozen.prepared(x)
+        assert prepared is not None
+        self.executor = prepared[0]
+        ((self.key, self.plan),) = self.executor._plans.items()
+        self.timed = self.plan._replace(calls=[c._replace(function=self.clocked(c.function)) for c in self.plan.calls])
 
     def clocked(self, operator: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any) -> Any:
             begin = time.perf_counter()
-            output = operator(*args, **kwargs)
+            output = operator(*args)
             self.inside += time.perf_counter() - begin
             return output
 
@@ -48,13 +44,13 @@ class Clocked:
     def call(self) -> tuple[float, float, torch.Tensor]:
         """(seconds of a call, of them inside the operators, the output)."""
         self.inside = 0.0
-        self.programs._found[self.key] = self.timed, self.tree
+        self.executor._plans = {self.key: self.timed}
         try:
             begin = time.perf_counter()
             output = self.frozen(self.x)
             return time.perf_counter() - begin, self.inside, output
         finally:
-            self.programs._found[self.key] = self.program, self.tree
+            self.executor._plans = {self.key: self.plan}
 
     def plain(self) -> float:
         begin = time.perf_counter()
@@ -88,7 +84,7 @@ class ExecutorCase(Case):
 
     def prepare(self, device: torch.device, peers: tuple[str, ...]) -> Prepared:
         if device.type != "cpu":
-            raise RuntimeError("programs are run on a CPU; a GPU replays CUDA graphs")
+            raise RuntimeError("measured on a CPU; a GPU replays CUDA graphs")
         torch.manual_seed(0)
         x = torch.randn(1, 3, 224, 224)
         net = getattr(torchvision.models, self.network)().eval()
@@ -117,7 +113,7 @@ class ExecutorCase(Case):
 
         def judge(results: Any) -> dict[str, Verdict]:
             same = torch.equal(clocked.call()[2], clocked.frozen(x))
-            return {"frozen": Verdict(same, None, "" if same else "the clocked program answers otherwise")}
+            return {"frozen": Verdict(same, None, "" if same else "the clocked plan answers otherwise")}
 
         return Prepared(calls, judge, timer=timer)
 
@@ -125,5 +121,5 @@ class ExecutorCase(Case):
 CASES = [ExecutorCase("resnet18"), ExecutorCase("resnet50")]
 
 
-def test_executor(case, peer, beside):
-    beside(case, peer)
+def test_executor(case, peer, run_peer):
+    run_peer(case, peer)

@@ -1,7 +1,7 @@
-"""`import fastres` beyond `import torch`: fresh processes in turn, each timed from its first line to its last import.
+"""The cost of `import fastres` on top of `import torch`, in fresh processes timed from first line to last import.
 
-`fastres_beyond_torch` is the difference inside one process, which the noise of importing torch does not touch. The
-verdict: fastres imports no Triton and creates no CUDA context.
+`fastres_beyond_torch` is the difference within one process, free of the noise of importing torch. The verdict: fastres
+imports no Triton and creates no CUDA context.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ print(json.dumps({{
 
 
 def imported(fastres: bool) -> dict[str, Any]:
-    """Times the imports in a process of its own."""
+    """Time the imports in a new process."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(fastres=fastres)], capture_output=True, text=True, timeout=120, check=True
     )
@@ -44,18 +44,12 @@ def imported(fastres: bool) -> dict[str, Any]:
 @dataclass(frozen=True)
 class ImportCase(Case):
     what: ClassVar[str] = "import"
+    id: ClassVar[str] = "import"
+    mode: ClassVar[str] = "a fresh process"
     baselines: ClassVar[tuple[str, ...]] = ("torch",)
     ours: ClassVar[tuple[str, ...]] = ("torch_and_fastres",)
     compiled: ClassVar[tuple[str, ...]] = ()
     alone: ClassVar[tuple[str, ...]] = ("fastres_beyond_torch",)
-
-    @property
-    def id(self) -> str:
-        return "import"
-
-    @property
-    def mode(self) -> str:
-        return "a fresh process"
 
     def facts(self) -> dict[str, Any]:
         return {"layout": None, "dtype": None}
@@ -84,5 +78,5 @@ class ImportCase(Case):
 CASES = [ImportCase()]
 
 
-def test_import(case, peer, beside):
-    beside(case, peer)
+def test_import(case, peer, run_peer):
+    run_peer(case, peer)

@@ -1,11 +1,11 @@
-"""Inference of torchvision's ResNet-50 and ResNet-18 at 224x224: frozen by fastres, beside every engine installed.
+"""Inference of torchvision's ResNet-50 and ResNet-18 at 224x224: frozen by fastres, against every installed engine.
 
-Batch 1, 8 and 32, fp32 and bf16. Weights are random, with batch normalisation's statistics taken from images, so that
-activations have the scale that training gives them. The ratio is over the faster of eager NCHW and eager channels_last;
-every other engine's row also says how much faster or slower fastres is than it. A peer that is not installed or cannot
-run is listed with the reason and the command that brings it.
+Batch 1, 8 and 32, fp32 and bf16. The weights are random and the BN statistics come from images, so activations have the
+scale that training gives them. The speed-up is over the faster of eager NCHW and eager channels_last; the row of every
+other engine also shows the speed-up of fastres over it. A peer that is not installed or cannot run is listed with the
+reason and the command that installs it.
 
-torch.compile takes minutes a network: it stands beside ResNet-50 at batch 8, and with --peers all everywhere.
+torch.compile takes minutes per network: it runs at ResNet-50, batch 8, and with --peers all everywhere.
 
 The verdict is on the logits of the timed calls, for the first images of the batch, against float64.
 
@@ -32,14 +32,14 @@ from peers import DTYPES
 from roofline import Work
 from runtimes import BUILDERS
 
-JUDGED = 4  # images, of the batch, that the referee sees
+JUDGED = 4  # images of the batch that the referee sees
 GPU_COMPILED = ("compile_max_autotune",) if torch.cuda.is_available() else ()
 GPU_RUNTIMES = ("cudagraph", "jax") if torch.cuda.is_available() else ()
 
 
 @cache
 def network(name: str, device: torch.device) -> nn.Module:
-    """The network in eval mode, the same weights and statistics in every case."""
+    """The network in eval mode, with the same weights and statistics in every case."""
     torch.manual_seed(0)
     net = getattr(torchvision.models, name)(weights=None).eval().requires_grad_(False)
     calibrate(net, torch.randn(8, 3, 224, 224))
@@ -50,6 +50,7 @@ def network(name: str, device: torch.device) -> nn.Module:
 class NetworkCase(Case):
     what: ClassVar[str] = "networks"
     weight: ClassVar[float] = 5.0
+    mode: ClassVar[str] = "inference"
     baselines: ClassVar[tuple[str, ...]] = ("eager", "eager_channels_last")
     ours: ClassVar[tuple[str, ...]] = ("frozen",)
     compiled: ClassVar[tuple[str, ...]] = ("compile", "compile_freezing", *GPU_COMPILED)
@@ -66,10 +67,6 @@ class NetworkCase(Case):
     def id(self) -> str:
         return f"{self.network}-inference-{self.dtype}-batch{self.batch}"
 
-    @property
-    def mode(self) -> str:
-        return "inference"
-
     def facts(self) -> dict[str, Any]:
         return {
             "network": self.network,
@@ -83,7 +80,7 @@ class NetworkCase(Case):
 
     def absent(self, level: str) -> dict[str, str]:
         here = self.peers(level)
-        return {name: "not run; it stands here with --peers all" for name in self.optional if name not in here}
+        return {name: "not run without --peers all" for name in self.optional if name not in here}
 
     def images(self) -> int:
         return self.batch
@@ -97,13 +94,13 @@ class NetworkCase(Case):
 
         def judge(results):
             logits = {name: self.logits(y, images)[:JUDGED] for name, y in results.items()}
-            return judge_outputs(net, images[:JUDGED], {n: y for n, y in logits.items() if n not in self.baselines})
+            return judge_outputs(net, (images[:JUDGED],), {n: y for n, y in logits.items() if n not in self.baselines})
 
         return Prepared({}, judge, build={name: partial(BUILDERS[name], net, images) for name in peers})
 
     @staticmethod
     def logits(result: Any, images: Tensor) -> Tensor:
-        """An engine's answer as a tensor in the working dtype, as eager's is. [N, classes]"""
+        """An engine's answer as a tensor in eager's dtype. [N, classes]"""
         result = result if isinstance(result, Tensor) else torch.from_numpy(np.array(result))
         return result.to(images.device, images.dtype)
 
@@ -116,5 +113,5 @@ CASES = [
 ]
 
 
-def test_networks(case, peer, beside):
-    beside(case, peer)
+def test_networks(case, peer, run_peer):
+    run_peer(case, peer)

@@ -1,6 +1,6 @@
-"""What a call costs beside the arithmetic: bn_act and add_relu on tensors so small that only the call is left.
+"""The cost of a call without its arithmetic: bn_act and add_relu on tensors of 1 KiB.
 
-Seconds are of one call, on one thread; eager is F.batch_norm with an in-place ReLU, and an addition with one.
+Seconds are of one call, on one thread. Eager is F.batch_norm with an in-place ReLU, or an addition with one.
 """
 
 from __future__ import annotations
@@ -15,36 +15,29 @@ from shapes import INNER, Activation
 SMALL = Activation(8, 4, 4, INNER, 0, 0)  # [2, 8, 4, 4]: 1 KiB
 
 
-@dataclass(frozen=True)
-class BnActOverhead(bench_bn_act.BnActCase):
+class Overhead:
+    """What the cases below change of an operator's case."""
+
     what: ClassVar[str] = "overhead"
     threads: ClassVar[int | None] = 1
+    quick_compile: ClassVar[tuple[str, ...]] = ()
 
+    def bytes_moved(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class BnActOverhead(Overhead, bench_bn_act.BnActCase):
     @property
     def id(self) -> str:
         return f"bn_act-{self.kind}-{self.form}"
 
-    def quick(self) -> bool:
-        return False
-
-    def bytes_moved(self) -> None:
-        return None
-
 
 @dataclass(frozen=True)
-class AddReluOverhead(bench_add_relu.AddReluCase):
-    what: ClassVar[str] = "overhead"
-    threads: ClassVar[int | None] = 1
-
+class AddReluOverhead(Overhead, bench_add_relu.AddReluCase):
     @property
     def id(self) -> str:
         return f"add_relu-{self.kind}"
-
-    def quick(self) -> bool:
-        return False
-
-    def bytes_moved(self) -> None:
-        return None
 
 
 CASES = [
@@ -53,5 +46,5 @@ CASES = [
 ]
 
 
-def test_overhead(case, peer, beside):
-    beside(case, peer)
+def test_overhead(case, peer, run_peer):
+    run_peer(case, peer)

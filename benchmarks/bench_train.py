@@ -1,12 +1,12 @@
 """A training step of torchvision's ResNet-18 and ResNet-50, swapped and eager: batch 8 at 224x224, fp32 and bf16.
 
-The step is zero_grad, forward, cross-entropy, backward and SGD with momentum; bf16 is autocast. Swapped stands there in
-both layouts and with memory="min". The ratio is over the faster of eager NCHW and eager channels_last; torch.compile
-stands beside it with --peers all (a network takes minutes to compile). The MB of a row are the most that torch's
-allocator had handed out during a step, above what was there before it.
+The step is zero_grad, forward, cross-entropy, backward and SGD with momentum; bf16 is autocast. Swapped runs in both
+layouts and with memory="min". The speed-up is over the faster of eager NCHW and eager channels_last; torch.compile runs
+with --peers all (a network takes minutes to compile). The MB of a row are the peak of torch's allocator during a step,
+minus what was in use before it.
 
 The verdict is on the outputs and the statistics of a training-mode forward pass. Gradients are judged block by block,
-in bench_blocks.py: over a whole network two right answers differ wherever rounding decides a ReLU's mask.
+in bench_blocks.py: over a whole network two correct answers differ wherever rounding decides a ReLU's mask.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torchvision
 from torch import nn
 
 import fastres
-from judge import judge_module
+from judge import judge_call
 from measure import Case, Prepared
 from peers import DTYPES, module_variants
 from shapes import BATCH
@@ -30,6 +30,7 @@ from shapes import BATCH
 class TrainCase(Case):
     what: ClassVar[str] = "train"
     weight: ClassVar[float] = 40.0
+    mode: ClassVar[str] = "training step"
     baselines: ClassVar[tuple[str, ...]] = ("eager", "eager_channels_last")
     ours: ClassVar[tuple[str, ...]] = ("swapped", "swapped_channels_last", "swapped_min_channels_last")
     weighed: ClassVar[bool] = True
@@ -38,16 +39,12 @@ class TrainCase(Case):
     size: int = 224
     batch: int = BATCH
     judged: tuple[int, int] = (4, 128)  # images and their size for the referee, which runs in float64
-    dtype: str = "fp32"  # bf16: autocast, for everything alike
+    dtype: str = "fp32"  # bf16 is autocast, for every peer
 
     @property
     def id(self) -> str:
         dtype = "" if self.dtype == "fp32" else f"-{self.dtype}"
         return f"{self.network}-{self.batch}x3x{self.size}x{self.size}{dtype}"
-
-    @property
-    def mode(self) -> str:
-        return "training step"
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -72,7 +69,7 @@ class TrainCase(Case):
             ours = tuple(name for name in results if name in self.ours)
             fresh = module_variants(net, torch.randn(few, 3, size, size, device=device), ours)
             return {
-                name: judge_module(self._cast(net), self._cast(module), x, training=True, backward=False)
+                name: judge_call(self._cast(net), self._cast(module), x, training=True, backward=False)
                 for name, (module, x) in fresh.items()
             }
 
@@ -83,7 +80,7 @@ class TrainCase(Case):
 
 
 class Autocast(nn.Module):
-    """The module under autocast, its logits in float32: float64, the referee's own, is left alone."""
+    """Runs a module under autocast with logits in float32; the referee's float64 passes through unchanged."""
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -112,5 +109,5 @@ def _step(module: nn.Module, images: torch.Tensor, labels: torch.Tensor):
 CASES = [TrainCase(network, dtype=dtype) for dtype in ("fp32", "bf16") for network in ("resnet18", "resnet50")]
 
 
-def test_train(case, peer, beside):
-    beside(case, peer)
+def test_train(case, peer, run_peer):
+    run_peer(case, peer)

@@ -1,21 +1,20 @@
-"""Two result files side by side: what became faster or slower from A to B, beyond what their samples scatter.
+"""Compare two result files: what became faster or slower from A to B, beyond the scatter of the samples.
 
     python benchmarks/compare.py A.json B.json [--fail-if-slower 5%]
 
-    ratio      median time in A over median time in B, of the same peer in the same case: above 1, B is the faster
+    ratio      median time in A over median time in B, of the same peer in the same case; above 1, B is faster
     interval   [low(A) / high(B), high(A) / low(B)], low and high the 95 % interval of each median (order statistics)
-    verdict    "faster" or "slower" where the interval leaves 1 out, else "same"
+    verdict    "faster" or "slower" where the interval excludes 1, else "same"
 
-A peer of eager PyTorch that moved says that the machine did, not the code: its rows are printed like ours.
+When a peer of eager PyTorch moved, the machine did and not the code; its rows are printed like ours.
 
-Exit status: 0; 1 where a row of ours is "slower" and its time grew by more than the limit; 2 for files or options that
-are not as they should be.
+Exit status: 0; 1 if a row of ours is "slower" and its time grew by more than the limit; 2 for files or options that
+cannot be used.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fastres.lab.timing import paired_ratio
-from report import aligned, machine
+from pages import aligned
+from report import machine
 from result_schema import load
 
 
@@ -34,9 +34,9 @@ class Row:
     case: str
     peer: str
     ours: bool
-    before: float  # seconds of one call
+    before: float  # seconds per call
     after: float
-    low: float  # of the ratio
+    low: float  # the interval of the ratio
     high: float
 
     @property
@@ -51,45 +51,47 @@ class Row:
         return self.ours and self.verdict == "slower" and self.after > self.before * (1 + limit)
 
 
-def spread(peer: dict[str, Any], iterations: int) -> tuple[float, float]:
-    """The 95 % interval of a peer's median time of one call; the range where there are fewer than six samples."""
-    interval = paired_ratio(peer["samples"], [float(iterations)] * len(peer["samples"]))
-    return interval.low, interval.high
+@dataclass(frozen=True)
+class Timing:
+    """The seconds per call of one peer in one file: the median and its 95 % interval, or the range below 6 samples."""
+
+    ours: bool
+    median: float
+    low: float
+    high: float
+
+
+def timings(data: dict[str, Any]) -> dict[tuple[str, str], Timing]:
+    """Timings by case and peer."""
+    found: dict[tuple[str, str], Timing] = {}
+    for case in data["cases"]:
+        for name, peer in case["peers"].items():
+            key, samples = (f"{case['what']} {case['id']}", name), peer["samples"]
+            if key in found:
+                raise ValueError(f"the case {key[0]!r} is there twice")
+            if not samples or min(samples) <= 0 or case["iterations"] < 1:
+                raise ValueError(f"{key[0]}, {name}: got no samples, or samples of no time")
+            calls = paired_ratio(samples, [float(case["iterations"])] * len(samples))
+            found[key] = Timing(name in case["ours"], calls.median, calls.low, calls.high)
+    return found
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[Row], list[str]]:
-    """(the rows that both hold, what only one of them holds). Raises ValueError where they share nothing."""
-    first, second = _peers(a), _peers(b)
-    rows = []
-    for key in first:
-        if key not in second:
-            continue
-        (before, n), (after, m) = first[key][:2], second[key][:2]
-        (low_a, high_a), (low_b, high_b) = spread(before, n), spread(after, m)
-        times = statistics.median(before["samples"]) / n, statistics.median(after["samples"]) / m
-        rows.append(Row(*key, second[key][2], *times, low_a / high_b, high_a / low_b))
+    """The rows that both files have, and lines naming what only one has. Raises ValueError if they share no row."""
+    first, second = timings(a), timings(b)
+    rows = [
+        Row(*key, new.ours, old.median, new.median, old.low / new.high, old.high / new.low)
+        for key, old in first.items()
+        if (new := second.get(key)) is not None
+    ]
     if not rows:
         raise ValueError(f"no case and peer in common: A has {len(first)}, B {len(second)}")
     alone = [f"only in A: {case}, {peer}" for case, peer in first if (case, peer) not in second]
     return rows, alone + [f"only in B: {case}, {peer}" for case, peer in second if (case, peer) not in first]
 
 
-def _peers(data: dict[str, Any]) -> dict[tuple[str, str], tuple[dict[str, Any], int, bool]]:
-    """(case, peer) -> (the peer, calls in a sample, whether it is ours)."""
-    found = {}
-    for case in data["cases"]:
-        for name, peer in case["peers"].items():
-            key = (f"{case['what']} {case['id']}", name)
-            if key in found:
-                raise ValueError(f"the case {key[0]!r} is there twice")
-            if not peer["samples"] or min(peer["samples"]) <= 0 or case["iterations"] < 1:
-                raise ValueError(f"{key[0]}, {name}: got no samples, or none that took time")
-            found[key] = peer, case["iterations"], name in case["ours"]
-    return found
-
-
 def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
-    """What makes the two hard to compare: another machine, thread count or version."""
+    """Notes about a different machine, thread count or version of torch."""
 
     def facts(data: dict[str, Any]) -> dict[str, Any]:
         where = data["environment"]
@@ -118,7 +120,7 @@ def table(rows: Sequence[Row], limit: float | None) -> list[str]:
 
 
 def percentage(text: str) -> float:
-    """ "5%", "5" and "5.0 %" are 0.05."""
+    """Parse "5%", "5" or "5.0 %" as 0.05."""
     value = float(text.strip().removesuffix("%")) / 100
     if not 0 <= value < float("inf"):
         raise ValueError(text)
@@ -130,21 +132,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("a", type=Path, metavar="A.json", help="the earlier result")
     parser.add_argument("b", type=Path, metavar="B.json", help="the later one")
     parser.add_argument(
-        "--fail-if-slower", type=percentage, metavar="5%", help="exit with 1 where ours takes that much longer in B"
+        "--fail-if-slower", type=percentage, metavar="5%", help="exit with 1 if one of ours takes that much longer in B"
     )
     options = parser.parse_args(arguments)
-    found = []
-    for path in (options.a, options.b):
-        try:
-            found.append(load(path))
-        except (OSError, ValueError) as error:
-            print(f"compare: {path}: {error}", file=sys.stderr)
-            return 2
-    a, b = found
+    subject = str(options.a)
     try:
+        a = load(options.a)
+        subject = str(options.b)
+        b = load(options.b)
+        subject = f"{options.a}, {options.b}"
         rows, alone = compare(a, b)
-    except ValueError as error:
-        print(f"compare: {options.a}, {options.b}: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"compare: {subject}: {error}", file=sys.stderr)
         return 2
     limit = options.fail_if_slower
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("faster", "same", "slower")}

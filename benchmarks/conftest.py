@@ -1,12 +1,12 @@
-"""Benchmarks under pytest-benchmark: peers side by side in its tables, timed in interleaved rounds.
+"""Benchmarks under pytest-benchmark: a case's peers share one of its tables and are timed in interleaved rounds.
 
-The first test of a case judges and times all its peers together; every test of the case then hands its own samples to
-pytest-benchmark through a replaying timer. At the end the session's results are printed and written (see report.py).
+The first test of a case judges and times all of its peers; each test then passes its own samples to pytest-benchmark
+through a replaying timer. At the end the results of the session are printed and written (see report.py).
 
     pytest benchmarks/                                  15 to 20 minutes on two cores
     pytest benchmarks/bench_networks.py -k "resnet50 and fp32"
     pytest benchmarks/bench_bn_act.py -k "train and residual"
-    pytest benchmarks/ --budget tiny --peers eager      proves that it runs
+    pytest benchmarks/ --budget tiny --peers eager      checks that everything runs
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import roofline
 from fastres.lab.devices import pick_device
 from fastres.lab.errors import DeviceError, OutputError
 from fastres.lab.results import prepare_folder
-from measure import JUDGE_ONLY, TINY, Effort, Replay, Result, bandwidth, measure
+from measure import JUDGE_ONLY, TINY, Effort, Replay, Result, measure, one_line
 from peers import DTYPES, LEVELS
 from report import document, lines, machine, write
 
@@ -53,21 +53,20 @@ def pytest_addoption(parser):
         type=_budget,
         default=1.5,
         metavar="SECONDS",
-        help="timed seconds of one operator's case, all peers together; blocks get 2x, networks 5x, training steps 40x "
-        "(default 1.5); "
-        "'tiny' runs everything twice and says nothing about speed",
+        help="timed seconds per operator case, all peers together; blocks get 2x, networks 5x, training steps 40x "
+        "(default 1.5); 'tiny' calls everything twice and says nothing about speed",
     )
-    group.addoption("--rounds", type=_positive, default=25, metavar="N", help="most rounds of a case (default 25)")
+    group.addoption("--rounds", type=_positive, default=25, metavar="N", help="rounds per case at most (default 25)")
     group.addoption(
         "--peers",
         choices=LEVELS,
         default="quick",
-        help="what stands beside: eager, nothing else; quick, every engine installed, torch.compile at a few shapes "
-        "and one network (default); all, torch.compile everywhere, which takes minutes for a network",
+        help="what to compare with: eager only; quick, also every engine installed, and torch.compile at a few shapes "
+        "and one network (default); all, torch.compile everywhere, which takes minutes per network",
     )
     group.addoption("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     group.addoption(
-        "--results", type=Path, default=Path("out/bench"), metavar="DIR", help="where results go (default out/bench)"
+        "--results", type=Path, default=Path("out/bench"), metavar="DIR", help="output folder (default out/bench)"
     )
 
 
@@ -111,8 +110,8 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def beside(benchmark, request, pytestconfig):
-    """Reports one peer of a case of the module's CASES; the case's first test measures all of them."""
+def run_peer(benchmark, request, pytestconfig):
+    """Report one peer of a case in the module's CASES. The first test of a case measures all of its peers."""
     results = pytestconfig.stash[RESULTS]
 
     def run(name, peer):
@@ -129,7 +128,7 @@ def beside(benchmark, request, pytestconfig):
                 raise
         result = results[key]
         if isinstance(result, Exception):
-            pytest.fail(f"{key} could not be measured: {type(result).__name__}: {result}", pytrace=False)
+            pytest.fail(f"{key} could not be measured: {one_line(result)}", pytrace=False)
         if peer in result.left_out:
             pytest.skip(result.left_out[peer])
         _replay(benchmark, result, peer)
@@ -160,7 +159,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     device = _device(config)
     computed = {r.case.facts()["dtype"] for r in measured if any(work.flops for work in r.case.work())}
-    rates = roofline.measured(device, bandwidth(device), {name: DTYPES[name] for name in computed})
+    rates = roofline.measured(device, {name: DTYPES[name] for name in computed})
     data = document(measured, device, _effort(config), config.option.peers, rates)
     terminalreporter.section("fastres: speed-up over eager")
     terminalreporter.write_line(machine(data))

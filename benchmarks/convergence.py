@@ -1,26 +1,26 @@
-"""Does a swapped network learn what the eager one learns? Two networks, fp32 and bf16, three seeds, against float64.
+"""Convergence of swapped networks against eager ones: two networks, fp32 and bf16, three seeds, against float64.
 
     python benchmarks/convergence.py                    # 200 steps, three seeds: about half an hour on one core
-    python benchmarks/convergence.py --resume           # goes on where it was stopped
+    python benchmarks/convergence.py --resume           # resumes after the last finished run
 
 Every seed trains float64, eager and swapped networks side by side, from the same initial weights on the same batches.
 
-Two sound fp32 runs part after a few steps: one ReLU whose input rounds to the other side of 0 changes a gradient by far
-more than rounding does, and training amplifies it. Which of two runs meets the first such ReLU is chance, so how far a
-whole run is from float64 says little by itself. Hence three questions, each with its bound:
+Two correct fp32 runs diverge after a few steps: one ReLU whose input rounds to the other side of 0 changes a gradient
+by far more than rounding does, and training amplifies it. Chance decides which of two runs meets such a ReLU first, so
+how far a whole run is from float64 says little by itself. Hence three questions, each with its bound:
 
-(a) One step. At the first 20 steps and at every fifth after that, the state of the eager fp32 run (parameters and
-    statistics) is given to all of them, and each computes the step from there: loss, logits, gradients, statistics.
-    Error: the distance to float64's, relative L2. Nothing has accumulated, at any time of the training. Over all states
-    and seeds swapped has at most twice eager's error, in the median and, for what is continuous (loss, logits,
-    statistics), in RMS; no floor is added. A share of the states meets a ReLU as above (a gradient's error is more than
-    10 times eager's median): at most twice eager's share, and one state.
-(b) Many steps. The runs left to themselves: after the last step the parameters and the statistics of the swapped runs
-    are at most twice as far from float64's as the eager runs' are, in RMS over the seeds. For how many steps a run's
-    parameters stay within 1e-3 (relative L2) is recorded for each.
+(a) One step. At the first 20 steps and at every fifth one after that, all networks start from the state of the eager
+    fp32 run (parameters and statistics) and compute one step: loss, logits, gradients, statistics. The error is the
+    relative L2 distance to float64's. Nothing has accumulated, at any time of the training. Over all states and seeds
+    swapped has at most twice eager's error, in the median and, for what is continuous (loss, logits, statistics), in
+    RMS; no floor is added. In some states a ReLU flips as above (a gradient's error is more than 10 times eager's
+    median): at most twice as many as in eager, plus one.
+(b) Many steps. Left to themselves, the parameters and statistics of the swapped runs end at most twice as far from
+    float64's as those of the eager runs, in RMS over the seeds. The number of steps for which a run's parameters stay
+    within 1e-3 (relative L2) is recorded.
 (c) The result. The mean final loss (the last 20 steps) and the mean accuracy on held-out digits differ by no more than
-    the seeds do: as many standard errors of the difference as Student's t allows, so that of all such differences in a
-    result none is beyond them in 19 of 20 cases where nothing differs. An accuracy may differ by one image.
+    the seeds do: as many standard errors of the difference as Student's t allows, so that if nothing differs, none of
+    the differences in a result exceeds its limit in 19 of 20 cases. An accuracy may always differ by one image.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,9 @@ from torchvision.models.resnet import BasicBlock
 import fastres
 from fastres.lab.data import Digits, digits
 from fastres.lab.errors import LabError
+from fastres.lab.evaluation import accuracy
 from fastres.lab.results import environment, prepare_folder, write_json
 from fastres.lab.terminal import progress
-from fastres.lab.train import accuracy
 
 # ---- networks and data -----------------------------------------------------------------------------------------------
 
@@ -98,7 +99,7 @@ NETWORKS = {
 
 
 def images(size: int) -> Digits:
-    """The digits at size x size with three equal channels: [N, 3, size, size]."""
+    """The digits at size x size in three equal channels. [N, 3, size, size]"""
     split = digits(size)
     train, test = (x.expand(-1, 3, -1, -1).contiguous() for x in (split.train_images, split.test_images))
     return Digits(train, split.train_labels, test, split.test_labels)
@@ -111,24 +112,24 @@ def images(size: int) -> Digits:
 class Recipe:
     steps: int
     batch: int
-    lr: float  # the highest: warm-up over a tenth of the steps, then a cosine
+    lr: float  # the peak, after a warm-up over a tenth of the steps and before a cosine
     momentum: float = 0.9
     weight_decay: float = 5e-4
 
     def looks(self) -> list[int]:
-        """The steps, from 0, at which distances and errors are taken."""
+        """The steps, from 0, at which errors and distances are measured."""
         return [step for step in range(self.steps) if step < 20 or step % 5 == 4 or step == self.steps - 1]
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train the network: the dtype, and what is done to the stock network before the first step."""
+    """A way to train the network: the dtype, and a change made to the stock network before the first step."""
 
-    dtype: str  # fp64; fp32; bf16: autocast over fp32 parameters
+    dtype: str  # fp64, fp32, or bf16: autocast over fp32 parameters
     prepare: Callable[[nn.Module], object] = lambda net: None
 
 
-EXACT, GUIDE = "float64", "eager fp32"  # the referee; the run whose states all are given for (a)
+EXACT, GUIDE = "float64", "eager fp32"  # the referee; the run whose states start the steps of (a)
 DTYPES = ("fp32", "bf16")
 
 
@@ -146,7 +147,7 @@ WAYS: dict[str, Way] = {
 
 
 class Learner:
-    """A network as one way runs it."""
+    """A network trained in one way."""
 
     def __init__(self, start: nn.Module, way: Way) -> None:
         self.net = copy.deepcopy(start).to(torch.float64 if way.dtype == "fp64" else torch.float32)
@@ -161,7 +162,7 @@ class Learner:
         return logits.to(self.dtype)
 
     def gradients(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Leaves the gradients of the loss on x [N, 3, H, W], y [N] in the parameters; the loss [] and the logits."""
+        """Compute the parameters' gradients for x [N, 3, H, W] and labels y [N]; returns the loss [] and the logits."""
         self.net.train()
         self.net.zero_grad(set_to_none=True)
         logits = self.logits(x)
@@ -186,13 +187,13 @@ class Learner:
 
 
 def distance(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """The relative L2 distance of two lists of tensors, each list taken as one vector; in float64."""
+    """The relative L2 distance of two lists of tensors, each taken as one vector, in float64."""
     apart = sum(float((a.double() - b).square_().sum()) for a, b in zip(ours, exact, strict=True))
     return math.sqrt(apart / sum(float(torch.linalg.vector_norm(b)) ** 2 for b in exact))
 
 
 def one_step(learners: Mapping[str, Learner], state: Mapping[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Any]:
-    """From the same state, on the same batch: by way, the errors of one step against float64's, see (a)."""
+    """The errors of one step against float64's, by way, from the same state on the same batch; see (a)."""
     found: dict[str, Any] = {}
     for name, learner in learners.items():  # float64 first
         learner.net.load_state_dict(state)
@@ -218,16 +219,16 @@ def train_together(
     ways: Mapping[str, Way] = WAYS,
     on_step: Callable[[int, float], None] | None = None,
 ) -> dict[str, Any]:
-    """Trains `network` in every way from the same initial weights on the same batches, side by side.
+    """Train `network` in every way, side by side, from the same initial weights on the same batches.
 
     Args:
         ways: EXACT first, GUIDE among them.
         on_step: called after each step with its number, from 1, and float64's loss.
 
     Returns:
-        "looks": the steps looked at, from 0. "ways": by way "loss" at each step, "test_loss", "test_accuracy"; and at
+        "looks": the steps measured, from 0. "ways": by way "loss" at each step, "test_loss", "test_accuracy"; and at
         each look "errors" (of one step from the guide's state: loss, logits, gradients, statistics) and "distances" (of
-        the run itself to the float64 run, after the step: parameters, statistics).
+        the run itself from the float64 run, after the step: parameters, statistics).
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -235,38 +236,36 @@ def train_together(
     rng = torch.Generator().manual_seed(seed)
     runs = {name: Learner(start, way) for name, way in ways.items()}
     judged = {name: Learner(start, way) for name, way in ways.items()}
-    optimizers, schedules = {}, []
-    for name, run in runs.items():
-        optimizer = torch.optim.SGD(run.net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
-        optimizers[name] = optimizer
-        schedules.append(
-            torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, recipe.steps, pct_start=0.1, cycle_momentum=False)
-        )
+    optimizers = {
+        name: torch.optim.SGD(run.net.parameters(), recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
+        for name, run in runs.items()
+    }
+    one_cycle = partial(torch.optim.lr_scheduler.OneCycleLR, pct_start=0.1, cycle_momentum=False)
+    schedules = [one_cycle(optimizer, recipe.lr, recipe.steps) for optimizer in optimizers.values()]
     found: dict[str, Any] = {name: {"loss": []} for name in ways}
-    others = [name for name in ways if name != EXACT]
-    for name in others:
-        found[name]["errors"] = {kind: [] for kind in ("loss", "logits", "gradients", "statistics")}
-        found[name]["distances"] = {"parameters": [], "statistics": []}
-    looks = recipe.looks()
+
+    def record(name: str, group: str, values: Mapping[str, float]) -> None:
+        for kind, value in values.items():
+            found[name].setdefault(group, {}).setdefault(kind, []).append(value)
+
+    exact, looks = runs[EXACT], recipe.looks()
     for step in range(recipe.steps):
         chosen = torch.randperm(len(data.train_labels), generator=rng)[: recipe.batch]
         x, y = data.train_images[chosen], data.train_labels[chosen]  # [batch, 3, size, size], [batch]
         if step in looks:
             for name, errors in one_step(judged, runs[GUIDE].net.state_dict(), x, y).items():
-                for kind, error in errors.items():
-                    found[name]["errors"][kind].append(error)
+                record(name, "errors", errors)
         for name, run in runs.items():
             loss, _ = run.gradients(x, y)
             optimizers[name].step()
             found[name]["loss"].append(float(loss))
         for schedule in schedules:
             schedule.step()
-        if step in looks:
-            exact = runs[EXACT]
-            for name in others:
-                distances = found[name]["distances"]
-                distances["parameters"].append(distance(runs[name].parameters(), exact.parameters()))
-                distances["statistics"].append(distance(runs[name].statistics(), exact.statistics()))
+        for name, run in runs.items() if step in looks else ():
+            if run is not exact:
+                parameters = distance(run.parameters(), exact.parameters())
+                statistics = distance(run.statistics(), exact.statistics())
+                record(name, "distances", {"parameters": parameters, "statistics": statistics})
         if on_step is not None:
             on_step(step + 1, found[EXACT]["loss"][-1])
     for name, run in runs.items():
@@ -278,7 +277,7 @@ def train_together(
 
 
 def settings(name: str, steps: int) -> dict[str, Any]:
-    """All that a run of network `name` depends on, but for its seed."""
+    """Everything that a run of network `name` depends on, except its seed."""
     network = NETWORKS[name]
     versions = {"torch": torch.__version__, "fastres": fastres.__version__}
     facts = {"network": name, "size": network.size, **asdict(network.recipe(steps))}
@@ -286,7 +285,7 @@ def settings(name: str, steps: int) -> dict[str, Any]:
 
 
 def cached(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """The run that an earlier call left at `path`, if it was made with these settings."""
+    """The run that an earlier call left at `path`, if it had these settings."""
     if not path.is_file():
         return None
     kept = json.loads(path.read_text(encoding="utf-8"))
@@ -294,7 +293,7 @@ def cached(path: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def rounded(value: Any) -> Any:
-    """Six significant digits of every float: more says nothing here."""
+    """Round every float to six significant digits; more would mean nothing."""
     if isinstance(value, dict):
         return {key: rounded(entry) for key, entry in value.items()}
     if isinstance(value, list):
@@ -307,8 +306,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--results", type=Path, default=Path("out/bench"), help="a folder, made where it is not there")
-    parser.add_argument("--resume", action="store_true", help="read back the runs that an earlier call finished")
+    parser.add_argument("--results", type=Path, default=Path("out/bench"), help="output folder, created if missing")
+    parser.add_argument("--resume", action="store_true", help="reuse the runs that an earlier call finished")
     options = parser.parse_args(arguments)
     if options.steps < 20 or options.seeds < 2:
         parser.error(f"got --steps {options.steps} --seeds {options.seeds}, expected at least 20 and 2")

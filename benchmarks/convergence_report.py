@@ -1,6 +1,6 @@
-"""What convergence.py makes of its runs: the verdicts, and JSON, Markdown and a picture of them.
+"""The report of convergence.py: verdicts on its runs, as JSON, Markdown and a figure.
 
-python benchmarks/convergence_report.py RESULT.json     # the Markdown and the picture once more
+python benchmarks/convergence_report.py RESULT.json     # writes the Markdown and the figure again
 """
 
 from __future__ import annotations
@@ -9,31 +9,31 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastres.lab.errors import MissingExtra
-from fastres.lab.results import write_atomically, write_json
+import pages
+from fastres.lab.errors import LabError
+from pages import markdown_table
 from result_schema import validate
 
 Run = dict[str, Any]
 
 SCHEMA_NAME = "fastres.convergence/1"
 DTYPES = ("fp32", "bf16")
+WAYS = ("eager", "swapped")
 ALLOWED = 2.0  # times eager's error or distance
 FLIPPED = 10.0  # times eager's median error of the gradient
 APART = 1e-3  # relative distance of the parameters
 LAST = 20  # steps that make the final loss
-DIFFERENCES = 8  # of means that a result holds: two networks, two dtypes, loss and accuracy
+DIFFERENCES = 8  # of means in a result: two networks, two dtypes, loss and accuracy
 
 _WAY = {"loss": [float], "test_loss": float, "test_accuracy": float}
 _VERDICT = {
     "network": str,
     "dtype": str,
-    "question": str,  # a, b or c, as in convergence.py
+    "question": str,  # a, b or c of convergence.py
     "what": str,
     "eager": float,
     "swapped": float,
@@ -45,11 +45,24 @@ SCHEMA = {
     "environment": dict,
     "settings": {str: dict},  # by network
     "runs": {str: [{"seed": int, "looks": [int], "ways": {str: _WAY}}]},  # by network; one run a seed
-    "apart": {str: {str: [(int, None)]}},  # by network and way, for each seed: the step at which it is 1e-3 away
+    "apart": {str: {str: [(int, None)]}},  # by network and way, per seed: the step at which it is 1e-3 away
     "verdicts": [_VERDICT],
 }
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
+
+
+def final_loss(way: Run) -> float:
+    return statistics.fmean(way["loss"][-LAST:])
+
+
+def final_accuracy(way: Run) -> float:
+    return float(way["test_accuracy"])
+
+
+def outcomes(runs: Sequence[Run], dtype: str, value: Callable[[Run], float]) -> list[list[float]]:
+    """A value of every run, seed by seed: the eager runs', then the swapped runs'."""
+    return [[value(run["ways"][f"{way} {dtype}"]) for run in runs] for way in WAYS]
 
 
 def rms(values: Sequence[float]) -> float:
@@ -57,10 +70,10 @@ def rms(values: Sequence[float]) -> float:
 
 
 def verdicts(network: str, runs: Sequence[Run], test_images: int, dtypes: Sequence[str] = DTYPES) -> list[Run]:
-    """The verdicts on one network's runs, a run for each seed; on (c) from two seeds on."""
+    """The verdicts on one network's runs, one per seed. (c) takes at least two seeds."""
     found: list[Run] = []
     for dtype in dtypes:
-        pair = [[run["ways"][f"{way} {dtype}"] for run in runs] for way in ("eager", "swapped")]
+        pair = [[run["ways"][f"{way} {dtype}"] for run in runs] for way in WAYS]
 
         def add(question: str, what: str, both: Sequence[float], limit: str, passed: bool, dtype: str = dtype) -> None:
             facts = {"network": network, "dtype": dtype, "question": question, "what": what}
@@ -86,9 +99,11 @@ def verdicts(network: str, runs: Sequence[Run], test_images: int, dtypes: Sequen
 
         if len(runs) < 2:
             continue
-        losses = [[statistics.fmean(run["loss"][-LAST:]) for run in way] for way in pair]
-        accuracies = [[run["test_accuracy"] for run in way] for way in pair]
-        for what, values, least in (("final loss", losses, 0.0), ("held-out accuracy", accuracies, 1 / test_images)):
+        for what, value, least in (
+            ("final loss", final_loss, 0.0),
+            ("held-out accuracy", final_accuracy, 1 / test_images),
+        ):
+            values = outcomes(runs, dtype, value)
             means = [statistics.fmean(way) for way in values]
             allowed = max(quantile(len(runs)) * standard_error(*values), least)
             add("c", what, means, f"eager +- {allowed:.2g}", abs(means[1] - means[0]) <= allowed + 1e-12)
@@ -96,19 +111,19 @@ def verdicts(network: str, runs: Sequence[Run], test_images: int, dtypes: Sequen
 
 
 def standard_error(a: Sequence[float], b: Sequence[float]) -> float:
-    """Of the difference of the means of two samples."""
+    """The standard error of the difference of two samples' means."""
     return math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
 
 
 def quantile(seeds: int) -> float:
-    """The standard errors that in 19 of 20 cases none of DIFFERENCES differences exceeds, by Bonferroni."""
+    """The limit, in standard errors, that none of DIFFERENCES exceeds in 19 of 20 cases, by Bonferroni."""
     from scipy.stats import t
 
     return float(t.ppf(1 - 0.05 / DIFFERENCES / 2, 2 * seeds - 2))
 
 
 def apart(run: Run, way: str) -> int | None:
-    """The first step looked at, from 1, after which the way's parameters are APART from float64's or more."""
+    """The first measured step, from 1, after which the way's parameters are at least APART from float64's."""
     far = zip(run["looks"], run["ways"][way]["distances"]["parameters"], strict=True)
     return next((step + 1 for step, distance in far if distance >= APART), None)
 
@@ -116,7 +131,7 @@ def apart(run: Run, way: str) -> int | None:
 def document(
     runs: Mapping[str, Sequence[Run]], settings: Mapping[str, Run], where: Run, test_images: int = 360
 ) -> dict[str, Any]:
-    """The result file."""
+    """The data of the result file."""
     ways = [name for name in next(iter(runs.values()))[0]["ways"] if name != "float64"]
     return {
         "schema": SCHEMA_NAME,
@@ -129,9 +144,9 @@ def document(
 
 
 def check(data: Any) -> dict[str, Any]:
-    """The data, if they are a result of this program; raises ValueError saying what is wrong with them."""
+    """Return the data of a result. Raises ValueError saying what is wrong with them."""
     if not isinstance(data, dict) or data.get("schema") != SCHEMA_NAME:
-        raise ValueError(f"not a result of convergence.py: expected the key 'schema' to say {SCHEMA_NAME!r}")
+        raise ValueError(f"not a result of convergence.py: expected the key 'schema' to be {SCHEMA_NAME!r}")
     validate(data, SCHEMA)
     return data
 
@@ -146,7 +161,7 @@ QUESTIONS = {
 
 
 def text(data: dict[str, Any]) -> list[str]:
-    """One line a verdict."""
+    """One line per verdict."""
     return [
         f"{'ok    ' if v['passed'] else 'FAILED'} {v['network']:<15} {v['dtype']}  ({v['question']}) {v['what']:<39}"
         f" eager {v['eager']:.3g}, swapped {v['swapped']:.3g}; limit {v['limit']}"
@@ -154,74 +169,53 @@ def text(data: dict[str, Any]) -> list[str]:
     ]
 
 
-def machine(data: dict[str, Any]) -> str:
-    where, commit = data["environment"], data["environment"]["commit"] or "unknown"
-    return (
-        f"{where['cpu']['model']}, {where['cpu']['isa']}, {where['threads']} thread"
-        f"{'' if where['threads'] == 1 else 's'}; torch {where['versions']['torch']}, fastres"
-        f" {where['versions']['fastres']}, commit {commit[:10]}{'+' if commit.endswith('+') else ''}"
-    )
-
-
 def markdown(data: dict[str, Any]) -> str:
-    where, lines = data["environment"], ["# Training: swapped beside eager", ""]
-    lines += [f"{machine(data)}. {where['time']}. Command: `{where['command']}`.", ""]
+    """The verdicts and the seeds' results as a Markdown page."""
+    lines = pages.heading("Training: swapped against eager", data["environment"])
     for name, one in data["settings"].items():
         lines.append(
             f"- {name}: scikit-learn's digits at {one['size']}x{one['size']}, {one['steps']} steps of SGD, batch "
             f"{one['batch']}, momentum {one['momentum']}, highest learning rate {one['lr']}, "
             f"{len(data['runs'][name])} seeds"
         )
-    lines += ["", "Questions and limits are at the head of `benchmarks/convergence.py`. bf16 is autocast.", ""]
+    lines += ["", "Questions and limits are at the top of `benchmarks/convergence.py`. bf16 is autocast.", ""]
     for question, title in QUESTIONS.items():
-        rows = [v for v in data["verdicts"] if v["question"] == question]
-        lines += [f"## {title}", "", "| network | dtype | | eager | swapped | ratio | limit | |", "| --- " * 8 + "|"]
-        for v in rows:
-            ratio = f"{v['swapped'] / v['eager']:.2f}" if v["eager"] else ""
-            verdict = "passed" if v["passed"] else "FAILED"
-            cells = (f"{v['eager']:.4g}", f"{v['swapped']:.4g}", ratio, v["limit"], verdict)
-            lines.append("| " + " | ".join((v["network"], v["dtype"], v["what"], *cells)) + " |")
-        lines.append("")
-    lines += [f"## The step at which a run's parameters are {APART:g} from float64's, seed by seed", ""]
-    lines += ["| network | " + " | ".join(next(iter(data["apart"].values()))) + " |"]
-    lines += ["| --- " * (1 + len(next(iter(data["apart"].values())))) + "|"]
-    for name, ways in data["apart"].items():
-        lines.append(
-            "| " + " | ".join([name, *(", ".join(str(s or "never") for s in w) for w in ways.values())]) + " |"
-        )
-    lines += [
-        "",
-        "## Seed by seed",
-        "",
-        seed_noise(data),
-        "",
-        "| network | dtype | seed | final loss: eager, swapped, difference | ",
+        rows = []
+        for v in data["verdicts"]:
+            if v["question"] == question:
+                ratio = f"{v['swapped'] / v['eager']:.2f}" if v["eager"] else ""
+                cells = (f"{v['eager']:.4g}", f"{v['swapped']:.4g}", ratio, v["limit"])
+                rows.append((v["network"], v["dtype"], v["what"], *cells, "passed" if v["passed"] else "FAILED"))
+        header = ("network", "dtype", "", "eager", "swapped", "ratio", "limit", "")
+        lines += [f"## {title}", "", *markdown_table(header, rows), ""]
+    rows = [
+        (name, *(", ".join(str(step or "never") for step in steps) for steps in ways.values()))
+        for name, ways in data["apart"].items()
     ]
-    lines[-1] += "held-out accuracy: eager, swapped, difference |"
-    lines.append("| --- " * 5 + "|")
+    lines += [f"## The step at which a run's parameters are {APART:g} from float64's, seed by seed", ""]
+    lines += [*markdown_table(("network", *next(iter(data["apart"].values()))), rows), "", "## Seed by seed", ""]
+    rows = []
     for name, runs in data["runs"].items():
         for dtype in DTYPES:
-            for run in runs:
-                eager, swapped = (run["ways"][f"{way} {dtype}"] for way in ("eager", "swapped"))
-                loss = [statistics.fmean(way["loss"][-LAST:]) for way in (eager, swapped)]
-                right = [way["test_accuracy"] for way in (eager, swapped)]
-                cells = [name, dtype, str(run["seed"])]
-                cells += [f"{loss[0]:.4f}, {loss[1]:.4f}, {loss[1] - loss[0]:+.4f}"]
-                cells += [f"{right[0]:.2%}, {right[1]:.2%}, {right[1] - right[0]:+.2%}"]
-                lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, ""])
+            for run, *loss in zip(runs, *outcomes(runs, dtype, final_loss), strict=True):
+                right = [run["ways"][f"{way} {dtype}"]["test_accuracy"] for way in WAYS]
+                losses = f"{loss[0]:.4f}, {loss[1]:.4f}, {loss[1] - loss[0]:+.4f}"
+                accuracies = f"{right[0]:.2%}, {right[1]:.2%}, {right[1] - right[0]:+.2%}"
+                rows.append((name, dtype, str(run["seed"]), losses, accuracies))
+    each = "eager, swapped, difference"
+    header = ("network", "dtype", "seed", f"final loss: {each}", f"held-out accuracy: {each}")
+    return "\n".join([*lines, seed_noise(data), "", *markdown_table(header, rows), ""])
 
 
 def seed_noise(data: dict[str, Any]) -> str:
-    """How large the differences of (c) are, in standard errors."""
+    """The differences of (c) in standard errors."""
     sizes = []
     for runs in data["runs"].values():
         for dtype in DTYPES:
-            pair = [[run["ways"][f"{way} {dtype}"] for run in runs] for way in ("eager", "swapped")]
-            for value in (lambda way: statistics.fmean(way["loss"][-LAST:]), lambda way: way["test_accuracy"]):
-                ours, theirs = [value(way) for way in pair[1]], [value(way) for way in pair[0]]
-                error = standard_error(ours, theirs)
-                sizes.append(abs(statistics.fmean(ours) - statistics.fmean(theirs)) / error if error else 0.0)
+            for value in (final_loss, final_accuracy):
+                eager, swapped = outcomes(runs, dtype, value)
+                error = standard_error(swapped, eager)
+                sizes.append(abs(statistics.fmean(swapped) - statistics.fmean(eager)) / error if error else 0.0)
     return (
         f"The differences of the means, in standard errors of the difference: {', '.join(f'{x:.1f}' for x in sizes)}; "
         f"{quantile(len(runs)):.1f} are allowed."
@@ -230,7 +224,7 @@ def seed_noise(data: dict[str, Any]) -> str:
 
 # ---- picture ---------------------------------------------------------------------------------------------------------
 
-STYLES = {  # eager wide and pale, swapped thin and dark on top: they should lie on each other
+STYLES = {  # eager wide and pale, swapped thin and dark on top of it: they should coincide
     "float64": {"color": "#33383d", "linewidth": 1.0, "linestyle": ":"},
     "eager fp32": {"color": "#a9cdea", "linewidth": 4.5},
     "swapped fp32": {"color": "#14568c", "linewidth": 1.3},
@@ -241,23 +235,17 @@ SMOOTH = 9  # steps
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """The mean over SMOOTH steps around each, fewer at the ends."""
+    """The mean of the SMOOTH steps around each, of fewer at the ends."""
     half = SMOOTH // 2
     return [statistics.fmean(losses[max(0, i - half) : i + half + 1]) for i in range(len(losses))]
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """Writes the PNG: for each network the loss, the runs' distance to float64 and the error of one step.
+    """Write the PNG: for each network the loss, the runs' distance from float64 and the error of one step.
 
     Raises MissingExtra where matplotlib is not installed, OutputError where `path` cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise MissingExtra('the plot needs matplotlib, which is not installed: pip install "fastres[viz]"') from missing
-    figure = Figure(figsize=(15, 1.1 + 3.9 * len(data["runs"])), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = pages.new_figure((15, 1.1 + 3.9 * len(data["runs"])))
     grid = figure.subplots(len(data["runs"]), 3, squeeze=False)
     handles: dict[str, Any] = {}
     for row, (name, runs) in zip(grid, data["runs"].items(), strict=True):
@@ -286,11 +274,11 @@ def draw(data: dict[str, Any], path: Path) -> None:
             axes.grid(True, color="#e3e3e3", linewidth=0.7)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
-        row[1].set_xscale("log")  # it is decided in the first steps
+        row[1].set_xscale("log")  # the first steps matter
         row[1].xaxis.set_major_formatter("{x:g}")
     figure.legend(
         handles=list(handles.values()),
-        labels=["float64 (loss alone)", *list(handles)[1:]],
+        labels=["float64 (loss only)", *list(handles)[1:]],
         loc="outside lower left",
         ncols=len(handles),
         frameon=False,
@@ -298,29 +286,23 @@ def draw(data: dict[str, Any], path: Path) -> None:
     )
     passed = sum(verdict["passed"] for verdict in data["verdicts"])
     figure.suptitle(
-        "Training with swapped blocks beside eager, same weights, same batches; distances are medians of the seeds\n"
-        f"{passed} of {len(data['verdicts'])} bounds hold; {machine(data)}, {data['environment']['time'][:10]}",
+        "Training with swapped blocks against eager, same weights, same batches; distances are medians over the seeds\n"
+        f"{passed} of {len(data['verdicts'])} bounds hold; {pages.machine(data['environment'])}, "
+        f"{data['environment']['time'][:10]}",
         x=0.005,
         ha="left",
         fontsize=11,
     )
-    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fastres"}))
+    pages.save_figure(figure, path)
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def write(data: dict[str, Any], folder: Path) -> list[Path]:
-    """JSON, Markdown and, where matplotlib is installed, the PNG."""
-    stem = f"convergence-cpu-torch{torch.__version__.partition('+')[0]}"
-    paths = [folder / f"{stem}{suffix}" for suffix in (".json", ".md", ".png")]
-    write_json(paths[0], check(data))
-    write_atomically(paths[1], lambda file: file.write(markdown(data).encode()))
-    try:
-        draw(data, paths[2])
-    except MissingExtra:
-        return paths[:2]
-    return paths
+    """Write JSON, Markdown and, where matplotlib is installed, the PNG; their paths."""
+    check(data)
+    return pages.write_result(folder / f"convergence-cpu-torch{pages.torch_version()}", data, markdown(data), draw)[0]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -330,11 +312,11 @@ def main(arguments: Sequence[str]) -> int:
     path = Path(arguments[0])
     try:
         data = check(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        pages.save_text(path.with_suffix(".md"), markdown(data))
+        draw(data, path.with_suffix(".png"))
+    except (OSError, ValueError, LabError) as error:
         print(f"convergence_report: {path}: {error}", file=sys.stderr)
         return 1
-    write_atomically(path.with_suffix(".md"), lambda file: file.write(markdown(data).encode()))
-    draw(data, path.with_suffix(".png"))
     return 0
 
 

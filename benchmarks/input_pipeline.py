@@ -1,10 +1,10 @@
-"""Images/s of the input pipeline beside those of the training step that it feeds: a program of its own.
+"""Throughput of the input pipeline against that of the training step it feeds, in images/s.
 
     OMP_NUM_THREADS=1 python benchmarks/input_pipeline.py
 
-CIFAR-10: 50,000 uint8 images in memory, centred, padded, cropped and flipped a batch at a time; ResNet-20. ImageNet:
-the photographs that come with scikit-learn, at 500x375 as JPEG files, decoded and cropped by worker processes;
-ResNet-50. CIFAR-10's pixels are random here: nothing is trained to an end.
+CIFAR-10: 50,000 uint8 images in memory, centered, padded, cropped and flipped a batch at a time; ResNet-20. ImageNet:
+the photographs that come with scikit-learn, as JPEG files of 500x375, decoded and cropped by worker processes;
+ResNet-50. CIFAR-10's pixels are random here, since nothing is trained to the end.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from fastres.lab.results import environment
 
 
 def rate(batches, count, batch_size, use=lambda images, labels: None):
-    """Images/s over `count` batches, after a first one."""
+    """Images/s over `count` batches, after a first untimed one."""
     batches = iter(batches)
     use(*next(batches))
     start = time.perf_counter()
@@ -38,7 +38,7 @@ def rate(batches, count, batch_size, use=lambda images, labels: None):
 
 
 def compare(name, data, network, recipe, device, count, pipeline_count):
-    """One row of the table."""
+    """Print one row of the table."""
     net = channels_last(networks.build(network, data.classes, data.channels).to(device))
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
 
@@ -55,7 +55,7 @@ def compare(name, data, network, recipe, device, count, pipeline_count):
 
 
 def photographs(root, count=64):
-    """ROOT/train and ROOT/val with `count` JPEG files each, of ImageNet's usual size."""
+    """Write `count` JPEG files of ImageNet's usual size to each of ROOT/train and ROOT/val."""
     from PIL import Image
     from sklearn.datasets import load_sample_images
 
@@ -77,7 +77,7 @@ def main():
     about = environment(device, shlex.join(["python", *sys.argv]))
     where = about["gpu"]["name"] if about["gpu"] else about["cpu"]["model"]
     print(f"{where}, {about['threads']} threads, torch {torch.__version__}, commit {about['commit']}\n")
-    print("| data | input, images/s | step | images/s | input beside step |\n| --- | --- | --- | --- | --- |")
+    print("| data | input, images/s | step | images/s | input over step |\n| --- | --- | --- | --- | --- |")
     pixels = torch.randint(0, 256, (50_000, 3, 32, 32), dtype=torch.uint8)
     labels = torch.randint(0, 10, (50_000,))
     cifar = InMemory("cifar10", 10, (pixels, labels), (pixels[:100], labels[:100]))

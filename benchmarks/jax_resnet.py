@@ -1,4 +1,4 @@
-"""torchvision's ResNets in jax.numpy: NHWC, batch normalisation folded in float64, one jitted function."""
+"""torchvision's ResNets in jax.numpy: NHWC, batch normalization folded in float64, one jitted function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def build(net: Any, images: Tensor) -> Callable[[], Any]:
-    """A call that returns the logits in float32, [N, classes], computed in the images' dtype on JAX's own device."""
+    """A call that returns the logits in float32 [N, classes], computed in the images' dtype on JAX's own device."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU's memory is shared with torch
     import jax
     import jax.numpy as jnp

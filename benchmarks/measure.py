@@ -1,12 +1,13 @@
-"""One case: its peers are built, judged, warmed up, and timed in interleaved rounds; pytest-benchmark gets the samples.
+"""Measure one case: build its peers, judge their answers, warm them up, and time them in interleaved rounds.
 
-    warm-up     every peer is called once or twice, untimed: compilation, page faults, caches
-    estimate    the least of the warm calls
-    iterations  calls in one sample, the same for every peer: the fastest one's sample lasts `sample_s` or more
-    rounds      what the budget pays for, at least 6 (fewer have no 95 % interval), at most --rounds
+    warm-up     every peer is called once or twice, untimed, for compilation, page faults and caches
+    estimate    the shorter of the warm calls
+    iterations  calls per sample, the same for every peer, so that the fastest one's sample lasts `sample_s` or more
+    rounds      as many as the budget pays for, at least 6 (fewer have no 95 % interval), at most --rounds
     ratio       fastres.lab.timing.paired_ratio of the samples, round by round
 
-The garbage collector is off while the clock runs. On a GPU a sample is the time between two events.
+The garbage collector is off while the clock runs. On a GPU a sample is the time between two events. pytest-benchmark
+gets the samples through Replay.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ COMPILE = "compile"  # the names of torch.compile's peers begin with it
 
 
 class Absent(Exception):
-    """An optional peer cannot run here: what is missing, and the command that brings it."""
+    """An optional peer cannot run here. The message says what is missing and the command that installs it."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a case is measured."""
+    """How long to measure a case."""
 
-    budget_s: float  # timed seconds of a case of weight 1, all its peers together
-    rounds: int  # the most
+    budget_s: float  # timed seconds for a case of weight 1, all peers together
+    rounds: int  # at most
     min_rounds: int = 6
-    sample_s: float = 2e-3  # the least one sample lasts
+    sample_s: float = 2e-3  # the shortest sample
 
 
-TINY = Effort(0.0, 2, min_rounds=2, sample_s=0.0)  # proves that everything runs; says nothing about speed
+TINY = Effort(0.0, 2, min_rounds=2, sample_s=0.0)  # proves that everything runs and says nothing about speed
 JUDGE_ONLY = Effort(0.0, 0, min_rounds=0, sample_s=0.0)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a peer's answers are as good as eager's: `error_ratio` is its error over eager's, at most 2 passes."""
+    """The referee's judgment of a peer. `error_ratio` is its error over eager's; at most 2 passes."""
 
     passed: bool
     error_ratio: float | None = None
@@ -63,32 +64,33 @@ class Verdict:
 
 @dataclass
 class Prepared:
-    """A case with its tensors: what is called, and how the results are judged.
+    """A case with its tensors: the calls to time and how to judge their results.
 
-    `build` holds what makes a call, for peers whose making may fail: an optional one is then left out, with the reason.
+    Peers that may fail to build are in `build` instead of `calls`. If an optional one fails, it is left out and the
+    reason is recorded.
     """
 
     calls: dict[str, Callable[[], Any]]
-    judge: Callable[[Mapping[str, Any]], dict[str, Verdict]]  # results of one call, by peer -> verdicts, by peer
-    backend: str | None = None  # the backend that fastres' chooser takes
+    judge: Callable[[Mapping[str, Any]], dict[str, Verdict]]  # results of one call by peer -> verdicts by peer
+    backend: str | None = None  # the backend that fastres chooses
     timer: Timer | None = None
     build: dict[str, Callable[[], Callable[[], Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """One row of the benchmark; a subclass says what is measured."""
+    """One row of the benchmark."""
 
     what: ClassVar[str]
     weight: ClassVar[float] = 1.0  # how many budgets it may use
-    baselines: ClassVar[tuple[str, ...]] = ("eager",)  # ratios are over the fastest of them
+    baselines: ClassVar[tuple[str, ...]] = ("eager",)  # speed-ups are over the fastest of these
     ours: ClassVar[tuple[str, ...]] = ("fastres",)
     compiled: ClassVar[tuple[str, ...]] = (COMPILE,)
-    runtimes: ClassVar[tuple[str, ...]] = ()  # other engines: beside it but with --peers eager
-    alone: ClassVar[tuple[str, ...]] = ()  # timed in the same rounds, compared with nothing
-    backends: ClassVar[tuple[str, ...]] = ()  # an operator's, each asked for by name beside what the chooser takes
-    threads: ClassVar[int | None] = None  # None: torch's setting
-    weighed: ClassVar[bool] = False  # whether its memory is measured on a CPU too
+    runtimes: ClassVar[tuple[str, ...]] = ()  # other engines, left out with --peers eager
+    alone: ClassVar[tuple[str, ...]] = ()  # timed in the same rounds and compared with nothing
+    backends: ClassVar[tuple[str, ...]] = ()  # an operator's backends to request by name, in addition to the chosen one
+    threads: ClassVar[int | None] = None  # None keeps torch's setting
+    weighed: ClassVar[bool] = False  # measure its memory on a CPU too
 
     @property
     @abstractmethod
@@ -100,13 +102,13 @@ class Case(ABC):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """What the case is, as plain data: shape, layout, dtype, and whatever names it."""
+        """The case as plain data: shape, layout, dtype, and what else names it."""
 
     @abstractmethod
     def prepare(self, device: torch.device, peers: tuple[str, ...]) -> Prepared: ...
 
     def quick(self) -> bool:
-        """Whether torch.compile stands beside it without --peers all."""
+        """True for a case that runs torch.compile at --peers quick."""
         return False
 
     def peers(self, level: str) -> tuple[str, ...]:
@@ -116,19 +118,19 @@ class Case(ABC):
 
     @property
     def optional(self) -> tuple[str, ...]:
-        """The peers that are left out, with the reason, where they cannot run."""
+        """Peers that may fail: they are then left out, with the reason."""
         return (*self.backends, *self.runtimes, *self.compiled)
 
     def absent(self, level: str) -> dict[str, str]:
-        """Peers that only another --peers brings, with what to say of them."""
+        """Peers that this level leaves out, with the reason to print."""
         return {}
 
     def bytes_moved(self) -> int | None:
-        """The bytes that the fused kernels have to move in one call, each pass reading its tensors from memory."""
+        """Bytes that the fused kernels must move in one call when every pass reads its tensors from memory."""
         return None
 
     def work(self) -> list[Work]:
-        """The kernels of one call, for the roofline: what their bound is made of; empty where there is none."""
+        """The kernels of one call, for the roofline's bound; empty where there is none."""
         moved = self.bytes_moved()
         return [Work(self.what, moved)] if moved else []
 
@@ -142,7 +144,7 @@ class Case(ABC):
 
 @dataclass
 class Result:
-    """What was measured of a case. `samples` are seconds of `iterations` calls; entry i of every list is round i."""
+    """The measurements of a case. A sample is the seconds of `iterations` calls; entry i of every list is round i."""
 
     case: Case
     iterations: int = 1
@@ -150,10 +152,10 @@ class Result:
     samples: dict[str, list[float]] = field(default_factory=dict)
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
-    memory: dict[str, int] = field(default_factory=dict)  # peak bytes above what was there before
+    memory: dict[str, int] = field(default_factory=dict)  # peak bytes, minus those in use before
 
     def seconds(self, peer: str) -> float:
-        """Median seconds of one call."""
+        """The median time of one call, in seconds."""
         return statistics.median(self.samples[peer]) / self.iterations
 
     @property
@@ -162,12 +164,12 @@ class Result:
         return min((name for name in self.case.baselines if name in self.samples), key=self.seconds)
 
     def speedup(self, peer: str, over: str | None = None) -> Ratio:
-        """How many times faster `peer` is than `over` (default: the baseline)."""
+        """The speed-up of `peer` over `over`, by default over the baseline."""
         return paired_ratio(self.samples[over or self.baseline], self.samples[peer])
 
 
 class Replay:
-    """A timer that gives pytest-benchmark samples measured before: 0 at a round's start, the sample at its end."""
+    """A timer that replays measured samples to pytest-benchmark: 0 at a round's start, the sample at its end."""
 
     __name__ = "interleaved"
 
@@ -184,9 +186,9 @@ class Replay:
 def measure(
     case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...], timer: Timer | None = None
 ) -> Result:
-    """Judges and times the peers of a case. An optional peer that raises is left out; any other's error is raised.
+    """Judge and time the peers of a case. Another engine or backend that raises is left out.
 
-    `timer` is the case's own by default, or else the device's.
+    The default timer is the case's own, or else the device's.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads or threads)
@@ -197,10 +199,10 @@ def measure(
 
 
 def settle_allocator() -> None:
-    """Frees one block of 31 MiB, after which glibc keeps freed memory, as in any process that has trained for a while.
+    """Free one block of 31 MiB, after which glibc keeps freed memory, as in any process that has trained for a while.
 
-    Up to then it gives memory back to the system above a threshold that follows the largest block freed so far, and
-    which peer then pays for faulting it in again is luck: up to twice the time of an activation of 3 MB.
+    Before that, glibc returns freed memory to the system above a threshold that grows with the largest block freed so
+    far. Then it is luck who pays to fault the memory back in: up to twice the time at an activation of 3 MB.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
 
@@ -217,9 +219,9 @@ def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str,
                 prepared.calls[name] = prepared.build.pop(name)()
             results[name] = prepared.calls[name]()
         except Exception as error:
-            if name not in case.optional:
+            if name in (*case.baselines, *case.ours, *case.alone):
                 raise
-            result.left_out[name] = _reason(error)
+            result.left_out[name] = one_line(error).removeprefix("Absent: ")[:300]
     result.verdicts = prepared.judge(results)
     calls = {name: prepared.calls[name] for name in results}
     results.clear()
@@ -242,10 +244,9 @@ def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str,
     return result
 
 
-def _reason(error: Exception) -> str:
-    """One line: an Absent says it all, any other error says its type too."""
-    first = next(iter(str(error).strip().splitlines()), "")
-    return first if isinstance(error, Absent) else f"{type(error).__name__}: {first}"[:300]
+def one_line(error: BaseException) -> str:
+    """The type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def _estimate(call: Function, timer: Timer) -> float:
@@ -271,7 +272,7 @@ def _peak_memory(call: Function, device: torch.device) -> int:
 
 
 class Meter:
-    """Bytes that torch's allocator hands out from here to `end`, above what there was: exact, on a CPU as on a GPU."""
+    """Bytes that torch's allocator hands out between construction and `end`; exact on CPUs and GPUs."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -284,7 +285,7 @@ class Meter:
             self._profile.__enter__()
 
     def end(self) -> tuple[int, int]:
-        """(in use now, the most at once)."""
+        """Bytes in use now and at the peak, minus those in use at the start."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             now, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
@@ -311,10 +312,25 @@ def _no_gc() -> Iterator[None]:
             gc.enable()
 
 
-def bandwidth(device: torch.device, elements: int = 1 << 25, repeats: int = 7) -> float:
-    """Bytes/s of torch.add over fp32 tensors too large for any cache, two read and one written; the best of a few."""
-    a, b, c = (torch.ones(elements, device=device) for _ in range(3))
-    timer = timer_for(device)
-    timer(lambda: torch.add(a, b, out=c))
-    best = min(timer(lambda: torch.add(a, b, out=c)) for _ in range(repeats))
-    return 3 * 4 * elements / best
+def cuda_graph(call: Callable[[], Any], device: torch.device, warmup: int = 1) -> Callable[[], Any]:
+    """The call as one CUDA graph, so that kernels are timed and not Python; on a CPU the call itself.
+
+    Warm-up calls run outside the capture, where cuDNN may choose its algorithms. A replay returns the captured outputs.
+    """
+    if device.type != "cuda":
+        return call
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(warmup):
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+
+    def replay() -> Any:
+        graph.replay()
+        return outputs
+
+    return replay

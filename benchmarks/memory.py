@@ -3,15 +3,15 @@
     python benchmarks/memory.py                        # ResNet-18 and -50, batch 16 at 224x224, fp32
     python benchmarks/memory.py --dtype bf16 --batch 32 --networks resnet50 --results out
 
-    saved    bytes that live after the forward pass and did not before: what backward needs
-    kept     saved, and parameters, gradients and SGD's momentum: what a step holds at its turn
-    peak     the most that torch's allocator had handed out at once, what was there before the step included
-    RSS      the most that the process had in memory, above what it had with torch imported; CPUs alone
-    mapped   the same where the C library maps every tensor by itself (MALLOC_MMAP_THRESHOLD_): without what its heap
-             leaves unused between tensors of changing sizes, which memory="min" makes more of
+    saved    bytes allocated by the forward pass and still alive after it: what backward needs
+    kept     saved plus parameters, gradients and SGD's momentum: what a step holds between forward and backward
+    peak     the peak of torch's allocator, including what was in use before the step
+    RSS      the peak memory of the process, minus what it used after importing torch; CPUs only
+    mapped   the same with every tensor mapped separately by the C library (MALLOC_MMAP_THRESHOLD_): without the gaps
+             that its heap leaves between tensors of changing sizes, of which memory="min" leaves more
 
-Each is measured in a process of its own, since the C library keeps what it was given. The allocator's figures are
-exact and the same at every run; RSS varies by some per cent.
+Each measurement runs in its own process, because the C library keeps freed memory. The allocator's figures are exact
+and the same in every run; RSS varies by a few percent.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastres.lab.results import environment, write_atomically, write_json
+import pages
+from fastres.lab.results import environment
 from measure import Meter
 from peers import DTYPES
-from report import aligned, where_it_ran
 
 VARIANTS = ("eager", "swapped", "swapped_min")
-MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}  # glibc's, in bytes
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}  # of glibc, in bytes
 STEPS = 3
 
 
 def measure(network: str, variant: str, batch: int, size: int, dtype: str, device: torch.device) -> dict[str, int]:
-    """The bytes above of one network and variant, in this process."""
+    """Measure one network and variant in this process: the bytes named above."""
     import torchvision
 
     import fastres
@@ -90,29 +90,26 @@ def _rss() -> int:
 
 
 def measure_apart(network: str, variant: str, options: argparse.Namespace) -> dict[str, int]:
-    """`measure` in a new process, on a CPU in two."""
-    found = _measure_apart(network, variant, options, {})
-    if "rss" in found:
-        found["mapped"] = _measure_apart(network, variant, options, MAPPED)["rss"]
-    return found
-
-
-def _measure_apart(network: str, variant: str, options: argparse.Namespace, more: dict[str, str]) -> dict[str, int]:
+    """`measure` in a new process; on a CPU in a second one too, for "mapped"."""
     command = [sys.executable, __file__, "--one", variant, "--networks", network]
     for name in ("batch", "size", "dtype", "device"):
         command += [f"--{name}", str(getattr(options, name))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | more)
-    if done.returncode:
-        raise RuntimeError(f"{network}, {variant}: {done.stderr.strip().splitlines()[-1:]}")
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+
+    def run(more: dict[str, str]) -> dict[str, int]:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | more)
+        if done.returncode:
+            raise RuntimeError(f"{network}, {variant}: {done.stderr.strip().splitlines()[-1:]}")
+        found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+        return found
+
+    found = run({})
+    return found | ({"mapped": run(MAPPED)["rss"]} if "rss" in found else {})
 
 
 def table(networks: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str, ...]]:
-    """A header and a row for each network and variant: MB, and the share of eager's."""
-    columns = [
-        c for c in ("saved", "kept", "peak", "rss", "mapped") if c in next(iter(next(iter(networks.values())).values()))
-    ]
+    """A header, and a row per network and variant: MB, and the ratio to eager's."""
+    some = next(iter(networks.values()))["eager"]
+    columns = [column for column in ("saved", "kept", "peak", "rss", "mapped") if column in some]
     rows = [("network", "", *(c.upper() if c == "rss" else c for c in columns))]
     for network, variants in networks.items():
         for variant, found in variants.items():
@@ -122,13 +119,13 @@ def table(networks: dict[str, dict[str, dict[str, int]]]) -> list[tuple[str, ...
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", default="resnet18,resnet50")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--results", type=Path, help="a folder for the table and its data")
+    parser.add_argument("--results", type=Path, help="write the table and its data to this folder")
     parser.add_argument("--one", choices=VARIANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -143,7 +140,7 @@ def main() -> None:
             print(f"measuring {network}, {variant} ...", file=sys.stderr)
             networks[network][variant] = measure_apart(network, variant, options)
     rows = table(networks)
-    print("\n".join(aligned(rows)))
+    print("\n".join(pages.aligned(rows)))
     if options.results:
         _write(options, networks, rows)
 
@@ -153,20 +150,17 @@ def _write(options: argparse.Namespace, networks: dict[str, Any], rows: list[tup
     where = environment(torch.device(options.device), " ".join(["python", "benchmarks/memory.py", *sys.argv[1:]]))
     data = {"schema": "fastres.memory", "environment": where, "dtype": options.dtype}
     data |= {"device": options.device, "shape": shape, "networks": networks}
-    name = f"memory-{options.dtype}-{options.device}-torch{torch.__version__.partition('+')[0]}"
-    options.results.mkdir(parents=True, exist_ok=True)
-    write_json(options.results / f"{name}.json", data)
     lines = [
-        "# Memory of a training step",
+        *pages.heading("Memory of a training step", where),
+        f"Batch {shape}, {options.dtype}, channels_last, SGD with momentum. The columns are explained by",
+        "`python benchmarks/memory.py --help`; x is the ratio to eager's.",
         "",
-        f"{where_it_ran(where)}. {where['time']}. Command: `{where['command']}`: batch {shape}, {options.dtype},",
-        "channels_last, SGD with momentum.",
-        "`python benchmarks/memory.py --help` says what the columns are; x: the share of eager's.",
-        "",
-        *("| " + " | ".join(cells) + " |" for cells in (rows[0], ["---"] * len(rows[0]), *rows[1:])),
+        *pages.markdown_table(rows[0], rows[1:]),
         "",
     ]
-    write_atomically(options.results / f"{name}.md", lambda file: file.write("\n".join(lines).encode()))
+    options.results.mkdir(parents=True, exist_ok=True)
+    name = f"memory-{options.dtype}-{options.device}-torch{pages.torch_version()}"
+    pages.write_result(options.results / name, data, "\n".join(lines))
 
 
 if __name__ == "__main__":

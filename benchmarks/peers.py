@@ -1,4 +1,4 @@
-"""What stands beside fastres, and what `fastres` itself is: the same call in eager, compiled and fused form.
+"""The calls that a benchmark compares: eager, compiled and fused forms of an operator or a module.
 
 Eager is what torchvision's blocks do: the addition and the ReLU are in place where autograd allows it.
 """
@@ -7,80 +7,32 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastres
-from fastres.functional import add_relu, bn_act
 
-LEVELS = ("eager", "quick", "all")  # eager alone; other engines, torch.compile at a few cases; torch.compile everywhere
+LEVELS = (
+    "eager",
+    "quick",
+    "all",
+)  # eager; also the engines, torch.compile in a few cases; torch.compile everywhere
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Forward = Callable[..., Tensor]
-
-
-def eager_bn_act(running: tuple[Tensor, Tensor], training: bool, act: str) -> Forward:
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        out = F.batch_norm(x, *running, weight, bias, training, 0.1, 1e-5)
-        if residual is not None:
-            out += residual
-        return out.relu_() if act == "relu" else out
-
-    return forward
-
-
-def fused_bn_act(running: tuple[Tensor, Tensor], training: bool, act: str, backend: str = "auto") -> Forward:
-    how: dict[str, Any] = {"act": act, "training": training, "momentum": 0.1, "eps": 1e-5, "backend": backend}
-
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        return bn_act(x, *running, weight, bias, residual, **how)
-
-    return forward
-
-
-def eager_add_relu(x: Tensor, residual: Tensor) -> Tensor:
-    return (x + residual).relu_()  # a leaf cannot take torchvision's `out += residual`; one allocation, as fastres
-
-
-def fused_add_relu(backend: str = "auto") -> Forward:
-    return partial(add_relu, backend=backend)
+Call = Callable[[], tuple[Tensor, ...]]
 
 
 def backend_of(peer: str) -> str | None:
-    """The backend that a peer of an operator asks for; None for one that is not ours."""
+    """The backend of ours that a peer of an operator asks for; None for eager and torch.compile."""
     return {"fastres": "auto", "eager": None, "compile": None}.get(peer, peer)
 
 
-def eager_conv_act(stride: int, padding: int, act: str) -> Forward:
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        out = F.conv2d(x, weight, bias, stride, padding)
-        if residual is not None:
-            out += residual
-        return out.relu_() if act == "relu" else out
-
-    return forward
-
-
-def conv_bias(stride: int, padding: int, read: bool) -> Forward:
-    """What a fused convolution is held against: the convolution and its bias and, with `read`, one reading of the
-    residual."""
-
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        out = F.conv2d(x, weight, bias, stride, padding)
-        if read and residual is not None:
-            words(residual).max()
-        return out
-
-    return forward
-
-
 def words(t: Tensor) -> Tensor:
-    """A dense channels_last tensor as integers of 4 bytes, in the order of its memory, whatever they mean."""
+    """View a dense channels_last tensor as 4-byte integers in memory order, to read it at full bandwidth."""
     return t.permute(0, 2, 3, 1).reshape(-1).view(torch.int32)
 
 
@@ -89,17 +41,20 @@ def compiled(forward: Any) -> Any:
     return torch.compile(forward, dynamic=False, fullgraph=True)
 
 
-def with_gradients(forward: Forward, inputs: tuple[Tensor, ...], dy: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """One call: y, and its gradients for all inputs, which are leaves."""
+def with_gradients(forward: Forward, inputs: tuple[Tensor, ...], dy: Tensor, parameters: Any = ()) -> Call:
+    """A call that returns y and its gradients for the inputs that require one and the parameters."""
+    leaves = (*(t for t in inputs if t.requires_grad), *parameters)
 
     def call() -> tuple[Tensor, ...]:
         y = forward(*inputs)
-        return y, *torch.autograd.grad(y, inputs, dy)
+        return y, *torch.autograd.grad(y, leaves, dy)
 
     return call
 
 
-def forward_only(forward: Forward, inputs: tuple[Tensor, ...], grad: bool) -> Callable[[], tuple[Tensor, ...]]:
+def forward_only(forward: Forward, inputs: tuple[Tensor, ...], grad: bool) -> Call:
+    """A call that returns (y,), with gradients enabled or not."""
+
     def call() -> tuple[Tensor, ...]:
         with torch.set_grad_enabled(grad):
             return (forward(*inputs),)
@@ -107,10 +62,29 @@ def forward_only(forward: Forward, inputs: tuple[Tensor, ...], grad: bool) -> Ca
     return call
 
 
-def module_variants(module: nn.Module, x: Tensor, names: tuple[str, ...]) -> dict[str, tuple[nn.Module, Tensor]]:
-    """Copies of a module, one for each name, and the input in its layout.
+def conv_tensors(
+    c: Any, batch: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Random x, weight, bias and residual of a shapes.Conv in one dtype, images and weights in channels_last.
 
-    Names: eager, swapped, swapped_min (memory="min") or compile, each alone (NCHW) or with _channels_last behind it.
+    The weights are scaled so that the output has the size of x; the residual is None unless the convolution ends a
+    block.
+    """
+
+    def tensor(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, device=device).mul_(scale).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    x = tensor(batch, c.inputs, c.size, c.size)
+    weight = tensor(c.outputs, c.inputs, c.kernel, c.kernel, scale=(c.inputs * c.kernel**2) ** -0.5)
+    bias = torch.randn(c.outputs, device=device).to(dtype)
+    return x, weight, bias, tensor(batch, c.outputs, c.out, c.out) if c.residual else None
+
+
+def module_variants(module: nn.Module, x: Tensor, names: tuple[str, ...]) -> dict[str, tuple[nn.Module, Tensor]]:
+    """Copies of a module by name, each with the input in its layout.
+
+    Names: eager, swapped, swapped_min (memory="min") or compile; NCHW, or with the suffix _channels_last in that
+    layout.
     """
     variants = {}
     for name in names:

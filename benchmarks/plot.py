@@ -1,6 +1,6 @@
-"""Draws a result file: every case's speed-up over eager with its 95 % interval, losses in the same picture.
+"""Draw a result file: the speed-up of every case over eager with its 95 % interval, wins and losses alike.
 
-Where a case has many peers, their points share its row, in the order of the legend.
+The peers of a case share its row, in the order of the legend.
 
 python benchmarks/plot.py out/bench/all-cpu-torch2.11.0.json [picture.png]
 """
@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastres.lab.errors import MissingExtra
-from fastres.lab.results import write_atomically
+from pages import new_figure, save_figure
+from result_schema import load
 
 COLORS = {  # from the top of a row to its bottom
     "frozen": "#1f6fb4",
@@ -32,32 +33,25 @@ NAMES = {"nchw": "NCHW", "compile": "torch.compile", "frozen": "fastres frozen"}
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """Writes the PNG: one panel for each operator and mode, one row for each shape.
+    """Write the PNG: a panel per operator and mode, a row per shape.
 
     Raises MissingExtra where matplotlib is not installed, OutputError where `path` cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError as missing:
-        raise MissingExtra('the plot needs matplotlib, which is not installed: pip install "fastres[viz]"') from missing
     panels = _panels(data)
     columns = min(3, len(panels))
     height = [
-        max(len(_labels(panels[i + j])) for j in range(columns) if i + j < len(panels))
+        1.3 + 0.3 * max(len(_labels(panel)) for panel in panels[i : i + columns])
         for i in range(0, len(panels), columns)
     ]
-    figure = Figure(
-        figsize=(max(5.6 * columns, 7.5), sum(1.3 + 0.3 * h for h in height) + 0.8), dpi=110, layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(len(height), columns, height_ratios=[1.3 + 0.3 * h for h in height])
+    figure = new_figure((max(5.6 * columns, 7.5), sum(height) + 0.8))
+    grid = figure.add_gridspec(len(height), columns, height_ratios=height)
     for i, panel in enumerate(panels):
-        _draw_panel(figure.add_subplot(grid[i // columns, i % columns]), *panel)
+        axes = figure.add_subplot(grid[i // columns, i % columns])
+        _draw_panel(axes, *panel)
     shown = {name for _, points in panels for _, name, _ in points}
+    styles = {"marker": "o", "linestyle": ""}
     handles = [
-        Line2D([], [], marker="o", linestyle="", color=color, label=NAMES.get(name, name))
+        axes.plot([], [], color=color, label=NAMES.get(name, name), **styles)[0]
         for name, color in COLORS.items()
         if name in shown
     ]
@@ -71,10 +65,10 @@ def draw(data: dict[str, Any], path: Path) -> None:
         ha="left",
         fontsize=10,
     )
-    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fastres"}))
+    save_figure(figure, path)
 
 
-Panel = tuple[str, list[tuple[str, str, dict[str, float]]]]  # title; (label, colour's name, ratio)
+Panel = tuple[str, list[tuple[str, str, dict[str, float]]]]  # title; points of (label, key of COLORS, ratio)
 
 
 def _panels(data: dict[str, Any]) -> list[Panel]:
@@ -93,7 +87,7 @@ def _panels(data: dict[str, Any]) -> list[Panel]:
 
 
 def _color(case: dict[str, Any], peer: str) -> str:
-    """The key of COLORS: the engine's where it has one, else the layout's."""
+    """A key of COLORS: the engine, or else the layout."""
     engine = peer.removesuffix("_channels_last")
     if engine in COLORS:
         return engine
@@ -137,8 +131,6 @@ def _draw_panel(axes: Any, title: str, points: list[tuple[str, str, dict[str, fl
 
 
 def main(arguments: list[str]) -> int:
-    from result_schema import load
-
     if not 1 <= len(arguments) <= 2:
         print("usage: python benchmarks/plot.py RESULT.json [PICTURE.png]", file=sys.stderr)
         return 2

@@ -1,6 +1,6 @@
-"""What a benchmark session leaves behind: one JSON with every sample, a Markdown table, a plot; and what it prints.
+"""The results of a benchmark session: one JSON with every sample, a Markdown table, a plot, and what is printed.
 
-The JSON's shape is in result_schema.py. A loss is a row like any other.
+result_schema.py defines the JSON. A loss is a row like any other.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
-from fastres.lab.errors import MissingExtra
-from fastres.lab.results import environment, write_atomically, write_json
+import pages
+from fastres.lab.results import environment
 from measure import Effort, Result
+from pages import aligned, markdown_table
+from plot import draw
 from result_schema import SCHEMA_NAME, SCHEMA_VERSION, validate
 from roofline import Rates, bound
 from shapes import BLOCK_END
@@ -30,7 +32,7 @@ ENVIRONMENT = tuple("FASTRES_ OMP_ MKL_ KMP_ GOMP_ TORCH PYTORCH_ TRITON_ CUDA_ 
 def document(
     results: Sequence[Result], device: torch.device, effort: Effort, peers: str, rates: Rates
 ) -> dict[str, Any]:
-    """The result file of a session."""
+    """The data of a session's result file."""
     where = environment(device, " ".join(["pytest", *sys.argv[1:]]))
     where["environment"] = {name: value for name, value in sorted(os.environ.items()) if name.startswith(ENVIRONMENT)}
     where["cpu"]["flags"] = _cpu_flags()
@@ -104,7 +106,7 @@ def _peer_data(result: Result, name: str, bandwidth: float, totals: dict[str, An
 
 
 def bars(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the project holds itself to, as measured: nothing here passes or fails."""
+    """The project's own goals with what was measured; they are reported, and never fail a run."""
     cases, found = list(cases), []
 
     def bar(name: str, aim: str, measured: str, value: float, n: int) -> None:
@@ -127,16 +129,15 @@ def bars(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     chosen = [_headline(c) for c in cases if c["what"] in ("bn_act", "add_relu", "conv_act")]
     share("operators, every case", "0.97x eager or more everywhere", chosen, 0.97)
     for case in (c for c in cases if c["what"] == "train"):
-        best = min(case["ours"], key=lambda name: case["peers"][name]["median"])
-        ratio = case["peers"][best]["speedup"][case["baseline"]]
-        measured = f"{best} {_interval(ratio)} over {case['baseline']}"
+        best, over, ratio = ours_over(case, case["baseline"])
+        measured = f"{best} {_interval(ratio)} over {over}"
         aim = "1.05x the faster eager, never below 0.97x"
         bar(f"training step, {case['network']}, {case['dtype']}", aim, measured, ratio["median"], ratio["n"])
     for case in (c for c in cases if c["what"] == "networks"):
-        name, other, ratio = ours_beside(case)
+        name, other, ratio = ours_over(case)
         what = f"inference, {case['network']}, {case['dtype']}, batch {case['shape'][0]}"
         measured = f"{name} {_interval(ratio)} over {other}, the fastest other"
-        bar(what, "faster than every engine beside it", measured, ratio["median"], ratio["n"])
+        bar(what, "faster than every other engine", measured, ratio["median"], ratio["n"])
     for case in (c for c in cases if c["what"] == "import"):
         beyond = case["peers"]["fastres_beyond_torch"]
         measured = f"{1e3 * beyond['median']:.0f} ms ({1e3 * beyond['q1']:.0f} to {1e3 * beyond['q3']:.0f})"
@@ -144,20 +145,24 @@ def bars(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def best_of_ours(case: dict[str, Any]) -> str:
+    """The fastest of our peers in a case."""
+    return min(case["ours"], key=lambda name: case["peers"][name]["median"])
+
+
 def _headline(case: dict[str, Any]) -> float:
     return max(float(case["peers"][name]["speedup"][case["baseline"]]["median"]) for name in case["ours"])
 
 
-def ours_beside(case: dict[str, Any], other: str | None = None) -> tuple[str, str, dict[str, Any]]:
-    """(the fastest of ours, the peer, the ratio of the one over the other); by default over the fastest other peer."""
-    peers = case["peers"]
-    best = min(case["ours"], key=lambda name: peers[name]["median"])
+def ours_over(case: dict[str, Any], other: str | None = None) -> tuple[str, str, dict[str, Any]]:
+    """The fastest of ours, the other peer (by default the fastest of the others), and the speed-up of ours over it."""
+    best, peers = best_of_ours(case), case["peers"]
     other = other or min(peers[best]["speedup"], key=lambda name: peers[name]["median"])
     return best, other, peers[best]["speedup"][other]
 
 
 def _cpu_flags() -> list[str]:
-    """The vector instructions of this CPU, as Linux names them."""
+    """This CPU's vector instructions, by Linux's names."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             flags = next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), [])
@@ -172,19 +177,19 @@ COLUMNS = ("case", "peer", "time", "IQR", "speed-up over", "95 % interval", "fas
 
 
 def rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row for every peer of every case, in COLUMNS; a baseline's row shows no speed-up."""
+    """One row per peer of every case, in the order of COLUMNS; a baseline's row has no speed-up."""
     table: list[tuple[str, ...]] = []
     for case in data["cases"]:
         for name, peer in case["peers"].items():
             ratio = peer["speedup"].get(case["baseline"])
-            low, high = (f"{_seconds(peer[q])}" for q in ("q1", "q3"))
+            low, high = (_seconds(peer[q]) for q in ("q1", "q3"))
             if ratio is None:
                 speedup, interval = "", ""
             else:
                 speedup = f"{ratio['median']:.2f}x {case['baseline']}"
                 interval = f"{ratio['low']:.2f}-{ratio['high']:.2f}" + ("" if ratio["coverage"] >= 0.95 else " (range)")
-            best = min(case["ours"], key=lambda ours: case["peers"][ours]["median"])
-            over = _interval(ours_beside(case, name)[2]) if name in case["peers"][best]["speedup"] else ""
+            comparable = case["peers"][best_of_ours(case)]["speedup"]
+            over = _interval(comparable[name]) if name in comparable else ""
             row = (_seconds(peer["median"]), f"{low}-{high}", speedup, interval, over, _rate(peer), _answers(peer))
             table.append((f"{case['what']} {case['id']}", name, *row))
         for name, reason in case["left_out"].items():
@@ -201,19 +206,15 @@ def _answers(peer: dict[str, Any]) -> str:
 
 
 def _rate(peer: dict[str, Any]) -> str:
-    """images/s, TFLOP/s, GB/s, each where it is known, the share of the roofline's bound, and peak memory."""
-    parts = []
-    if peer["images_per_s"] is not None:
-        parts.append(f"{peer['images_per_s']:.4g} images/s")
-    if peer["flops_per_s"] is not None:
-        parts.append(f"{peer['flops_per_s'] / 1e12:.3g} TFLOP/s")
-    if peer["bytes_per_s"] is not None:
-        parts.append(f"{peer['bytes_per_s'] / 1e9:.3g} GB/s")
-    if peer["of_bound"] is not None:
-        parts.append(f"{100 * peer['of_bound']:.0f} %")
-    if peer["peak_bytes"] is not None:
-        parts.append(f"{peer['peak_bytes'] / 1e6:.0f} MB")
-    return ", ".join(parts)
+    """images/s, TFLOP/s and GB/s, the share of the roofline's bound, and peak memory, each where it is known."""
+    formats = {
+        "images_per_s": lambda value: f"{value:.4g} images/s",
+        "flops_per_s": lambda value: f"{value / 1e12:.3g} TFLOP/s",
+        "bytes_per_s": lambda value: f"{value / 1e9:.3g} GB/s",
+        "of_bound": lambda value: f"{100 * value:.0f} %",
+        "peak_bytes": lambda value: f"{value / 1e6:.0f} MB",
+    }
+    return ", ".join(text(peer[key]) for key, text in formats.items() if peer[key] is not None)
 
 
 def _seconds(seconds: float) -> str:
@@ -227,25 +228,20 @@ def _interval(ratio: dict[str, Any]) -> str:
     return f"{ratio['median']:.2f}x ({ratio['low']:.2f}-{ratio['high']:.2f})"
 
 
-def machine(data: dict[str, Any]) -> str:
-    """Where it ran, in one line."""
-    measured = data["settings"]["bandwidth_bytes_per_s"] / 1e9
+def _rates(data: dict[str, Any]) -> str:
+    """The rates measured in the session, as they follow the machine's name."""
+    bandwidth = data["settings"]["bandwidth_bytes_per_s"] / 1e9
     flops = "".join(f", {rate / 1e12:.3g} TFLOP/s {name}" for name, rate in data["settings"]["flops_per_s"].items())
-    return where_it_ran(data["environment"], f", measured here {measured:.3g} GB/s{flops}")
+    return f", measured here {bandwidth:.3g} GB/s{flops}"
 
 
-def where_it_ran(where: dict[str, Any], measured: str = "") -> str:
-    """The device, its threads, what was measured of it, and the versions, from a result file's environment."""
-    device = where["gpu"]["name"] if where["gpu"] else f"{where['cpu']['model']}, {where['cpu']['isa']}"
-    versions, commit = where["versions"], (where["commit"] or "unknown")[:10]
-    return (
-        f"{device}, {where['threads']} threads{measured}; torch {versions['torch']}, fastres {versions['fastres']}, "
-        f"commit {commit}"
-    )
+def machine(data: dict[str, Any]) -> str:
+    """The machine, its rates and the versions in one line."""
+    return pages.machine(data["environment"], _rates(data))
 
 
 def lines(data: dict[str, Any]) -> list[str]:
-    """The table for a terminal: every row but the baselines', without the IQR, which the files have; and the bars."""
+    """The table for a terminal, then the bars. The baselines' rows and the IQR are only in the files."""
     baselines = {(f"{case['what']} {case['id']}", case["baseline"]) for case in data["cases"]}
     shown = [row for row in rows(data) if row[:2] not in baselines]
     table = [row[:3] + row[4:] for row in (COLUMNS, *shown)]
@@ -256,33 +252,19 @@ def _bar_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [(bar["name"], bar["aim"], bar["measured"]) for bar in data["bars"]]
 
 
-def aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-
-
 def markdown(data: dict[str, Any]) -> str:
     """The whole session as a Markdown page."""
-
-    def table(header: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-        cells = [header, ["---"] * len(header), *body]
-        return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
-
-    where = data["environment"]
     return "\n".join(
         [
-            "# Benchmarks",
-            "",
-            f"{machine(data)}. {where['time']}. Command: `{where['command']}`.",
-            "",
+            *pages.heading("Benchmarks", data["environment"], _rates(data)),
             "Times are medians of interleaved rounds, speed-ups medians of the paired ratios with their 95 % interval.",
-            "GB/s and TFLOP/s count what the fused kernels have to move and compute, % is of the roofline's bound at",
+            "GB/s and TFLOP/s count what the fused kernels have to move and compute; % is of the roofline's bound at",
             "the bandwidth and the matmul rate measured in this session (data in cache exceeds it). Answers: the error",
-            "against float64 over eager's, where 2 is allowed.",
+            "against float64 over eager's, at most 2.",
             "",
-            *table(("bar", "aim", "measured"), _bar_rows(data)),
+            *markdown_table(("bar", "aim", "measured"), _bar_rows(data)),
             "",
-            *table(COLUMNS, rows(data)),
+            *markdown_table(COLUMNS, rows(data)),
             "",
         ]
     )
@@ -292,24 +274,14 @@ def markdown(data: dict[str, Any]) -> str:
 
 
 def stem(data: dict[str, Any], complete: bool) -> str:
-    """`<what>-<device>-torch<version>`: "all" for the whole suite, else what ran, with "-part" for a selection."""
+    """`<what>-<device>-torch<version>`: "all" for the whole suite, else the parts that ran, "-part" for a selection."""
     what = sorted({case["what"] for case in data["cases"]})
     name = "all" if tuple(what) == EVERYTHING else "+".join(what)
     device = data["environment"]["gpu"]["name"].replace(" ", "_") if data["environment"]["gpu"] else "cpu"
-    return f"{name}{'' if complete else '-part'}-{device}-torch{torch.__version__.partition('+')[0]}"
+    return f"{name}{'' if complete else '-part'}-{device}-torch{pages.torch_version()}"
 
 
 def write(data: dict[str, Any], folder: Path, complete: bool) -> tuple[list[Path], str | None]:
-    """Writes JSON, Markdown and, where matplotlib is installed, the PNG; the paths, and why there is no PNG."""
-    from plot import draw
-
-    name = stem(data, complete)
-    paths = [folder / f"{name}{suffix}" for suffix in (".json", ".md", ".png")]
+    """Write the session's files; their paths, and the reason why there is no plot."""
     validate(data)
-    write_json(paths[0], data)
-    write_atomically(paths[1], lambda file: file.write(markdown(data).encode()))
-    try:
-        draw(data, paths[2])
-    except MissingExtra as missing:
-        return paths[:2], str(missing)
-    return paths, None
+    return pages.write_result(folder / stem(data, complete), data, markdown(data), draw)

@@ -1,4 +1,4 @@
-"""The shape of a result file: `validate` holds data to it, `load` reads a file that holds it."""
+"""The schema of a result file: `validate` checks data against it, `load` reads a file and checks it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _PEER = {
     "median": float,  # seconds of one call
     "q1": float,
     "q3": float,
-    "bytes_per_s": (float, None),  # the bytes the fused kernels have to move, over the median
+    "bytes_per_s": (float, None),  # the bytes that the fused kernels must move, over the median
     "of_bandwidth": (float, None),
     "flops_per_s": (float, None),
     "of_bound": (float, None),  # the roofline's bound over the median
     "images_per_s": (float, None),
     "peak_bytes": (int, None),
-    "verdict": (_VERDICT, None),  # None for a baseline, which is the yardstick
-    "speedup": {str: _RATIO},  # over every peer that is not fastres; entry `baseline` is the headline
+    "verdict": (_VERDICT, None),  # None for a baseline
+    "speedup": {str: _RATIO},  # over every peer that is not ours; the entry of the baseline is the headline
 }
 _CASE = {
     "id": str,
@@ -36,7 +36,7 @@ _CASE = {
     "rounds": int,
     "bytes_moved": (float, None),
     "flops": (float, None),
-    "bound_s": (float, None),  # the roofline's, at the rates of this session
+    "bound_s": (float, None),  # by the roofline, at the rates of this session
     "baseline": str,
     "ours": [str],
     "peers": {str: _PEER},
@@ -60,7 +60,7 @@ SCHEMA = {
 
 
 def validate(data: Any, schema: Any = SCHEMA, where: str = "result") -> None:
-    """Raises ValueError naming the place where `data` is not what `schema` says; it may hold more keys."""
+    """Check data against a schema; more keys are allowed. Raises ValueError naming the place that does not conform."""
     if isinstance(schema, tuple):  # (schema, None): may be null
         if data is not None:
             validate(data, schema[0], where)
@@ -89,7 +89,7 @@ def _expect(right: bool, where: str, expected: str, got: Any) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A result file. Raises OSError where it cannot be read, ValueError saying what is wrong with what it holds."""
+    """Read a result file. Raises OSError if it cannot be read, ValueError if it is not a valid result."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSON's and Unicode's are both
@@ -98,17 +98,16 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check(data: Any) -> dict[str, Any]:
-    """The data, if they are a result; raises ValueError saying what is wrong with them."""
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA_NAME:
-        got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+    """Return the data of a result. Raises ValueError saying what is wrong with them."""
+    got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+    if got != SCHEMA_NAME:
         raise ValueError(
-            f"not a result of these benchmarks: got the schema {got!r}, expected the key 'schema' to say "
-            f"{SCHEMA_NAME!r}"
+            f"not a result of these benchmarks: got the schema {got!r}, expected the key 'schema' to be {SCHEMA_NAME!r}"
         )
     if data.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
-            f"schema_version: got {data.get('schema_version')!r}, expected {SCHEMA_VERSION}: it was written "
-            "by another version of the benchmarks, whose own scripts read it"
+            f"schema_version: got {data.get('schema_version')!r}, expected {SCHEMA_VERSION}: the file was written by "
+            "another version of the benchmarks; read it with the scripts of that version"
         )
     validate(data)
     return data

@@ -1,20 +1,20 @@
-"""The roofline: no kernel is faster than its bytes over the bandwidth, nor than its flops over the flop rate.
+"""The roofline: no kernel is faster than its bytes over the bandwidth, or than its flops over the flop rate.
 
     bytes   each operand read from memory once, the result written once; nothing stays in a cache between kernels
     flops   2 * N * out^2 * outputs * kernel^2 * inputs for a convolution, 0 for what only moves data
     bound   sum over kernels of max(bytes / bandwidth, flops / rate): kernels run one after another
 
-A network's kernels are those of an engine that fuses each convolution with its bias, residual and ReLU, and nothing
-wider: the stem's pooling, the average pooling and the classifier stand alone. An engine that fuses whole blocks may
-beat this bound, and so may one whose activations stay in a large cache: more than 100 % is then no error.
+The kernels of a network are those of an engine that fuses each convolution with its bias, residual and ReLU and nothing
+wider: the stem's pooling, the average pooling and the classifier are kernels of their own. An engine that fuses whole
+blocks can beat this bound, and so can one whose activations stay in a large cache, so more than 100 % is no error.
 
-The rates are measured in the same session (`measured`), so that "% of bound" says what this machine allowed today.
+The rates are measured in the same session (`measured`), so "% of bound" is relative to what this machine does today.
 Source: Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model", CACM 2009.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +25,7 @@ from shapes import CONVS, Conv
 
 @dataclass(frozen=True)
 class Rates:
-    """What the hardware can do: bytes/s, and flop/s by dtype ("fp32", "bf16", ...)."""
+    """The rates of the hardware: bytes/s, and flop/s by dtype ("fp32", "bf16", ...)."""
 
     bandwidth: float
     flops: dict[str, float] = field(default_factory=dict)
@@ -33,19 +33,19 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """What one kernel has to do in one call."""
+    """The work of one kernel in one call."""
 
     name: str
     bytes: float
     flops: float = 0.0
 
     def seconds(self, bandwidth: float, rate: float) -> float:
-        """The bound on one kernel's time."""
+        """The shortest time the kernel can take."""
         return max(self.bytes / bandwidth, self.flops / rate)
 
 
 def conv(c: Conv, batch: int, itemsize: int) -> Work:
-    """One convolution with bias, residual and ReLU in its epilogue. A strided 1x1 reads only the pixels it uses."""
+    """One convolution with bias, residual and ReLU in its epilogue. A strided 1x1 reads only pixels that it uses."""
     read = c.out if c.kernel == 1 else c.size  # height and width of what is read
     x = batch * c.inputs * read**2
     y = batch * c.outputs * c.out**2
@@ -67,24 +67,32 @@ def network(name: str, batch: int, itemsize: int) -> list[Work]:
 
 
 def bound(works: Iterable[Work], bandwidth: float, rate: float) -> float:
-    """Seconds that the kernels need at the least, one after another."""
+    """The shortest time in which the kernels can run one after another, in seconds."""
     return sum(work.seconds(bandwidth, rate) for work in works)
 
 
-def measured(device: torch.device, bandwidth: float, dtypes: dict[str, torch.dtype]) -> Rates:
-    """The rates of this device, the flop rates by a matmul in each of the dtypes."""
-    return Rates(bandwidth, {name: peak_flops(device, dtype) for name, dtype in sorted(dtypes.items())})
+def measured(device: torch.device, dtypes: dict[str, torch.dtype]) -> Rates:
+    """Measure this device: the bandwidth, and the flop rate of a matmul in each dtype."""
+    return Rates(bandwidth(device), {name: peak_flops(device, dtype) for name, dtype in sorted(dtypes.items())})
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes/s of torch.add over fp32 tensors too large for any cache: two are read, one is written."""
+    elements = 1 << (28 if device.type == "cuda" else 25)
+    a, b, c = (torch.ones(elements, device=device) for _ in range(3))
+    return 3 * 4 * elements / _fastest(lambda: torch.add(a, b, out=c), device, 7)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, size: int | None = None, repeats: int = 5) -> float:
-    """Flop/s of a square matmul too large to be bound by memory; the best of a few."""
+    """Flop/s of a square matmul too large to be bound by memory."""
     n = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     out = torch.empty(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / _fastest(lambda: torch.mm(a, b, out=out), device, repeats)
+
+
+def _fastest(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """The shortest of a few calls after a warm-up, in seconds."""
     timer = timer_for(device)
-
-    def multiply() -> None:
-        torch.mm(a, b, out=out)
-
-    timer(multiply)
-    return 2 * n**3 / min(timer(multiply) for _ in range(repeats))
+    timer(call)
+    return min(timer(call) for _ in range(repeats))

@@ -1,18 +1,18 @@
-"""The engines that stand beside a frozen network, each set up as its own documentation says is fastest.
+"""The engines that a frozen network is compared with, each set up as its own documentation recommends for speed.
 
-A builder takes the network (float32, eval mode, on the device) and the images in the working dtype, and gives a call
-without arguments that returns the logits. It raises Absent where its library is missing, with the command that brings
-it; any other error also leaves the peer out, with that error as the reason.
+A builder takes the network (float32, eval mode, on the device) and the images in the working dtype, and returns a call
+without arguments that returns the logits. It raises Absent where its library is missing, with the command that installs
+it. Any other error also leaves the peer out and is recorded as the reason.
 
     eager, eager_channels_last   the network in the working dtype, without gradients
-    frozen                       fastres.freeze on these images, whatever it decides
+    frozen                       fastres.freeze on these images, with its defaults
     torchscript                  trace, torch.jit.freeze, torch.jit.optimize_for_inference; channels_last
     compile, compile_freezing    torch.compile, default mode; with Inductor's freezing, without gradients; channels_last
     compile_max_autotune         torch.compile, mode "max-autotune" (with CUDA graphs); GPUs
     cudagraph                    eager channels_last, captured once as a CUDA graph; GPUs
-    onnxruntime                  torch.onnx.export, all graph optimisations, as many threads as torch, batch size fixed
+    onnxruntime                  torch.onnx.export, all graph optimizations, as many threads as torch, fixed batch size
     openvino                     one request with the whole batch, hint LATENCY: all threads work on it
-    openvino_throughput          hint THROUGHPUT: the batch cut into as many parallel requests as OpenVINO calls optimal
+    openvino_throughput          hint THROUGHPUT: the batch split into as many parallel requests as OpenVINO recommends
     jax                          the folded network in jax.numpy, NHWC, under jax.jit; GPUs
 """
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
-from measure import Absent
+from measure import Absent, cuda_graph
 
 Call = Callable[[], Any]
 Build = Callable[[nn.Module, Tensor], Call]
@@ -45,7 +45,7 @@ INSTALL = {
 
 
 def needed(name: str) -> Any:
-    """The module, or Absent with the command that brings it."""
+    """Import a module. Raises Absent with the command that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -59,7 +59,7 @@ def cuda_only(images: Tensor) -> None:
 
 def cpu_only(images: Tensor, library: str) -> None:
     if images.device.type != "cpu":
-        raise Absent(f"{library} has no engine for a CUDA device; it stands beside on a CPU")
+        raise Absent(f"{library} runs on CPUs only, the images are on {images.device.type}")
 
 
 def without_gradients(function: Callable[[Tensor], Any], images: Tensor) -> Call:
@@ -85,7 +85,7 @@ def eager_channels_last(net: nn.Module, images: Tensor) -> Call:
 
 
 def frozen(net: nn.Module, images: Tensor) -> Call:
-    """The referee that freeze would run is left to the benchmark, which judges what was timed."""
+    """Freeze without freeze's own referee: the benchmark judges what it has timed."""
     fast = fastres.freeze(net, images.float(), dtype=images.dtype, verify=False)
     return without_gradients(fast, images)
 
@@ -95,7 +95,7 @@ def torchscript(net: nn.Module, images: Tensor) -> Call:
     with torch.no_grad():
         traced = torch.jit.trace(module, images)
         script = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
-        script(images)  # it specialises in its first two calls
+        script(images)  # it specializes in its first two calls
         script(images)
     return without_gradients(script, images)
 
@@ -121,27 +121,12 @@ def compile_max_autotune(net: nn.Module, images: Tensor) -> Call:
 
 def cudagraph(net: nn.Module, images: Tensor) -> Call:
     cuda_only(images)
-    eager = eager_channels_last(net, images)
-    side = torch.cuda.Stream(images.device)
-    side.wait_stream(torch.cuda.current_stream(images.device))
-    with torch.cuda.stream(side):  # cuDNN chooses its algorithms outside the capture
-        for _ in range(3):
-            eager()
-    torch.cuda.current_stream(images.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = eager()
-
-    def call() -> Tensor:
-        graph.replay()
-        return logits
-
-    return call
+    return cuda_graph(eager_channels_last(net, images), images.device, warmup=3)
 
 
 @cache
 def exported(net: nn.Module, dtype: torch.dtype) -> bytes:
-    """The network as ONNX, with a free batch size called "batch"; exported once for each dtype."""
+    """The network as ONNX with a dynamic batch size called "batch"; exported once per dtype."""
     needed("onnx"), needed("onnxscript")
     module = copy.deepcopy(net).to("cpu", dtype)
     example = torch.randn(2, 3, 224, 224, dtype=dtype)
@@ -162,9 +147,10 @@ def exported(net: nn.Module, dtype: torch.dtype) -> bytes:
 
 
 def onnxruntime(net: nn.Module, images: Tensor) -> Call:
-    """https://onnxruntime.ai/docs/performance/tune-performance: all optimisations, one pool of torch's size.
+    """ONNX Runtime with all optimizations and one thread pool of torch's size.
 
-    Its threads spin while a call lasts; that they stop with the call keeps them out of the other peers' rounds.
+    Its threads spin during a call and stop with it, so they do not disturb the other peers' rounds.
+    Source: https://onnxruntime.ai/docs/performance/tune-performance
     """
     ort = needed("onnxruntime")
     gpu = images.device.type == "cuda"
@@ -201,13 +187,13 @@ def onnxruntime(net: nn.Module, images: Tensor) -> Call:
 
 @cache
 def converted(net: nn.Module) -> Any:
-    """The network as an OpenVINO model with a free batch size."""
+    """The network as an OpenVINO model with a dynamic batch size."""
     ov = needed("openvino")
     return ov.convert_model(copy.deepcopy(net), example_input=torch.randn(2, 3, 224, 224), input=[-1, 3, 224, 224])
 
 
 def _openvino(net: nn.Module, images: Tensor, hint: str, batch: int | None = None) -> tuple[Any, Any]:
-    """(openvino, the compiled model). numpy has no bfloat16: images and logits are float32, whatever it computes in."""
+    """openvino and the compiled model. Images and logits are always float32, because numpy has no bfloat16."""
     ov = needed("openvino")
     cpu_only(images, "OpenVINO")
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[images.dtype]
@@ -225,14 +211,17 @@ def _openvino(net: nn.Module, images: Tensor, hint: str, batch: int | None = Non
 
 
 def openvino(net: nn.Module, images: Tensor) -> Call:
-    """https://docs.openvino.ai, "High-level Performance Hints": LATENCY for one request at a time."""
+    """OpenVINO with the hint LATENCY, for one request at a time.
+
+    Source: https://docs.openvino.ai, "High-level Performance Hints"
+    """
     _, model = _openvino(net, images, "LATENCY")
     request, feed = model.create_infer_request(), {0: images.float().numpy()}
     return lambda: request.infer(feed, share_inputs=True, share_outputs=True)[0]
 
 
 def openvino_throughput(net: nn.Module, images: Tensor) -> Call:
-    """The same page: THROUGHPUT for many requests in parallel, as many as OPTIMAL_NUMBER_OF_INFER_REQUESTS says."""
+    """OpenVINO with the hint THROUGHPUT, for as many parallel requests as OPTIMAL_NUMBER_OF_INFER_REQUESTS."""
     import numpy as np
 
     _, model = _openvino(net, images, "THROUGHPUT")
@@ -266,23 +255,12 @@ def jax(net: nn.Module, images: Tensor) -> Call:
     return build(net, images)
 
 
-BUILDERS: dict[str, Build] = {
-    "eager": eager,
-    "eager_channels_last": eager_channels_last,
-    "frozen": frozen,
-    "torchscript": torchscript,
-    "onnxruntime": onnxruntime,
-    "openvino": openvino,
-    "openvino_throughput": openvino_throughput,
-    "compile": compiled,
-    "compile_freezing": compile_freezing,
-    "compile_max_autotune": compile_max_autotune,
-    "cudagraph": cudagraph,
-    "jax": jax,
-}
+_BUILDERS = (eager, eager_channels_last, frozen, torchscript, onnxruntime, openvino, openvino_throughput)
+_BUILDERS += (compile_freezing, compile_max_autotune, cudagraph, jax)
+BUILDERS: dict[str, Build] = {builder.__name__: builder for builder in _BUILDERS} | {"compile": compiled}
 
 
 def forget() -> None:
-    """Drops the exported networks."""
+    """Drop the exported networks."""
     exported.cache_clear()
     converted.cache_clear()

@@ -1,74 +1,26 @@
-"""The activations and convolutions of ResNet-18 and ResNet-50 at 224x224: two tables, shared by benchmarks and tests.
+"""The convolutions and activations of ResNet-18 and ResNet-50 at 224x224, shared by benchmarks and tests.
 
-A row of ACTIVATIONS is one unique (channels, height, width, role); its counts say how many batch normalisations of a
-network see it. A row of CONVS is one unique convolution with what follows it once BN is folded in.
+A row of CONVS is one unique convolution and the role of its output once BN is folded in. Every convolution is followed
+by one batch normalization, so ACTIVATIONS follows from CONVS: one row for each unique (channels, height, width, role).
 
-    inner        act(bn(conv(x)))                  the stem's and a block's first ones, all but its last
-    block end    relu(bn(conv(x)) + residual)      a block's last one
-    projection   bn(conv(x))                       on the shortcut, where the block changes the shape
+    inner        act(bn(conv(x)))                  the stem and every convolution of a block except its last
+    block end    relu(bn(conv(x)) + residual)      the last convolution of a block
+    projection   bn(conv(x))                       on the shortcut, where a block changes the shape
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 BATCH = 8
 INNER, BLOCK_END, PROJECTION = "inner", "block end", "projection"
-
-
-@dataclass(frozen=True)
-class Activation:
-    """One unique activation: its shape is [batch, channels, height, width]."""
-
-    channels: int
-    height: int
-    width: int
-    role: str
-    resnet18: int  # how many there are in a ResNet-18
-    resnet50: int
-
-    @property
-    def size(self) -> str:
-        return f"{self.channels}x{self.height}x{self.width}"
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {"resnet18": self.resnet18, "resnet50": self.resnet50}
-
-    def shape(self, batch: int = BATCH) -> tuple[int, int, int, int]:
-        return batch, self.channels, self.height, self.width
-
-
-ACTIVATIONS = (
-    Activation(64, 112, 112, INNER, 1, 1),  # the stem
-    Activation(64, 56, 56, INNER, 2, 6),
-    Activation(128, 56, 56, INNER, 0, 1),
-    Activation(128, 28, 28, INNER, 2, 7),
-    Activation(256, 28, 28, INNER, 0, 1),
-    Activation(256, 14, 14, INNER, 2, 11),
-    Activation(512, 14, 14, INNER, 0, 1),
-    Activation(512, 7, 7, INNER, 2, 5),
-    Activation(64, 56, 56, BLOCK_END, 2, 0),
-    Activation(256, 56, 56, BLOCK_END, 0, 3),
-    Activation(128, 28, 28, BLOCK_END, 2, 0),
-    Activation(512, 28, 28, BLOCK_END, 0, 4),
-    Activation(256, 14, 14, BLOCK_END, 2, 0),
-    Activation(1024, 14, 14, BLOCK_END, 0, 6),
-    Activation(512, 7, 7, BLOCK_END, 2, 0),
-    Activation(2048, 7, 7, BLOCK_END, 0, 3),
-    Activation(256, 56, 56, PROJECTION, 0, 1),
-    Activation(128, 28, 28, PROJECTION, 1, 0),
-    Activation(512, 28, 28, PROJECTION, 0, 1),
-    Activation(256, 14, 14, PROJECTION, 1, 0),
-    Activation(1024, 14, 14, PROJECTION, 0, 1),
-    Activation(512, 7, 7, PROJECTION, 1, 0),
-    Activation(2048, 7, 7, PROJECTION, 0, 1),
-)
+ROLES = (INNER, BLOCK_END, PROJECTION)
 
 
 @dataclass(frozen=True)
 class Conv:
-    """One unique convolution: [N, inputs, size, size] -> [N, outputs, out, out], with kernel // 2 of padding."""
+    """One unique convolution: [N, inputs, size, size] -> [N, outputs, out, out], padded by kernel // 2."""
 
     inputs: int
     outputs: int
@@ -76,7 +28,7 @@ class Conv:
     stride: int
     size: int  # height and width of the input
     role: str
-    resnet18: int  # how many there are in a ResNet-18
+    resnet18: int  # how many a ResNet-18 has
     resnet50: int
 
     @property
@@ -144,13 +96,50 @@ CONVS = (
 )
 
 
+@dataclass(frozen=True)
+class Activation:
+    """One unique activation: [batch, channels, height, width]."""
+
+    channels: int
+    height: int
+    width: int
+    role: str
+    resnet18: int  # how many a ResNet-18 has
+    resnet50: int
+
+    @property
+    def size(self) -> str:
+        return f"{self.channels}x{self.height}x{self.width}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"resnet18": self.resnet18, "resnet50": self.resnet50}
+
+    def shape(self, batch: int = BATCH) -> tuple[int, int, int, int]:
+        return batch, self.channels, self.height, self.width
+
+
+def _activations() -> tuple[Activation, ...]:
+    """The outputs of CONVS, by role, the largest images first."""
+    found: dict[tuple[int, int, int], list[Conv]] = defaultdict(list)
+    for c in CONVS:
+        found[ROLES.index(c.role), -c.out, c.outputs].append(c)
+    return tuple(
+        Activation(channels, -size, -size, ROLES[role], sum(c.resnet18 for c in same), sum(c.resnet50 for c in same))
+        for (role, size, channels), same in sorted(found.items())
+    )
+
+
+ACTIVATIONS = _activations()
+
+
 def with_role(role: str) -> tuple[Activation, ...]:
-    """The rows of one role, largest activation first."""
+    """The activations of one role, the largest images first."""
     return tuple(a for a in ACTIVATIONS if a.role == role)
 
 
 def distinct() -> tuple[Activation, ...]:
-    """One row for each (channels, height, width): its block end where a network has one there, else its inner one."""
+    """One activation for each (channels, height, width): the block end where there is one, else the inner one."""
     ends = with_role(BLOCK_END)
     sizes = {a.size for a in ends}
     return ends + tuple(a for a in with_role(INNER) if a.size not in sizes)

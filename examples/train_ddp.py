@@ -1,8 +1,8 @@
-"""DistributedDataParallel with swapped blocks: one process for each GPU, or for each part of the CPU.
+"""DistributedDataParallel with swapped blocks: one process per GPU, or per part of the CPU.
 
     torchrun --nproc-per-node 2 examples/train_ddp.py
 
-Swap first, then wrap: DDP finds the parameters it always finds. For several machines, torchrun has its own options.
+Swap first, then wrap: DDP sees the usual parameters. For several machines, see torchrun's options.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     pip install "fastres[loops]"            # torchvision, scikit-learn, accelerate, lightning, transformers
     python examples/train_lightning.py
 
-Swap where the module makes its network: Lightning wraps it for several GPUs later.
+Swap where the module builds its network; Lightning wraps it for several GPUs later.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     pip install "fastres[train]"        # or, in a checkout: make setup
     python examples/train_plain.py      # under a minute on two cores
 
-All but one line is the loop that one has anyway.
+Everything but one line is the usual loop.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def main(steps=100, batch=32):
     with torch.no_grad():
         answers = model(data.test_images.expand(-1, 3, -1, -1).to(device)).argmax(1).cpu()
     accuracy = (answers == data.test_labels).float().mean().item()
-    print(f"{report.summary()}; loss {losses[0]:.2f} -> {losses[-1]:.3f}; {accuracy:.1%} of the held-out digits right")
+    print(
+        f"{report.summary()}; loss {losses[0]:.2f} -> {losses[-1]:.3f}; {accuracy:.1%} of the held-out digits correct"
+    )
     return model, report, losses
 
 

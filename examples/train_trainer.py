@@ -1,9 +1,9 @@
-"""Hugging Face's Trainer with swapped blocks: a ResNet for image classification, made from a configuration.
+"""Hugging Face's Trainer with swapped blocks: a ResNet for image classification, built from a configuration.
 
     pip install "fastres[loops]"        # torchvision, scikit-learn, accelerate, lightning, transformers
     python examples/train_trainer.py
 
-With weights: ResNetForImageClassification.from_pretrained("microsoft/resnet-18"), and the rest stays.
+For pretrained weights, use ResNetForImageClassification.from_pretrained("microsoft/resnet-18"); the rest is the same.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main(steps=100, batch=32, folder="out/trainer"):
     )
     trainer = Trainer(model, arguments, train_dataset=Digits())
     trainer.train()
-    trainer.save_model(folder)  # from_pretrained(folder) gives a stock model with these weights
+    trainer.save_model(folder)  # from_pretrained(folder) loads a stock model with these weights
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     print(f"{report.summary()}; loss {losses[0]:.2f} -> {losses[-1]:.3f}; saved in {folder}")

@@ -12,10 +12,10 @@ from fastres.verify import Verification, verify
 if TYPE_CHECKING:
     from fastres import models
     from fastres._info import info
+    from fastres.inference.file.values import FrozenFileError
     from fastres.inference.freeze import freeze
     from fastres.inference.frozen import FrozenModel
-    from fastres.inference.json_values import FrozenFileError
-    from fastres.inference.saved import load
+    from fastres.inference.load import load
 
 __version__ = "0.1.0"
 

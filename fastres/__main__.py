@@ -1,4 +1,4 @@
-"""python -m fastres"""
+"""The entry point of `python -m fastres`."""
 
 import sys
 

@@ -45,6 +45,37 @@ class Backend:
     signs_from_x: bool = False
 
 
+@dataclass(frozen=True)
+class Argument:
+    """Stands for an argument of an operator's call, by its place, among those of a Prepared call."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call made ready for arguments alike: a function, and what it takes, with `Argument` for what differs.
+
+    `instead`, where there is one, is the same call written over the tensor in the place `overwrites`.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    overwrites: int | None = None
+    instead: Prepared | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Ways to run one call, the default first.
+
+    `key` is a line that is equal for calls alike; `ways` has by name what prepares each.
+    """
+
+    key: str
+    ways: dict[str, Callable[[], Prepared]]
+
+
 @dataclass
 class Operator:
     """An operator's backends and, per device type, the order in which "auto" tries them.
@@ -52,6 +83,9 @@ class Operator:
     `kind(x, *args, **kwargs)` is what refusals depend on besides x; `chosen` remembers choices. `measured(x, kind)`
     has the order for one call where it was measured, else nothing. `example(probe)` makes of a small tensor
     [1, 1, 1, 1] the arguments of an ordinary call in its dtype, on its device.
+
+    For frozen networks, all three on the operator's own arguments: `call` runs it; `stock` does by PyTorch's operators
+    alone, for exporters; `bind`, where it returns Choices, prepares a faster call, which may treat NaN otherwise.
     """
 
     name: str
@@ -61,6 +95,9 @@ class Operator:
     kind: Callable[..., Hashable] | None = None
     measured: Callable[..., tuple[str, ...]] = lambda x, *kind: ()
     example: Callable[[Tensor], tuple[Any, ...]] = lambda probe: (probe,)
+    call: Callable[..., Any] | None = None
+    stock: Callable[..., Any] | None = None
+    bind: Callable[..., Choices | None] | None = None
 
     def add(self, backend: Backend) -> None:
         self.backends[backend.name] = backend
@@ -84,6 +121,13 @@ class Explanation:
 
 
 OPERATORS: dict[str, Operator] = {}
+
+
+def operator_of(function: Any) -> Operator | None:
+    """The operator whose overload `function` is, torch.ops.fastres.bn_act.default for one; None for other functions."""
+    if not isinstance(function, torch._ops.OpOverload) or function.namespace != "fastres":
+        return None
+    return OPERATORS.get(function._schema.name.partition("::")[2])
 
 
 def register(operator: Operator) -> Operator:

@@ -1,6 +1,6 @@
-"""What this installation can do, and what it is missing: `fastres.info()` and `fastres info`.
+"""`fastres.info()` and `fastres info`: the capabilities of this installation, and what is missing.
 
-Nothing here creates a CUDA context unless asked to: GPUs are counted through NVML and named by nvidia-smi.
+No CUDA context is created unless asked for: GPUs are counted through NVML and named by nvidia-smi.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -83,7 +84,10 @@ class Info(dict[str, Any]):
                 for i, (backend, reasons) in enumerate(backends.items()):
                     rows.append((f"{operator if i == 0 else '':<12}{backend}", "; ".join(reasons) or "available"))
             section(f"operators on {device} ({', '.join(self['dtypes'])})", rows)
-        section("environment", list(self["environment"].items()) or [("", "none of fastres' variables is set")])
+        section(
+            "environment",
+            list(self["environment"].items()) or [("", "no variable that fastres reads is set")],
+        )
         if self["fixes"]:
             lines.append("\nto fix")
             for fix in self["fixes"]:
@@ -92,17 +96,16 @@ class Info(dict[str, Any]):
 
 
 def info(*, init_cuda: bool = False) -> Info:
-    """What is installed, what the machine has, and which backend of each operator can run and why not.
+    """Versions, the machine, and for each operator the backends that can run, with reasons for those that cannot.
 
     Args:
-        init_cuda: also asks the operators about the GPU, which creates a CUDA context in this process. Without it they
-            are asked about the GPU only where a context exists already.
+        init_cuda: also query the operators on the GPU, which creates a CUDA context in this process. By default they
+            are queried on the GPU only if a context exists already.
 
     Returns:
         A dictionary with the keys fastres, python, platform, versions, cpu, gpus, cuda, extension, cuda_extension
-        (with the kernels' registers, memory and occupancy where a CUDA context exists), dtypes, operators (device ->
-        operator -> backend -> refusals, empty where it can run), environment and fixes. `str()` of it is
-        a page of text.
+        (with the kernels' registers, memory and occupancy if a CUDA context exists), dtypes, operators (device ->
+        operator -> backend -> refusals, empty if it can run), environment and fixes. `str()` of it is a page of text.
 
     Example:
         >>> import fastres
@@ -115,8 +118,10 @@ def info(*, init_cuda: bool = False) -> Info:
         try:
             torch.cuda.init()
             devices.append("cuda")
-        except RuntimeError as error:  # a driver older than torch's CUDA, most often
+        except RuntimeError as error:  # most often, a driver older than torch's CUDA
             cuda["reason"] = str(error).splitlines()[0]
+    cuda_extension = _module_info(_extension.why_not_cuda(), _extension.build_info_cuda)
+    cuda_extension["kernels"] = _kernels() if "cuda" in devices and cuda_extension["build"] else {}
     info = Info(
         fastres=version("fastres") or _source_version(),
         python=platform.python_version(),
@@ -125,8 +130,8 @@ def info(*, init_cuda: bool = False) -> Info:
         cpu=cpu(),
         gpus=gpus,
         cuda=cuda,
-        extension=_extension_info(),
-        cuda_extension=_cuda_extension_info(kernels="cuda" in devices),
+        extension=_module_info(_extension.why_not_cpu(), _extension.build_info),
+        cuda_extension=cuda_extension,
         dtypes=[str(dtype).removeprefix("torch.") for dtype in _DTYPES],
         operators={device: _operators(device) for device in devices},
         environment={name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
@@ -136,7 +141,7 @@ def info(*, init_cuda: bool = False) -> Info:
 
 
 def version(distribution: str) -> str | None:
-    """The installed version of a distribution, without importing it; None where it is not installed."""
+    """The installed version of a distribution, without importing it; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -144,7 +149,7 @@ def version(distribution: str) -> str | None:
 
 
 def cpu() -> dict[str, Any]:
-    """The CPU's model, instruction set, usable cores and torch's threads; whether oneDNN convolves bf16 natively."""
+    """The CPU's model, instruction set, native bf16 support in oneDNN, usable cores, and torch's threads."""
     return {
         "model": _cpu_model(),
         "isa": torch.backends.cpu.get_cpu_capability(),
@@ -154,8 +159,15 @@ def cpu() -> dict[str, Any]:
     }
 
 
+def gpu(device: int | torch.device) -> dict[str, Any]:
+    """A GPU's name, memory and compute capability; creates a CUDA context."""
+    found = torch.cuda.get_device_properties(device)
+    capability = f"{found.major}.{found.minor}"
+    return {"name": found.name, "memory_mib": found.total_memory >> 20, "capability": capability}
+
+
 def usable_cores() -> int:
-    """The cores this process may use: its affinity, and a container's quota (cgroup v2), which torch does not see."""
+    """The cores this process may use: its affinity, and a container's quota (cgroup v2), which torch ignores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         with open(_CPU_QUOTA, encoding="ascii") as file:
@@ -166,17 +178,17 @@ def usable_cores() -> int:
 
 
 def load_average() -> float | None:
-    """How many programs wanted a core, on average over the last minute; None where the system does not say."""
+    """The average number of programs that wanted a core over the last minute; None if the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def native_bf16() -> bool:
-    """Whether oneDNN has bf16 instructions to use on this CPU (avx512_bf16, amx); without, bf16 is emulated."""
+    """True if this CPU has bf16 instructions for oneDNN (avx512_bf16, amx); otherwise bf16 is emulated."""
     return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _wrapped(head: str, text: str, width: int = 79) -> list[str]:
-    """`text` behind `head` in lines of at most `width`, the later ones indented to where the text began."""
+    """`head` and `text` in lines of at most `width`, with the text indented by the length of `head`."""
     lines = textwrap.wrap(text, width - len(head), break_long_words=False, break_on_hyphens=False) or [""]
     return [(head + lines[0]).rstrip(), *(" " * len(head) + line for line in lines[1:])]
 
@@ -195,7 +207,7 @@ def _cpu_model() -> str:
 
 
 def _cuda() -> dict[str, Any]:
-    """torch's CUDA version and, where there is no GPU to use, the reason."""
+    """torch's CUDA version and, if there is no GPU to use, the reason."""
     reason = None
     if torch.version.cuda is None:
         reason = "none: this torch is built without CUDA"
@@ -206,19 +218,15 @@ def _cuda() -> dict[str, Any]:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    """Name, memory and compute capability of the GPUs that torch may use; from nvidia-smi until CUDA is initialised."""
+    """Name, memory and compute capability of the GPUs that torch may use; from nvidia-smi until CUDA is initialized."""
     count = torch.cuda.device_count() if torch.version.cuda else 0
     if count == 0:
         return []
     if torch.cuda.is_initialized():
-        properties = [torch.cuda.get_device_properties(i) for i in range(count)]
-        return [
-            {"name": p.name, "memory_mib": p.total_memory >> 20, "capability": f"{p.major}.{p.minor}"}
-            for p in properties
-        ]
+        return [gpu(i) for i in range(count)]
     listed = _nvidia_smi()
-    unknown = {"name": "unknown until CUDA is initialised", "memory_mib": None, "capability": None}
-    return listed if len(listed) == count else [dict(unknown) for _ in range(count)]  # else some are hidden
+    unknown = {"name": "unknown until CUDA is initialized", "memory_mib": None, "capability": None}
+    return listed if len(listed) == count else [dict(unknown) for _ in range(count)]  # otherwise some are hidden
 
 
 def _nvidia_smi() -> list[dict[str, Any]]:
@@ -228,7 +236,7 @@ def _nvidia_smi() -> list[dict[str, Any]]:
     query = [command, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
         text = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):  # no driver behind it: the count above is what torch can use
+    except (OSError, subprocess.SubprocessError):  # no driver: the count above is what torch can use
         return []
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 2]
     return [
@@ -243,19 +251,12 @@ def _gpu_line(gpu: dict[str, Any]) -> str:
     return f"{gpu['name']}{memory}{capability}"
 
 
-def _extension_info() -> dict[str, Any]:
-    why_not = _extension.why_not_cpu() or None
-    return {"why_not": why_not, "build": {} if why_not else dict(_extension.build_info())}
-
-
-def _cuda_extension_info(kernels: bool) -> dict[str, Any]:
-    why_not = _extension.why_not_cuda() or None
-    build = {} if why_not else dict(_extension.build_info_cuda())
-    return {"why_not": why_not, "build": build, "kernels": _kernels() if kernels and build else {}}
+def _module_info(why_not: str | None, build_info: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    return {"why_not": why_not or None, "build": {} if why_not else dict(build_info())}
 
 
 def _kernels() -> dict[str, dict[str, Any]]:
-    """The CUDA kernels' resources; of a GPU that none of them has code for, none: the operators' refusals say why."""
+    """The CUDA kernels' resources; empty on a GPU that they have no code for: the operators' refusals say why."""
     try:
         return _extension.kernel_attributes()
     except RuntimeError:
@@ -270,7 +271,7 @@ def _kernel_line(kernel: dict[str, Any]) -> str:
 
 
 def _operators(device: str) -> dict[str, dict[str, list[str]]]:
-    """Operator -> backend -> refusals of an ordinary call in each dtype, named by dtype where only some refuse."""
+    """Operator -> backend -> refusals of an ordinary call, prefixed with the dtype if only some dtypes are refused."""
     table: dict[str, dict[str, list[str]]] = {}
     for name, operator in _dispatch.OPERATORS.items():
         table[name] = {}
@@ -303,7 +304,7 @@ def _fixes(info: Info) -> list[str]:
     if info["gpus"] and info["versions"]["triton"] is None:
         fixes.append("triton: pip install triton")
     if info["cuda"]["version"] is None and shutil.which("nvidia-smi"):
-        fixes.append("torch: this machine has NVIDIA's driver but torch has no CUDA: pip install torch, the CUDA build")
+        fixes.append("torch: this machine has NVIDIA's driver but torch has no CUDA: pip install a CUDA build of torch")
     missing = sorted({_EXTRA[name] for name, found in info["versions"].items() if found is None and name in _EXTRA})
     if missing:
         fixes.append(f'optional packages: pip install "fastres[{",".join(missing)}]"')

@@ -1,4 +1,4 @@
-"""The logger `fastres`, and FASTRES_LOG: the level from which its records go to stderr; unset changes nothing."""
+"""The logger `fastres`, and FASTRES_LOG: the level from which its records go to stderr; nothing changes if unset."""
 
 import logging
 import os
@@ -8,7 +8,7 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def configure_from_environment() -> None:
-    """Reads FASTRES_LOG once, at import. An unknown level is reported and changes nothing."""
+    """Read FASTRES_LOG once, at import. An unknown level is reported and otherwise ignored."""
     level = os.environ.get("FASTRES_LOG", "").strip().lower()
     if not level:
         return

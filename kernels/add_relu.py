@@ -10,9 +10,9 @@ Gradient, with the mask taken from y so that neither x nor residual has to be sa
     g = y <= 0 ? 0 : dy         NaN y passes dy, as threshold_backward
     dx = dresidual = g          one tensor serves both inputs
 
-Bytes: forward 2 reads and 1 write, backward 2 reads and 1 write: nothing less is possible as long as the addition is a
-kernel of its own. It stops being good where the producer of x can add in its epilogue (conv_act, bn_act with a
-residual): that saves a write and a read of x. Below some 100,000 elements the launch costs more than the work.
+Bytes: forward 2 reads and 1 write, backward 2 reads and 1 write, the minimum for an addition in a kernel of its own. It
+stops being good where the producer of x can add in its epilogue (conv_act, bn_act with a residual), which saves a write
+and a read of x. Below about 100,000 elements the launch costs more than the work.
 """
 
 import torch
@@ -39,14 +39,14 @@ def add_relu_forward_kernel(
     numel,
     BLOCK: tl.constexpr,
 ):
-    # int64 before the product: block * BLOCK passes 2^31 on large tensors. Within the block int32 is enough.
+    # int64 before the product: block * BLOCK exceeds 2^31 on large tensors. Within the block int32 is enough.
     start = tl.program_id(0).to(tl.int64) * BLOCK
     x_ptr += start
     residual_ptr += start
     y_ptr += start
     lanes = tl.arange(0, BLOCK)
-    # A mask whose end is not a multiple of the vector would split every access of every block into single elements:
-    # only the last block pays for its tail.
+    # A mask that does not end at a multiple of the vector would split every access of every block into single elements,
+    # so only the last block has one.
     if start + BLOCK <= numel:
         _add_relu_block(x_ptr, residual_ptr, y_ptr, lanes, None)
     else:
@@ -55,7 +55,7 @@ def add_relu_forward_kernel(
 
 @triton.jit
 def _add_relu_backward_block(dy_ptr, y_ptr, dx_ptr, lanes, mask):
-    dy = tl.load(dy_ptr + lanes, mask)  # [BLOCK], only moved: no conversion
+    dy = tl.load(dy_ptr + lanes, mask)  # [BLOCK], moved without conversion
     y = tl.load(y_ptr + lanes, mask).to(tl.float32)  # [BLOCK]
     g = relu_gradient(dy.to(tl.float32), y)
     tl.store(dx_ptr + lanes, g.to(dx_ptr.dtype.element_ty), mask)

@@ -1,4 +1,4 @@
-"""Batch normalisation, residual addition and activation in one operator: launches.
+"""Batch normalization, residual addition and activation in one operator: the launches.
 
 Formula, per channel over the n = N*H*W elements of x [N, C, H, W]:
 
@@ -17,18 +17,19 @@ Gradient:
     dx      = weight * rstd * (g - dbias / n - x_hat * dweight / n)  in training,  weight * rstd * g  in eval
     dresidual = g
 
-Launches and bytes, in units of the tensor: training forward 3 launches (statistics, merge, normalise), 2 reads of x, 1
+Launches and bytes, in units of the tensor: training forward 3 launches (statistics, merge, normalize), 2 reads of x, 1
 write [+ 1 read of residual]; eval forward 1 launch, 1 read, 1 write [+ 1]. Training backward 3 launches (sums, merge,
 dx): dy, y, x twice and dx once; with a residual gradient the first pass writes g and the second reads it in place of dy
 and y, 7 either way. Eval backward 2 launches, dx being written by the pass that sums, or 1 when no parameter needs a
 gradient. The merges move a few hundred KB.
 
-Sums have two stages: programs write partial results to scratch memory, one more launch adds them in their order. No
-atomics: the same input gives the same bits. How a tensor is cut up depends on its shape and the table of configs alone.
+Sums have two stages: programs write partial results to scratch memory, and one more launch adds them in a fixed order.
+There are no atomics: the same input gives the same bits. The partition of a tensor depends only on its shape and the
+table of configs.
 
 It stops being good where the tensor is so small that three launches show (below about a million elements a single-pass
-kernel per channel would win), in NCHW with C*H*W below a few hundred (tiles are mostly empty), and where the producing
-convolution could take the statistics in its epilogue, which saves a read of x.
+kernel per channel would win), in NCHW with C*H*W below a few hundred (tiles are mostly empty), and where the preceding
+convolution could compute the statistics in its epilogue, which saves a read of x.
 """
 
 import torch
@@ -91,9 +92,9 @@ def bn_act_forward(
 def bn_act_backward(
     dy: torch.Tensor,  # [N, C, H, W], like x
     x: torch.Tensor,  # [N, C, H, W]
-    y: torch.Tensor | None,  # like x: the forward's output; read for "relu" only
+    y: torch.Tensor | None,  # like x: the forward's output; read only for "relu"
     weight: torch.Tensor | None,  # [C] fp32; None: 1
-    mean: torch.Tensor,  # [C] fp32: what the forward normalised with
+    mean: torch.Tensor,  # [C] fp32: what the forward normalized with
     var: torch.Tensor,  # [C] fp32
     dx: torch.Tensor | None,  # like x, written; None: not wanted, as for the next three
     dweight: torch.Tensor | None,  # [C] fp32, written
@@ -105,7 +106,7 @@ def bn_act_backward(
     eps: float,
     act: str,
 ) -> None:
-    """The wanted gradients, in at most three launches; nothing is computed or written for those not wanted."""
+    """Compute the wanted gradients in at most three launches; nothing is computed or written for the others."""
     if all(wanted is None for wanted in (dx, dweight, dbias, dresidual)):
         return
     view, arch = image(x, channels_last), architecture(x)
@@ -132,7 +133,7 @@ def bn_act_backward(
             )  # fmt: skip
             if not couples:
                 return
-            if dresidual is not None:  # g is there: one read in place of dy and y
+            if dresidual is not None:  # it has g: one read instead of dy and y
                 dy, masked_y, dresidual = dresidual, None, None
         sweep_plan = sweep(view, "bn_act_backward_kernel", arch)
         bn_act_backward_kernel[(sweep_plan.programs,)](

@@ -10,7 +10,7 @@ from .image import along_channels, reduction_tiles, sweep_tile
 @triton.jit(do_not_specialize=["outer", "channels", "units", "line_blocks", "splits", "parts"])
 def bn_act_backward_sums_kernel(
     dy_ptr,  # [R, L]
-    x_ptr,  # [R, L]; None when only sum g is wanted
+    x_ptr,  # [R, L]; None when only sum g is needed
     y_ptr,  # [R, L]; None without ReLU
     weight_ptr,  # [C] fp32 or None
     mean_ptr,  # [C] fp32
@@ -42,7 +42,7 @@ def bn_act_backward_sums_kernel(
             scale *= tl.load(weight_ptr + channel, channel_valid, other=0.0)
         scale = along_channels(scale, CHANNELS_LAST)
 
-    # one pair of sums per lane: the loop has no reduction and no barrier
+    # one pair of sums per lane, so that the loop has no reduction and no barrier
     sum_g = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
     sum_gx = tl.zeros([BLOCK_R, BLOCK_L], tl.float32)
     for _ in range(iterations):
@@ -52,7 +52,7 @@ def bn_act_backward_sums_kernel(
             g = relu_gradient(g, tl.load(y_ptr + base + local, valid, other=0.0).to(tl.float32))
         sum_g += g
         if x_ptr is not None:
-            # rstd is the same for all of them: it is multiplied once, by the merge
+            # rstd is the same for all of them: the merge multiplies by it once
             sum_gx += g * (tl.load(x_ptr + base + local, valid, other=0.0).to(tl.float32) - mean)
         if dresidual_ptr is not None:
             tl.store(dresidual_ptr + base + local, g.to(dresidual_ptr.dtype.element_ty), valid)
@@ -73,18 +73,18 @@ def bn_act_backward_sums_kernel(
 def bn_act_backward_merge_kernel(
     scratch_ptr,  # sum g [parts, C], sum g * (x - mean) [parts, C]
     var_ptr,  # [C] fp32
-    coefficients_ptr,  # [2, C] fp32, written: dbias / n and rstd * dweight / n, what dx needs; or None
+    coefficients_ptr,  # [2, C] fp32, written: dbias / n and rstd * dweight / n for dx; or None
     dweight_ptr,  # [C] fp32, written; or None
     dbias_ptr,  # [C] fp32, written; or None
     parts,
     channels,
     n,
     eps,
-    HAS_X: tl.constexpr,  # the second sum is there
+    HAS_X: tl.constexpr,  # there is a second sum
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Adds the parts in their order."""
+    """Add the parts in a fixed order."""
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     in_channels = channel < channels
     lane = tl.arange(0, BLOCK_P)
@@ -115,7 +115,7 @@ def bn_act_backward_merge_kernel(
 def bn_act_backward_kernel(
     dy_ptr,  # [R, L]
     x_ptr,  # [R, L]; None when no dx is wanted, and in eval
-    y_ptr,  # [R, L]; None when dy is g already
+    y_ptr,  # [R, L]; None when dy is already g
     weight_ptr,  # [C] fp32 or None
     mean_ptr,  # [C] fp32
     var_ptr,  # [C] fp32

@@ -1,4 +1,4 @@
-"""Forward kernels of bn_act: statistics, their merge, and the normalisation. The formula is in bn_act.py."""
+"""Forward kernels of bn_act: statistics, their merge, and the normalization. The formula is in bn_act.py."""
 
 import triton
 import triton.language as tl
@@ -25,10 +25,10 @@ def bn_statistics_kernel(
     """Count, mean and M2 = sum (x - mean)^2 of each channel over one program's tiles.
 
     Each lane of the tile runs its own Welford recurrence, so the loop has no reduction and no barrier; the lanes are
-    merged once, at the end. Everything is relative to one value of the channel, its first: where |mean| >> std, fp32
-    holds neither the running mean nor the parts' means closely enough, but it does their differences to a sample; and
-    a constant channel has differences, and so a variance, of exactly 0. A first value far from the rest does no harm:
-    being one of the values, it makes the variance as large as what its distance costs in accuracy.
+    merged once, at the end. Everything is relative to the first value of the channel. Where |mean| >> std, fp32 cannot
+    represent the running mean and the means of the parts closely enough, but it can represent their differences from a
+    sample; and in a constant channel the differences, and with them the variance, are exactly 0. A first value far from
+    the rest does no harm: it is one of the values, so it raises the variance as much as its distance costs in accuracy.
     """
     length = units * UNIT
     base, step, iterations, local, in_line, rows_left, row_step, part, channel, channel_valid = reduction_tiles(
@@ -58,7 +58,7 @@ def bn_statistics_kernel(
         base += step
         rows_left -= row_step
 
-    # Chan's merge of all lanes at once; a lane that never saw an element has count, mean and m2 of 0.
+    # Chan's merge of all lanes at once; a lane without elements has count, mean and m2 of 0.
     n = tl.sum(count, 0)
     weight = across_channels(count, CHANNELS_LAST)
     part_mean = tl.sum(weight * mean, AXIS) / n  # [BLOCK_L] or [BLOCK_R]
@@ -68,14 +68,14 @@ def bn_statistics_kernel(
     row = scratch_ptr + part.to(tl.int64) * channels
     tl.store(row + channel, part_mean, channel_valid)
     tl.store(row + size + channel, part_m2, channel_valid)
-    # every channel of a part has the same count: the program of its channel 0 writes it
+    # every channel of a part has the same count: the program with channel 0 writes it
     if tl.min(channel, 0) == 0:
         tl.store(scratch_ptr + 2 * size + part, n)
 
 
 @triton.jit(do_not_specialize=["channel_stride", "parts", "channels", "n"])
 def bn_statistics_merge_kernel(
-    x_ptr,  # [R, L]: read for the first value of each channel alone
+    x_ptr,  # [R, L]; only the first value of each channel is read
     scratch_ptr,  # means - first value [parts, C], m2 [parts, C], counts [parts]
     mean_ptr,  # [C] fp32, written
     var_ptr,  # [C] fp32, written: biased
@@ -86,7 +86,7 @@ def bn_statistics_merge_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Chan's merge of all parts, in their order, in two passes over results that are in the L2 cache."""
+    """Merge all parts by Chan's formula, in a fixed order, in two passes over results in the L2 cache."""
     channel = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     lane = tl.arange(0, BLOCK_P)
     size = tl.cast(parts, tl.int64) * channels

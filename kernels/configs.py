@@ -1,16 +1,15 @@
 """Tile sizes and warps of every kernel: one table, by kernel, architecture and shape class.
 
 The entries below follow from the compiled code (registers decide how many programs an SM holds) and from the bytes a
-GPU needs in flight; those that were measured on a GPU are in tuned.json and take their place (measured.py). The compile
-lane of the tests compiles every entry of the table. A kernel sees
-`tile` elements at a time, 16 per thread or less: with all the threads that an SM then holds, enough 16-byte loads are
-under way to keep memory busy. `programs` of a reduction is about what the GPU holds at once; it comes from this table
-and not from the device, so that how a tensor is partitioned, and with it the last bit of every sum, depends on its
-shape and the architecture alone.
+GPU needs in flight; entries measured on a GPU are in tuned.json and replace them (measured.py). The compile lane of the
+tests compiles every entry of the table. A kernel processes `tile` elements at a time, at most 16 per thread: with all
+the threads that an SM then holds, enough 16-byte loads are in flight to keep memory busy. `programs` of a reduction is
+about the number that the GPU holds at once. It comes from this table and not from the device, so that the partition of
+a tensor, and with it the last bit of every sum, depends only on its shape and the architecture.
 
-Shape classes: "large" and "small" of flat arrays; "rows" (channels_last) and "planes" (NCHW) of images, alone, with
-"_small", or with "_odd" where lines cannot be read in vectors; "many" and "few" partial results of a merge; of GEMMs
-the classes of _gemm, with "_tf32" or "_ieee" in fp32.
+Shape classes: "large" and "small" for flat arrays; "rows" (channels_last) and "planes" (NCHW) for images, plain, with
+"_small", or with "_odd" where lines cannot be read in vectors; "many" and "few" for the partial results of a merge; for
+GEMMs the classes of _gemm, with "_tf32" or "_ieee" in fp32.
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from math import gcd
 
 from . import measured
 
-SMALL = 1 << 20  # elements: below, tiles shrink so that the tensor still spreads over the whole GPU
+SMALL = 1 << 20  # elements; below, tiles shrink so that the tensor still spreads over the whole GPU
 ARCHITECTURES = (80, 90, 100)
 
 
@@ -26,8 +25,8 @@ ARCHITECTURES = (80, 90, 100)
 class Config:
     tile: int  # elements of a tile, BLOCK_R * BLOCK_L
     num_warps: int
-    line: int = 0  # BLOCK_L at most, along the contiguous axis; the rest of the tile goes to BLOCK_R rows
-    programs: int = 0  # reductions: programs wanted in all
+    line: int = 0  # largest BLOCK_L, along the contiguous axis; BLOCK_R rows fill the tile
+    programs: int = 0  # total number of programs, for reductions
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class GemmConfig:
     block_n: int  # output channels
     block_k: int  # depth
     num_warps: int
-    num_stages: int  # of the pipeline that loads
-    group_m: int = 8  # tiles of pixels that meet all tiles of channels before the next do
+    num_stages: int  # of the load pipeline
+    group_m: int = 8  # tiles of pixels that run with all tiles of channels before the next group
 
 
 def _flat(arch: int) -> dict[str, Config]:
@@ -50,14 +49,14 @@ def _normalise(arch: int) -> dict[str, Config]:
         "rows_small": Config(tile=512, num_warps=4, line=256),
         "planes": Config(tile=2048, num_warps=4, line=1024),
         "planes_small": Config(tile=512, num_warps=4, line=256),
-        # an address per element and not per vector: half the elements per thread, or registers run out
+        # one address per element instead of per vector: half the elements per thread, or registers run out
         "rows_odd": Config(tile=1024, num_warps=4, line=256),
         "planes_odd": Config(tile=1024, num_warps=4, line=256),
     }
 
 
 def _gradient(arch: int) -> dict[str, Config]:
-    # One tensor and two vectors more than the forward: with 16 elements per thread some variants spill 8 bytes.
+    # One more tensor and two more vectors than the forward: with 16 elements per thread some variants spill 8 bytes.
     return {
         "rows": Config(tile=2048, num_warps=8, line=512),
         "rows_small": Config(tile=512, num_warps=4, line=256),
@@ -68,8 +67,8 @@ def _gradient(arch: int) -> dict[str, Config]:
     }
 
 
-# Lines of 128 channels in reductions: wider tiles would write more partial results, narrower ones read less than two
-# 128-byte lines a row in fp32. `programs` is what the GPU's registers hold at once: one wave, nothing queues behind it.
+# Lines of 128 channels in reductions: wider tiles would write more partial results, narrower ones would read less than
+# two 128-byte lines per row in fp32. `programs` is what the GPU's registers hold at once: one wave, nothing queues.
 
 
 def _statistics(arch: int) -> dict[str, Config]:
@@ -86,7 +85,7 @@ def _statistics(arch: int) -> dict[str, Config]:
 
 def _sums(arch: int) -> dict[str, Config]:
     sm_count = _SM_COUNT[arch]
-    # Up to five tensors at a time: half the elements per thread that the statistics take.
+    # Up to five tensors at a time: half as many elements per thread as in the statistics.
     return {
         "rows": Config(tile=2048, num_warps=8, line=128, programs=3 * sm_count),
         "rows_small": Config(tile=1024, num_warps=4, line=64, programs=2 * sm_count),
@@ -98,31 +97,31 @@ def _sums(arch: int) -> dict[str, Config]:
 
 
 def _merge(arch: int) -> dict[str, Config]:
-    # 8 channels are one 32-byte sector: few channels a program, so that a 64-channel tensor still uses 8 SMs.
+    # 8 channels are one 32-byte sector: few channels per program, so that a 64-channel tensor still uses 8 SMs.
     return {"many": Config(tile=1024, num_warps=4, line=8), "few": Config(tile=512, num_warps=4, line=64)}
 
 
-# Implicit GEMMs: an iteration takes 128 bytes of depth, the longest swizzle of shared memory. What bounds a tile is the
-# epilogue, where sums and residual are in registers at once: 255 a thread without a spill means 128 x 128 for 256
-# threads, and 128 x 256, which asks the L2 cache for a quarter less, where there is no residual.
+# Implicit GEMMs: an iteration takes 128 bytes of depth, the longest swizzle of shared memory. The epilogue limits the
+# tile, because sums and residual are in registers at once: 255 per thread without a spill allow 128 x 128 for 256
+# threads, and 128 x 256, which reads a quarter less from the L2 cache, where there is no residual.
 
 
 def _gemm(arch: int) -> dict[str, GemmConfig]:
     rows = {
-        # mma.sync of sm_80 has its operands in registers too: 128 x 256 spills 8 bytes there
+        # mma.sync of sm_80 also has its operands in registers: 128 x 256 spills 8 bytes there
         "deep": GemmConfig(128, 256, 64, num_warps=8, num_stages=4) if arch >= 90 else GemmConfig(128, 128, 64, 8, 4),
         "wide": GemmConfig(128, 128, 64, num_warps=8, num_stages=4),
-        # memory-bound mostly: two or three programs to an SM, so that one's loads go under another's epilogue
+        # mostly memory-bound: two or three programs per SM, so that one's loads overlap another's epilogue
         "narrow": GemmConfig(128, 64, 64, num_warps=4, num_stages=3),
-        # latency-bound: many programs of few, long iterations
+        # latency-bound: many programs with few, long iterations
         "few": GemmConfig(64, 32, 128, num_warps=4, num_stages=4),
-        # an address per element and not per vector, and loads that pass through registers
+        # one address per element instead of per vector, and loads that pass through registers
         "odd": GemmConfig(64, 64, 32, num_warps=4, num_stages=3),
     }
     tf32 = {name: replace(entry, block_k=entry.block_k // 2) for name, entry in rows.items()}
     if arch >= 100:
         tf32["deep"] = tf32["wide"]  # fp32 outputs of 128 x 256 spill 108 bytes there
-    # ordinary cores: each thread computes block_m * block_n / threads outer products, 16 here, from registers
+    # CUDA cores: each thread computes block_m * block_n / threads outer products, 16 here, from registers
     ieee = {name: GemmConfig(64, 64, 16, num_warps=8, num_stages=3) for name in ("deep", "wide", "narrow")}
     ieee |= {name: GemmConfig(64, 32, 16, num_warps=4, num_stages=3) for name in ("few", "odd")}
     return (
@@ -153,7 +152,7 @@ measured.load(measured.PATH, TABLE)
 
 
 def config(kernel: str, arch: int, shape_class: str) -> Config:
-    """The entry of the newest known architecture that is not newer than `arch` (the oldest one for anything older)."""
+    """The entry of the newest known architecture up to `arch`, or of the oldest one."""
     known = max((a for a in ARCHITECTURES if a <= arch), default=ARCHITECTURES[0])
     return TABLE[kernel, known][shape_class]
 
@@ -177,11 +176,11 @@ MANY = 1 << 23  # 256 tiles of 128 x 256, about two
 
 @dataclass(frozen=True)
 class Gemm:
-    """What a GEMM's class follows from: `groups` times pixels x out_channels x depth."""
+    """The size of a GEMM, which decides its class: `groups` times pixels x out_channels x depth."""
 
     pixels: int
     out_channels: int
-    depth: int  # of one tap, or of all where they are one axis
+    depth: int  # of one tap, or of all taps where they are one axis
     groups: int
     vectors: bool  # inputs and outputs move in vectors of at least 8 bytes, along the depth and the output channels
     residual: bool
@@ -202,9 +201,9 @@ class Gemm:
 
 
 def gemm(kernel: str, arch: int, shape: Gemm) -> GemmConfig:
-    """The entry of a GEMM, its blocks cut to what a narrower or shallower one fills."""
+    """The entry of a GEMM, with blocks no larger than a narrow or shallow one fills."""
     if arch >= 120:
-        arch = 80  # GeForce: 99 KB of shared memory and mma.sync, which sm_80's entries fit, as they do sm_86 and sm_89
+        arch = 80  # GeForce has 99 KB of shared memory and mma.sync: the entries of sm_80 fit, as on sm_86 and sm_89
     entry = config(kernel, arch, shape.shape_class)
     return replace(
         entry,
@@ -218,16 +217,16 @@ def next_power_of_2(n: int) -> int:
 
 
 def alignment_unit(length: int) -> int:
-    """The largest power of two up to 16 that divides the length of a line: given to the kernel as a constant, it lets
-    lines of 196 or 24 elements be read in vectors too, where Triton by itself knows multiples of 16 alone."""
+    """The largest power of two up to 16 that divides the length of a line. As a constant it lets a kernel read lines of
+    196 or 24 elements in vectors; by itself Triton recognizes only multiples of 16."""
     return gcd(length, 16)
 
 
 def blocks(config: Config, rows: int | None, length: int) -> tuple[int, int]:
-    """(BLOCK_R, BLOCK_L) for lines of `length` elements; `rows` caps BLOCK_R where more rows are never there.
+    """(BLOCK_R, BLOCK_L) for lines of `length` elements; `rows` is an upper limit of BLOCK_R.
 
-    A line longer than the tile is cut where least of the last block is left empty. BLOCK_R * length stays below 2^31,
-    because offsets within a tile are int32.
+    A line longer than the tile is split so that the last block has the fewest empty elements. BLOCK_R * length stays
+    below 2^31, because offsets within a tile are int32.
     """
     if length <= config.line:
         block_l = next_power_of_2(length)

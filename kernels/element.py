@@ -1,4 +1,4 @@
-"""The maths of one element, shared by every kernel: the device twin of csrc/element.h."""
+"""The math of one element, shared by every kernel; csrc/element.h has the same functions in C++."""
 
 import triton
 import triton.language as tl
@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def relu(z):
-    """max(z, 0) as torch.relu: NaN and -0.0 pass. A select, because a plain max drops NaN in compiled code and
-    max.NaN turns -0.0 into +0.0; the second instruction is free in a kernel that waits for memory."""
+    """max(z, 0) as torch.relu: NaN and -0.0 pass. A select, because in compiled code a plain max drops NaN and max.NaN
+    turns -0.0 into +0.0; the second instruction is free in a kernel that waits for memory."""
     return tl.where(z < 0, 0.0, z)
 
 
@@ -19,8 +19,8 @@ def relu_gradient(dy, y):
 
 @triton.jit
 def reciprocal_std(var, eps):
-    """rstd = 1 / sqrt(var + eps), correctly rounded twice: rsqrt.approx is 2 ulp off and flushes subnormals, and this
-    runs once per channel and tile."""
+    """rstd = 1 / sqrt(var + eps), each operation correctly rounded: rsqrt.approx is off by 2 ulp and flushes
+    subnormals, and this runs only once per channel and tile."""
     return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
 
 
@@ -44,7 +44,7 @@ def silu(z):
 
 @triton.jit
 def activate(z, ACT: tl.constexpr):
-    """act(z) in fp32, by its name."""
+    """act(z) in fp32, by the name of the activation."""
     if ACT == "relu":
         z = relu(z)
     elif ACT == "relu6":

@@ -1,4 +1,4 @@
-"""How kernels see an image tensor: as rows of contiguous lines, in either memory order.
+"""Image tensors as kernels see them: rows of contiguous lines, in either memory order.
 
                       rows R      line L    channel of an element       images in a row block
     channels_last     N*H*W       C         its place in the line       any
@@ -6,13 +6,14 @@
 
 So one kernel serves both orders: tiles are [BLOCK_R, BLOCK_L], coalesced along the line, per-channel vectors have the
 shape [1, BLOCK_L] or [BLOCK_R, 1], and a reduction over a channel is one over axis 0 or axis 1. Several short planes
-(7x7) share a tile; a long one is cut into blocks.
+(7x7) share a tile; a long one is split into blocks.
 
 A reduction gives every program a fixed set of tiles, strided over the whole tensor, so that all programs together sweep
-memory from its beginning to its end: neighbours read neighbouring pages, and the last tiles read are the ones that a
-second pass, walking backwards, finds in the L2 cache.
+memory from beginning to end: neighbors read adjacent pages, and the last tiles read are those that a second pass, which
+runs backward, finds in the L2 cache.
 
-Grids have one axis (y and z end at 65535). Offsets to a tile are int64, offsets within it int32 (configs.blocks).
+Grids have one axis (y and z are limited to 65535). Offsets to a tile are int64, offsets within it int32
+(configs.blocks).
 """
 
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Image:
     """A dense [N, C, H, W] tensor as rows of lines."""
 
     channels: int  # C
-    outer: int  # what a channel's elements repeat over: N*H*W rows (channels_last) or N images
+    outer: int  # the extent that a channel's elements repeat over: N*H*W rows (channels_last) or N images
     rows: int  # R
     length: int  # L
     channels_last: bool
@@ -46,8 +47,8 @@ class Image:
 def image(x: torch.Tensor, channels_last: bool) -> Image:
     n, c, h, w = x.shape
     plane = h * w
-    # Where the two orders are the same memory, take the longer line: [N, C, 1, 1] has lines of C, and a single
-    # channel has lines of H*W unless they are so short that rows of one element fill tiles better.
+    # Where the two orders are the same memory, use the longer line: [N, C, 1, 1] has lines of C, and a single channel
+    # has lines of H*W unless they are so short that rows of one element fill tiles better.
     if plane == 1:
         channels_last = True
     elif c == 1:
@@ -59,7 +60,7 @@ def image(x: torch.Tensor, channels_last: bool) -> Image:
 
 @dataclass(frozen=True)
 class Sweep:
-    """An element-wise launch: each program has one tile."""
+    """An element-wise launch with one tile per program."""
 
     line_blocks: int
     programs: int
@@ -101,7 +102,7 @@ def reduction(view: Image, kernel: str, arch: int) -> Reduction:
 def _splits(programs: int, tiles: int, most: int) -> int:
     splits = programs // tiles
     if splits * tiles < 0.8 * programs:
-        # instead of one wave that leaves part of the GPU idle, several: their last is a smaller share of the work
+        # several waves instead of one that leaves part of the GPU idle: the last is a smaller share of the work
         splits = triton.cdiv(4 * programs, tiles)
     return min(splits, most)
 
@@ -116,19 +117,19 @@ def _constants(view: Image, config: configs.Config, block_r: int, block_l: int) 
     }
 
 
-# Per-channel values are loaded and computed as vectors of one axis, and only then laid along the tile: loaded in the
-# tile's own layout, each thread would load (and take the square root of) the same channel once per element it holds.
+# Per-channel values are loaded and computed as vectors of one axis, and only then laid along the tile: in the tile's
+# own layout, each thread would load (and take the square root of) the same channel once per element it holds.
 
 
 @triton.jit
 def along_channels(vector, CHANNELS_LAST: tl.constexpr):
-    """[1, BLOCK_L] or [BLOCK_R, 1]: a per-channel vector, to be broadcast over the tile."""
+    """A per-channel vector to broadcast over the tile. [1, BLOCK_L] or [BLOCK_R, 1]"""
     return vector[None, :] if CHANNELS_LAST else vector[:, None]
 
 
 @triton.jit
 def across_channels(vector, CHANNELS_LAST: tl.constexpr):
-    """[BLOCK_R, 1] or [1, BLOCK_L]: the same for the other axis, the one that reductions sum over."""
+    """The same for the other axis, which reductions sum over. [BLOCK_R, 1] or [1, BLOCK_L]"""
     return vector[:, None] if CHANNELS_LAST else vector[None, :]
 
 
@@ -142,9 +143,9 @@ def sweep_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """-> base (int64), local [BLOCK_R, BLOCK_L], valid [BLOCK_R, BLOCK_L], channel [BLOCK_L] or [BLOCK_R], its mask.
+    """Return base (int64), local and valid [BLOCK_R, BLOCK_L], channel [BLOCK_L] or [BLOCK_R], and its mask.
 
-    The elements of the tile are at base + local. The first program has the last tile: it was read last.
+    The elements of the tile are at base + local. The first program gets the last tile, because it was read last.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     row = (tile // line_blocks).to(tl.int64) * BLOCK_R
@@ -172,11 +173,11 @@ def reduction_tiles(
     BLOCK_R: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    """-> base, step (int64), iterations, local [BLOCK_R, BLOCK_L], in_line [BLOCK_L], rows_left (int64), row_step
-    (int64), part, channel [BLOCK_L] or [BLOCK_R], its mask.
+    """Return base, step (int64), iterations, local [BLOCK_R, BLOCK_L], in_line [BLOCK_L], rows_left (int64), row_step
+    (int64), part, channel [BLOCK_L] or [BLOCK_R], and its mask.
 
     In iteration i the tile is at base + i * step + local, and its lanes are in_line & (row < rows_left - i * row_step):
-    only rows of channels_last run out, channels of a row block of NCHW are the same in each image.
+    only rows of channels_last run out; the channels of a row block of NCHW are the same in each image.
     """
     program = tl.program_id(0)
     line_block = program % line_blocks

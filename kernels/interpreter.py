@@ -1,8 +1,8 @@
-"""A repair of Triton 3.6's interpreter, applied under TRITON_INTERPRET=1 alone.
+"""A fix for Triton 3.6's interpreter, applied only under TRITON_INTERPRET=1.
 
-It holds scalars as arrays of one element and turns a loop's bound into an int by `int(array)`, which NumPy 2.4 refuses.
-Loops with a bound known only at run time then raise; `array.item()` is what it means. To be dropped with the Triton
-version that needs it.
+The interpreter represents scalars as arrays of one element and converts a loop bound with `int(array)`, which NumPy 2.4
+refuses, so loops whose bound is known only at run time raise. `array.item()` is the right conversion. Remove this with
+the Triton version that needs it.
 """
 
 from triton.runtime import interpreter

@@ -1,4 +1,4 @@
-"""What every launch needs from the host: the tensor's device, its architecture, its shape class."""
+"""The facts about a tensor that every launch needs: its device and its architecture."""
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -7,7 +7,7 @@ import torch
 
 
 def device_guard(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device and on its current stream: make that the tensor's own device."""
+    """Make the tensor's device current, because Triton launches on the current device and its current stream."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 

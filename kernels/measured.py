@@ -1,11 +1,11 @@
-"""Configurations measured on GPUs: data in tuned.json beside this file, which take the place of configs.py's own.
+"""Configurations measured on GPUs, which replace those of configs.py: tuned.json, in the folder of this file.
 
     {"schema": "fastres.tuned", "schema_version": 1, "entries": [
         {"kernel": "add_relu_forward_kernel", "arch": 90, "shape_class": "large",
-         "config": {"tile": 4096, "num_warps": 8, "line": 0, "programs": 0}, ...what was measured, where}]}
+         "config": {"tile": 4096, "num_warps": 8, "line": 0, "programs": 0}, ...where and how it was measured}]}
 
-`make gpu` measures them and `make gpu-import` writes the file; without the file nothing was measured. An entry replaces
-one that the table has, field for field, so the tests that compile the table compile what is loaded.
+`make gpu` measures them and `make gpu-import` writes the file; without a file nothing was measured. An entry replaces
+an existing one of the table, field by field, so the tests that compile the table compile what is loaded.
 """
 
 import json
@@ -20,9 +20,9 @@ Table = dict[tuple[str, int], dict[str, Any]]  # (kernel, architecture) -> shape
 
 
 def load(path: Path, table: Table) -> int:
-    """Puts the file's entries into the table; how many there are, 0 where there is no file.
+    """Put the file's entries into the table and return their number, 0 without a file.
 
-    Raises ValueError, the table unchanged, naming the entry that the table has no place for or that says no sizes.
+    Raises ValueError naming the entry that is not in the table or has invalid sizes; the table is then unchanged.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -35,7 +35,7 @@ def load(path: Path, table: Table) -> int:
 
 
 def checked(data: Any, table: Table, where: str) -> dict[tuple[str, int, str], Any]:
-    """(kernel, architecture, shape class) -> configuration, for every entry of the data."""
+    """Check the data and return the configurations by (kernel, architecture, shape class). Raises ValueError."""
     if not isinstance(data, dict) or (data.get("schema"), data.get("schema_version")) != (SCHEMA, VERSION):
         raise ValueError(f"{where}: expected the schema {SCHEMA!r}, version {VERSION}")
     entries = data.get("entries")
@@ -62,12 +62,12 @@ def _hashable(value: Any) -> bool:
 
 
 def _sized(config: Any, known: Any, at: str) -> Any:
-    """The configuration of the known one's kind; sizes are positive, and powers of two where the known one's are."""
+    """Build a configuration of the known one's type. Sizes must be positive, and powers of two where they are."""
     names = asdict(known)
     if not isinstance(config, dict) or set(config) != set(names):
         raise ValueError(f"{at}: config: got {config!r}, expected the keys {sorted(names)}")
     for name, value in config.items():
-        # 0 is "does not apply": it stays what it is
+        # 0 means that the size does not apply; it must stay 0
         right = type(value) is int and (value > 0) == (names[name] > 0) and value >= 0
         if right and name not in ("programs", "num_stages", "group_m"):
             right = value & (value - 1) == 0

@@ -17,7 +17,7 @@ from gpu_run.run import FAILED, INTERRUPTED, RUNNING, Interrupted, Outcome, Run
 from gpu_run.summary import Summary
 
 SECONDS = 570.0
-LEAST_S = 5.0  # a phase with less is not begun
+LEAST_S = 5.0  # a phase with less time is not started
 
 
 def _phases(text: str) -> tuple[Phase, ...]:
@@ -30,11 +30,13 @@ def _phases(text: str) -> tuple[Phase, ...]:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu_run", description="Builds, tests, tunes and measures fastres on a GPU.")
-    parser.add_argument("--results", type=Path, metavar="DIR", help="where results go (default build/gpu/results)")
-    parser.add_argument("--phases", type=_phases, default=PHASES, metavar="LIST", help="some of the phases, by comma")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all of it (default {SECONDS:.0f})")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU: all phases, tiny; no figure is kept")
+    parser = argparse.ArgumentParser(prog="gpu_run", description="Build, test, tune and measure fastres on a GPU.")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="output folder (default build/gpu/results)")
+    parser.add_argument("--phases", type=_phases, default=PHASES, metavar="LIST", help="phases to run, comma-separated")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help=f"time limit of the whole run (default {SECONDS:.0f})"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="run on a CPU: all phases, tiny; no figure is kept")
     options = parser.parse_args(arguments)
     options.build = ROOT / "build" / ("gpu-dry-run" if options.dry_run else "gpu")
     options.results = (options.results or options.build / "results").absolute()
@@ -42,25 +44,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check(dry: bool) -> tuple[needs.Gpu | None, list[needs.Item], list[needs.Item]]:
-    """(the GPU, what was found, what is absent and optional). Exits where something needed is missing."""
+    """The GPU, the items found, and the optional ones that are absent. Exits if a required one is missing."""
     gpu = None if dry else needs.find_gpu()
     if isinstance(gpu, str):
-        sys.exit(f"make gpu: no GPU: {gpu} (make gpu-dry-run tries all of it on a CPU)")
+        sys.exit(f"make gpu: no GPU: {gpu} (make gpu-dry-run runs everything on a CPU)")
     required, optional = needs.required(gpu is not None), needs.optional()
     missing = [item for item in required if item.version is None]
     if missing:
-        lines = [f"make gpu: {len(missing)} missing, of what {sys.executable} and this machine need:"]
+        lines = [f"make gpu: {len(missing)} missing, for {sys.executable} and this machine:"]
         sys.exit("\n".join([*lines, *(f"  {item}" for item in missing)]))
     found = [item for item in [*required, *optional] if item.version is not None]
     return gpu, found, [item for item in optional if item.version is None]
 
 
 def work(run: Run, summary: Summary, phases: tuple[Phase, ...]) -> None:
-    """Runs the phases one after the other, past failures; raises Interrupted when told to stop."""
+    """Run the phases in turn, continuing after failures. Raises Interrupted when told to stop."""
     for i, phase in enumerate(phases):
         most, started = limit(run, phases, i), time.monotonic()
         if most < LEAST_S:
-            summary.note(phase.name, Outcome(FAILED, "no time was left for it"), 0.0)
+            summary.note(phase.name, Outcome(FAILED, "no time left"), 0.0)
             continue
         print(f"{phase.name}: at most {most:.0f} s", flush=True)
         summary.note(phase.name, Outcome(RUNNING, "not finished"), 0.0)
@@ -69,7 +71,7 @@ def work(run: Run, summary: Summary, phases: tuple[Phase, ...]) -> None:
         except Interrupted:
             summary.note(phase.name, Outcome(INTERRUPTED, "stopped"), time.monotonic() - started)
             raise
-        except Exception as error:  # a phase that breaks must not take the others with it
+        except Exception as error:  # the other phases must still run
             outcome = Outcome(FAILED, f"the runner failed: {type(error).__name__}: {error}")
         summary.note(phase.name, outcome, time.monotonic() - started)
         print(f"{phase.name}: {outcome.status}: {outcome.message}", flush=True)
@@ -93,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             signal.signal(number, by)
 
     def interrupt(*_: Any) -> None:
-        handle(signal.SIG_IGN)  # once: a second must not keep the files from being written
+        handle(signal.SIG_IGN)  # a second signal must not interrupt the writing of the files
         raise Interrupted
 
     handle(interrupt)

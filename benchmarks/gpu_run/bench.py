@@ -1,11 +1,11 @@
-"""The figures of a GPU, the most important first: rates, operators, whole networks, training; bench.json as it goes.
+"""Measure the figures of a GPU, the most important first: rates, operators, whole networks, training.
 
-    rates       a copy's bandwidth and a matmul's rate by dtype: what the rest is compared with, in this very run
-    operators   fastres beside eager and each of its own backends by name, L2 cache flushed before every call
-    networks    frozen inference and swapped training beside the peers, from an idle GPU as a user calls them
+    rates       the bandwidth, and a matmul's rate by dtype: what the bounds of this run are made of
+    operators   fastres against eager and each of its own backends by name, with the L2 cache flushed before every call
+    networks    frozen inference and swapped training against the peers, from an idle GPU as a user calls them
 
-A case begins only while there is time for it, and one already begun may be lost when the time is over: the file has
-what was finished. A case with more peers takes the place of the same one with fewer.
+A case starts only if there is time for it; if the time still runs out, the case is lost and the file has everything
+finished before. A case that is measured again with more peers replaces the earlier one.
 
     python -m gpu_run.bench --out bench.json --seconds 200
 """
@@ -15,100 +15,91 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-import bench_add_relu
-import bench_bn_act
-import bench_conv_act
 import report
 import roofline
+from bench_add_relu import AddReluCase
+from bench_bn_act import BnActCase
+from bench_conv_act import ConvActCase
 from fastres.lab.errors import LabError
 from fastres.lab.results import write_json
 from fastres.lab.timing import Timer
 from fastres.ops._conv_backends import tf32_allowed
-from gpu_run import files
-from gpu_run.clock import cold_timer, copy_bandwidth, state
-from measure import TINY, Case, Effort, Result, measure
+from gpu_run.clock import Clocks, cold_timer
+from gpu_run.program import Program, memory
+from measure import TINY, Case, Effort, Result, measure, one_line
 from peers import DTYPES
+from plot import draw
+from result_schema import load
 from roofline import Rates
 from shapes import BLOCK_END, CONVS, Activation, Conv, distinct, with_role
 
 OPERATORS = Effort(0.15, 25, min_rounds=9, sample_s=0.0)
 NETWORKS = Effort(0.4, 25, min_rounds=7, sample_s=0.0)  # times the case's weight, 5
 TRAINING = Effort(0.06, 15, min_rounds=7, sample_s=0.0)  # times 40
-OURS = ("triton", "cuda")  # the backends that stand beside what the chooser takes
-
-
-@dataclass(frozen=True)
-class BnAct(bench_bn_act.BnActCase):
-    backends: ClassVar[tuple[str, ...]] = OURS
-
-
-@dataclass(frozen=True)
-class AddRelu(bench_add_relu.AddReluCase):
-    backends: ClassVar[tuple[str, ...]] = OURS
-
-
-@dataclass(frozen=True)
-class ConvAct(bench_conv_act.ConvActCase):
-    backends: ClassVar[tuple[str, ...]] = ("cudnn", *OURS)
+OURS = ("triton", "cuda")  # backends measured in addition to the chosen one
 
 
 @dataclass(frozen=True)
 class Item:
-    """A case with the peers it gets, how long it is timed, and what it takes in all at the most, roughly."""
+    """A case with its peers, how long to time it, and roughly how long it takes at most."""
 
     case: Case
     peers: tuple[str, ...]
     effort: Effort
     seconds: float
-    cold: bool = False  # with the L2 cache flushed
+    cold: bool = False  # flush the L2 cache
 
 
 def operator(case: Case, compiled: bool = False) -> Item:
-    peers = (*case.baselines, *case.ours, *case.backends, *case.alone, *(case.compiled if compiled else ()))
+    backends = ("cudnn", *OURS) if case.what == "conv_act" else OURS
+    peers = (*case.baselines, *case.ours, *backends, *case.alone, *(case.compiled if compiled else ()))
     return Item(case, peers, OPERATORS, 25.0 if compiled else 4.0, cold=True)
 
 
+LAST = "channels_last"
 ENDS = [a for a in with_role(BLOCK_END) if a.resnet50]
 CONVS50 = sorted((c for c in CONVS if c.resnet50), key=lambda c: -c.resnet50)  # the most frequent first
-LAST = "channels_last"
+
+
+def bn_act(a: Activation, batch: int, kind: str = "train", layout: str = LAST, dtype: str = "fp16") -> BnActCase:
+    return BnActCase(a, kind, "residual-relu", layout, dtype, batch)
 
 
 def first_operators(batch: int) -> Iterator[Item]:
-    """The block ends of ResNet-50, and the most frequent of its convolutions."""
+    """The block ends of ResNet-50, and its most frequent convolutions."""
     for a in ENDS:
-        yield operator(BnAct(a, "train", "residual-relu", LAST, "fp16", batch))
-        yield operator(BnAct(a, "eval", "residual-relu", LAST, "fp16", batch))
-        yield operator(AddRelu(a, "train", LAST, "fp16", batch))
+        yield operator(bn_act(a, batch))
+        yield operator(bn_act(a, batch, "eval"))
+        yield operator(AddReluCase(a, "train", LAST, "fp16", batch))
     for c in CONVS50[:8]:
-        yield operator(ConvAct(c, "fp16", batch))
+        yield operator(ConvActCase(c, "fp16", batch))
 
 
 def other_operators(batch: int) -> Iterator[Item]:
     """The other shapes, layouts and dtypes; torch.compile at the largest block end."""
     for c in CONVS50[8:]:
-        yield operator(ConvAct(c, "fp16", batch))
+        yield operator(ConvActCase(c, "fp16", batch))
     for a in distinct():
         if a not in ENDS:
-            yield operator(BnAct(a, "train", "residual-relu", LAST, "fp16", batch))
+            yield operator(bn_act(a, batch))
     for layout, dtype in (("nchw", "fp16"), (LAST, "fp32"), (LAST, "bf16")):
         for a in ENDS:
-            yield operator(BnAct(a, "train", "residual-relu", layout, dtype, batch))
-    yield operator(BnAct(ENDS[0], "train", "residual-relu", LAST, "fp16", batch), compiled=True)
-    yield operator(AddRelu(ENDS[0], "train", LAST, "fp16", batch), compiled=True)
+            yield operator(bn_act(a, batch, layout=layout, dtype=dtype))
+    yield operator(bn_act(ENDS[0], batch), compiled=True)
+    yield operator(AddReluCase(ENDS[0], "train", LAST, "fp16", batch), compiled=True)
     for dtype, n in (("fp16", 1), ("bf16", batch), ("fp32", batch)):
         for c in CONVS50:
-            yield operator(ConvAct(c, dtype, n))
+            yield operator(ConvActCase(c, dtype, n))
 
 
 def networks(batch: int) -> tuple[list[Item], list[Item], list[Item]]:
-    """Inference and training: the first figures, the others, and those beside engines that compile for long."""
+    """Inference and training: the first figures, the others, and those with engines that take long to compile."""
     from bench_networks import NetworkCase
     from bench_train import TrainCase
 
@@ -135,16 +126,11 @@ def networks(batch: int) -> tuple[list[Item], list[Item], list[Item]]:
 
 
 def dry() -> Iterator[Item]:
-    """One of each kind, as small as it can be, on a CPU."""
+    """One operator of each kind, as small as possible, on a CPU."""
     a = Activation(8, 6, 6, BLOCK_END, 1, 1)
     c = Conv(8, 8, 3, 1, 6, BLOCK_END, 1, 1)
-    cpu = ("reference", "cpu", "triton")
-    for case in (
-        BnAct(a, "train", "residual-relu", "channels_last", "fp32", 2),
-        AddRelu(a, "eval", "nchw", "fp32", 2),
-        ConvAct(c, "fp32", 2),
-    ):
-        yield Item(case, (*case.baselines, *case.ours, *cpu), TINY, 4.0, cold=True)
+    for case in (bn_act(a, 2, dtype="fp32"), AddReluCase(a, "eval", "nchw", "fp32", 2), ConvActCase(c, "fp32", 2)):
+        yield Item(case, (*case.baselines, *case.ours, "reference", "cpu", "triton"), TINY, 4.0, cold=True)
 
 
 def dry_networks() -> tuple[list[Item], list[Item], list[Item]]:
@@ -157,9 +143,9 @@ def dry_networks() -> tuple[list[Item], list[Item], list[Item]]:
 
 
 def items(device: torch.device) -> list[Item]:
-    """Everything, in the order in which it is measured; networks alone need torchvision."""
+    """Everything, in the order of measurement; without torchvision, all but the networks."""
     gpu = device.type == "cuda"
-    batch = 128 if gpu and torch.cuda.get_device_properties(device).total_memory >= 60 << 30 else 32
+    batch = 128 if gpu and memory(device) >= 60 << 30 else 32
     try:
         first, others, long = networks(batch) if gpu else dry_networks()
     except ImportError as error:
@@ -171,42 +157,32 @@ def items(device: torch.device) -> list[Item]:
     return [*first_operators(batch), *first, *others, *long[:1], *other_operators(batch), *long[1:]]
 
 
-@contextmanager
-def tf32(on: bool) -> Iterator[None]:
-    """Matmuls of fp32 as convolutions of fp32 are."""
+def measured_rates(device: torch.device, small: bool) -> Rates:
+    """The rates of this device, with matmuls of fp32 in TF32 wherever convolutions are."""
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = on
+    torch.backends.cuda.matmul.allow_tf32 = tf32_allowed()
     try:
-        yield
+        return roofline.measured(device, {"fp32": torch.float32} if small else DTYPES)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def measured_rates(device: torch.device, small: bool) -> Rates:
-    dtypes = {"fp32": torch.float32} if small else DTYPES
-    with tf32(tf32_allowed()):
-        return roofline.measured(device, copy_bandwidth(device), dtypes)
-
-
 class Session:
-    """What was measured so far, as the file has it."""
+    """The measurements so far, and the file that has them."""
 
     def __init__(self, out: Path, device: torch.device, dry_run: bool, planned: list[Item]) -> None:
         self.out, self.device, self.dry_run = out, device, dry_run
         self.results: dict[str, Result] = {}
         self.failed: dict[str, str] = {}
         self.pending = [item.case.title for item in planned]
-        self.clocks: dict[str, Any] = {"before": state()}
-        self.looked = time.monotonic()
+        self.clocks = Clocks()
         self.rates = measured_rates(device, dry_run)
 
     def save(self) -> None:
         effort = TINY if self.dry_run else OPERATORS
         data = report.document(list(self.results.values()), self.device, effort, "gpu", self.rates)
         data["environment"]["command"] = "make gpu" + (" (dry run)" if self.dry_run else "")
-        if time.monotonic() - self.looked > 20:
-            self.looked, self.clocks["after"] = time.monotonic(), state()
-        data["environment"]["clocks"] = self.clocks
+        data["environment"]["clocks"] = self.clocks.read()
         data["settings"]["fp32_products"] = "tf32" if tf32_allowed() else "ieee"
         data["run"] = {
             "dry_run": self.dry_run,
@@ -224,27 +200,25 @@ class Session:
         try:
             result = measure(case, self.device, item.effort, item.peers, timer if item.cold else None)
         except Exception as error:
-            first = (str(error).splitlines() or [""])[0]
-            if isinstance(error, torch.cuda.OutOfMemoryError) and case.title in self.results:
-                return  # the one with fewer peers stands
-            self.failed[case.title] = f"{type(error).__name__}: {first}"[:200]
+            # a case that ran with fewer peers keeps that result when more do not fit
+            if not (isinstance(error, torch.cuda.OutOfMemoryError) and case.title in self.results):
+                self.failed[case.title] = one_line(error)[:200]
             return
         finally:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         self.results[case.title] = result
-        for peer in (*case.ours, *case.backends):
-            verdict = result.verdicts.get(peer)
-            if verdict is not None and not verdict.passed:
+        for peer, verdict in result.verdicts.items():
+            if peer in (*case.ours, "cudnn", *OURS) and not verdict.passed:
                 self.failed[case.title] = f"{peer} gives wrong answers: {verdict.message}"
 
 
 def headlines(data: dict[str, Any]) -> list[str]:
-    """A line for each network, and one for each operator's cases together."""
+    """One line per network, and one per operator for all of its cases."""
     lines = []
     for case in data["cases"]:
         if case["what"] in ("networks", "train"):
-            name, other, ratio = report.ours_beside(case)
+            name, other, ratio = report.ours_over(case)
             rate = f"{case['peers'][name]['images_per_s']:,.0f} images/s"
             share = case["peers"][name]["of_bound"]
             bound = "" if share is None else f", {100 * share:.0f} % of the bound"
@@ -262,10 +236,7 @@ def headlines(data: dict[str, Any]) -> list[str]:
 
 
 def plot(data_path: Path) -> str | None:
-    """Draws bench.png beside the file; why not."""
-    from plot import draw
-    from result_schema import load
-
+    """Draw bench.png next to the file; returns the reason if that fails."""
     try:
         draw(load(data_path), data_path.with_suffix(".png"))
     except (LabError, ValueError) as error:
@@ -274,21 +245,19 @@ def plot(data_path: Path) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = files.program_options("bench", __doc__, arguments)
-    end = time.monotonic() + options.seconds
-    device = torch.device("cpu" if options.dry_run else "cuda:0")
-    planned = items(device)
-    session = Session(options.out, device, options.dry_run, planned)
+    program = Program("bench", __doc__, arguments)
+    planned = items(program.device)
+    session = Session(program.out, program.device, program.dry_run, planned)
     session.save()
-    timer = cold_timer(device)
+    timer = cold_timer(program.device)
     for item in planned:
-        if time.monotonic() + item.seconds > end:
-            continue  # a shorter one may still fit
         begun = time.monotonic()
+        if begun + item.seconds > program.end:
+            continue  # a shorter one may still fit
         session.add(item, timer)
         session.save()
         print(f"{item.case.title}: {', '.join(item.peers)}: {time.monotonic() - begun:.1f} s", flush=True)
-    why_not = plot(options.out) if session.results else "nothing was measured"
+    why_not = plot(program.out) if session.results else "nothing was measured"
     if why_not is not None:
         print(f"no plot: {why_not}")
     return 0

@@ -1,8 +1,8 @@
-"""`import fastres` from the sources, without an install, in this process's children and in theirs.
+"""Make `import fastres` work from the sources, without an install, in child processes and in theirs.
 
-`fastres.kernels` is the folder `kernels`, which an install maps; a bare PYTHONPATH of the sources does not. So a folder
-of the path gets a small package `fastres` that puts the real one in its own place, with one more folder to look for
-submodules in: that folder holds `kernels` as a link. `fastres.__file__` stays that of the sources.
+`fastres.kernels` is the folder `kernels`, which an install maps and a bare PYTHONPATH does not. So a folder on the path
+gets a small package `fastres` that loads the real one in its place, with an additional folder to search for submodules;
+that folder has a link to `kernels`. `fastres.__file__` remains the one of the sources.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _spec.loader.exec_module(_module)
 
 
 def digest(root: Path = ROOT) -> str:
-    """SHA-256 of everything that a measurement depends on: says which sources they were where git cannot."""
+    """SHA-256 of everything that a measurement depends on; identifies the sources where there is no git."""
     found = hashlib.sha256()
     folders = ("fastres", "kernels", "csrc", "benchmarks")
     paths = [path for folder in folders for path in (root / folder).rglob("*") if path.suffix in SOURCES]
@@ -43,7 +43,7 @@ def digest(root: Path = ROOT) -> str:
 
 
 def import_path(build: Path, root: Path = ROOT) -> Path:
-    """Makes the folder to put on PYTHONPATH, under `build`."""
+    """Create the folder to put on PYTHONPATH, under `build`."""
     path, parts = build.absolute() / "path", build.absolute() / "parts"
     (path / "fastres").mkdir(parents=True, exist_ok=True)
     parts.mkdir(exist_ok=True)
@@ -58,11 +58,11 @@ def import_path(build: Path, root: Path = ROOT) -> Path:
 
 
 def environment(build: Path, more: Mapping[str, str], root: Path = ROOT) -> dict[str, str]:
-    """The environment of every program that the run starts: fastres of these sources, nothing switched off."""
+    """The environment of the programs that a run starts: fastres of these sources, with nothing disabled."""
     found = {name: value for name, value in os.environ.items() if name not in DROPPED}
     path = [str(import_path(build, root)), str(root / "benchmarks"), found.get("PYTHONPATH", "")]
     found["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
-    # `python -m` would put the current folder first, and with it a fastres that has no kernels
+    # otherwise `python -m` puts the current folder first, and with it a fastres without kernels
     found["PYTHONSAFEPATH"] = "1"
     found["PYTHONUNBUFFERED"] = "1"
     return found | dict(more)

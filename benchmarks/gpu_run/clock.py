@@ -1,10 +1,10 @@
-"""Timing on a GPU as `make gpu` does it: cold caches, no launch gaps, the clocks noted."""
+"""Timing on a GPU for `make gpu`: a cold L2 cache, no launch gaps, and the clocks on record."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
+import time
 
 import torch
 
@@ -14,10 +14,10 @@ _FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "clocks_e
 
 
 def cold_timer(device: torch.device) -> Timer:
-    """Events around a call that finds nothing of its tensors in the L2 cache; the wall clock on a CPU.
+    """Events around a call that finds none of its tensors in the L2 cache; the wall clock on a CPU.
 
-    Filling a buffer of four times the cache, and 256 MiB at least, takes about 100 us, in which a call's first launches
-    are queued: an operator's time is its kernels', as between other operators of a network.
+    The cache is flushed by filling a buffer of four times its size, at least 256 MiB. That takes about 100 us, during
+    which the first launches of the call are queued: an operator's time is that of its kernels, as in a network.
     """
     if device.type != "cuda":
         return timer_for(device)
@@ -26,32 +26,20 @@ def cold_timer(device: torch.device) -> Timer:
     return event_timer(device, before=buffer.zero_)
 
 
-def graphed(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """The call as one CUDA graph, so that what is timed is kernels and not Python; the call itself on a CPU."""
-    if device.type != "cuda":
-        return call
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
+class Clocks:
+    """The state of the GPU before the measurements and, looked up again every 20 s, after them."""
 
+    def __init__(self) -> None:
+        self._found, self._looked = {"before": state()}, time.monotonic()
 
-def copy_bandwidth(device: torch.device, size: int | None = None, repeats: int = 9) -> float:
-    """Bytes/s of a copy too large for any cache, read and written; the best of a few."""
-    size = size or (1 << 30 if device.type == "cuda" else 1 << 26)
-    source, target = (torch.ones(size, dtype=torch.uint8, device=device) for _ in range(2))
-    timer = timer_for(device)
-    timer(lambda: target.copy_(source))
-    return 2 * size / min(timer(lambda: target.copy_(source)) for _ in range(repeats))
+    def read(self) -> dict[str, dict[str, str] | None]:
+        if time.monotonic() - self._looked > 20:
+            self._looked, self._found["after"] = time.monotonic(), state()
+        return dict(self._found)
 
 
 def state() -> dict[str, str] | None:
-    """Clocks, temperature and power of the GPU now; None where nvidia-smi does not say."""
+    """The GPU's clocks, temperature and power now; None where nvidia-smi cannot tell."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None

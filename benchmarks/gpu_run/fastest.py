@@ -1,4 +1,4 @@
-"""What convs.json comes to, for the summary: who is fastest, and our best kernel beside cuDNN at ResNet-50's layers."""
+"""The summary of convs.json: the fastest backends, and our best kernel against cuDNN at ResNet-50's layers."""
 
 from __future__ import annotations
 
@@ -11,38 +11,40 @@ Entry = dict[str, Any]
 
 
 def best(entry: Entry) -> str | None:
-    """The fastest of our kernels; None where none was measured."""
+    """The fastest of our kernels, or None if none was measured."""
     own = [name for name in entry["ms"] if name not in BACKENDS]
     return min(own, key=entry["ms"].__getitem__) if own else None
 
 
 def winner(entry: Entry) -> str:
+    """The fastest backend."""
     name: str = min(entry["ms"], key=entry["ms"].__getitem__)
     return name if name in BACKENDS else "cuda"
 
 
 def message(entries: list[Entry], planned: int) -> str:
+    """One line: how many were measured, and how often each backend was the fastest."""
     found = Counter(winner(entry) for entry in entries)
     fastest = ", ".join(f"{name} at {found[name]}" for name in ("cuda", *BACKENDS) if found[name])
     return f"{len(entries)} of {planned} convolutions measured" + (f"; fastest: {fastest}" if fastest else "")
 
 
 def first(entries: list[Entry]) -> list[Entry]:
-    """ResNet-50's layers in fp16 at the largest batch, which come first."""
+    """ResNet-50's layers in fp16 at the largest batch, which are measured first."""
     fifty = [e for e in entries if e["dtype"] == "float16" and e["counts"]["resnet50"] and best(e) is not None]
     batch = max((e["shape"][0] for e in fifty), default=0)
     return [e for e in fifty if e["shape"][0] == batch]
 
 
 def yardstick(entry: Entry, conv: str) -> float | None:
-    """Milliseconds of cuDNN's convolution and what it has to do beside: the bias, and one reading of the residual."""
+    """Milliseconds of cuDNN's convolution plus the rest of the work: the bias, and one pass over the residual."""
     beside = entry["beside"]
     parts = [beside.get(conv), beside.get("read") if entry["residual"] else 0.0]
     return None if None in parts else float(sum(parts))
 
 
 def bar(entries: list[Entry], residual: bool, conv: str, against: str) -> list[str]:
-    """A line: how many times as fast as the yardstick our best kernels are, and where they are slower."""
+    """One line: the speed-up of our best kernels over the yardstick, and where they are slowest."""
     ratios = {}
     for entry in entries:
         name, least = best(entry), yardstick(entry, conv)
@@ -58,7 +60,7 @@ def bar(entries: list[Entry], residual: bool, conv: str, against: str) -> list[s
 
 
 def lines(entries: list[Entry]) -> list[str]:
-    """The bars, then a line for each layer, the slowest beside cuDNN first."""
+    """The bars, then a line per layer, the smallest speed-up over cuDNN first."""
     found = first(entries)
     if not found:
         return []
@@ -71,7 +73,7 @@ def lines(entries: list[Entry]) -> list[str]:
     for entry in found:
         name, least = best(entry), yardstick(entry, "conv_bias")
         assert name is not None
-        ratio = f"{least / entry['ms'][name]:.2f}x conv + bias" if least else "nothing beside it"
+        ratio = f"{least / entry['ms'][name]:.2f}x conv + bias" if least else "nothing to compare with"
         others = "".join(f", {other} {entry['ms'][other]:.3f}" for other in BACKENDS if other in entry["ms"])
         text = f"{entry['conv']}: {ratio}; {name} {entry['ms'][name]:.3f} ms{others}"
         ratios[text] = least / entry["ms"][name] if least else 0.0

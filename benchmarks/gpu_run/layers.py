@@ -1,10 +1,9 @@
-"""The convolutions that convs.py measures, and what is timed at each: backends, kernels, and what they stand beside."""
+"""The convolutions that convs.py measures, and what it times at each: backends, kernels, and what they compete with."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from fastres.functional import conv_act
 from fastres.ops import _conv_tiles
-from gpu_run.tune import memory
-from peers import DTYPES, words
+from gpu_run.program import memory
+from peers import DTYPES, conv_tensors, words
 from shapes import BLOCK_END, CONVS, INNER, Conv
 
 BACKENDS = ("cudnn", "triton")
@@ -26,7 +25,7 @@ Call = Callable[[], Tensor]
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution to measure, with bias and ReLU, and with a residual where it ends a block."""
+    """A convolution to measure, with bias and ReLU, and with a residual if it ends a block."""
 
     conv: Conv
     dtype: str
@@ -34,7 +33,7 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As _conv_tiles.Problem has it."""
+        """The shape in the form of _conv_tiles.Problem."""
         c = self.conv
         tail = (c.stride, c.stride, c.padding, c.padding, 1, 1)
         return self.batch, c.size, c.size, c.inputs, c.outputs, c.kernel, c.kernel, c.out, c.out, *tail
@@ -51,22 +50,13 @@ class Layer:
         return f"{self.conv.id}-{self.dtype}-batch{self.batch}"
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x, weight, bias, residual: what conv_act passes on, in one dtype, images and weights in channels_last."""
+        """x, weight, bias and residual, as conv_act passes them on."""
         torch.manual_seed(0)
-        c, dtype = self.conv, DTYPES[self.dtype]
-
-        def tensor(*shape: int, scale: float = 1.0) -> Tensor:
-            t = torch.randn(shape, device=device).mul_(scale).to(dtype)
-            return t.contiguous(memory_format=torch.channels_last)
-
-        x = tensor(self.batch, c.inputs, c.size, c.size)
-        weight = tensor(c.outputs, c.inputs, c.kernel, c.kernel, scale=(c.inputs * c.kernel**2) ** -0.5)
-        bias = torch.randn(c.outputs, device=device).to(dtype)
-        return x, weight, bias, tensor(self.batch, c.outputs, c.out, c.out) if c.residual else None
+        return conv_tensors(self.conv, self.batch, DTYPES[self.dtype], device)
 
 
 def planned(batch: int) -> list[Layer]:
-    """ResNet-50's most frequent first; every layer but the stem, whose three channels no kernel takes."""
+    """The layers to measure, ResNet-50's most frequent first; all but the stem, whose 3 channels no kernel supports."""
     convs = sorted((c for c in CONVS if c.inputs % 8 == 0), key=lambda c: (-c.resnet50, -c.resnet18))
     found: dict[Any, Layer] = {}
     for dtype, n in itertools.product(("fp16", "bf16", "fp32"), (batch, 32, 1)):
@@ -96,10 +86,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def own_kernels(layer: Layer, device: torch.device) -> Sequence[_conv_tiles.Kernel]:
-    """Those of fastres._C_cuda that take it."""
-    if device.type != "cuda":
-        return ()
-    return _conv_tiles.taken_by(layer.problem(device))[0]
+    """The kernels of fastres._C_cuda that support the layer."""
+    return _conv_tiles.taken_by(layer.problem(device))[0] if device.type == "cuda" else ()
 
 
 def native(kernel: _conv_tiles.Kernel, layer: Layer, tensors: Sequence[Tensor | None], y: Tensor) -> None:
@@ -107,7 +95,7 @@ def native(kernel: _conv_tiles.Kernel, layer: Layer, tensors: Sequence[Tensor | 
 
 
 def candidates(layer: Layer, tensors: Sequence[Any], y: Tensor, device: torch.device) -> dict[str, Call]:
-    """The backends, asked for by name, and each kernel of ours, which all write y."""
+    """The backends by name, and each kernel of ours, which writes y."""
     where = {"stride": layer.conv.stride, "padding": layer.conv.padding}
     found: dict[str, Call] = {}
     for name in BACKENDS if device.type == "cuda" else ON_CPU:
@@ -123,6 +111,7 @@ def candidates(layer: Layer, tensors: Sequence[Any], y: Tensor, device: torch.de
 
 
 def yardsticks(layer: Layer, tensors: Sequence[Any], device: torch.device, tuned: bool) -> dict[str, Call]:
+    """Calls of cuDNN to compare with, see convs.py; none on a CPU."""
     if device.type != "cuda":
         return {}
     (x, weight, bias, residual), c = tensors, layer.conv
@@ -132,7 +121,7 @@ def yardsticks(layer: Layer, tensors: Sequence[Any], device: torch.device, tuned
         "conv": lambda: plain(x, weight, *where, False, False, True),
         "conv_bias": lambda: F.conv2d(x, weight, bias, c.stride, c.padding),
     }
-    if tuned:  # allow_tf32, which says nothing of 16 bits, keeps its plans apart from the others'
+    if tuned:  # allow_tf32 has no effect on 16 bits, but keeps its plans apart from the others'
         row = bias.view(1, -1, 1, 1)
         found["conv_bias_tuned"] = lambda: plain(x, weight, *where, True, False, False).add_(row)
     if residual is not None:
@@ -141,18 +130,12 @@ def yardsticks(layer: Layer, tensors: Sequence[Any], device: torch.device, tuned
     return found
 
 
-@contextmanager
-def ieee() -> Iterator[None]:
+def reference(layer: Layer, tensors: Sequence[Any]) -> Tensor:
+    """The layer's answer in IEEE fp32, rounded once."""
+    x, weight, bias, residual = (None if t is None else t.float() for t in tensors)
     before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
-        yield
+        z = F.conv2d(x, weight, bias, layer.conv.stride, layer.conv.padding)
     finally:
         torch.backends.cudnn.allow_tf32 = before
-
-
-def reference(layer: Layer, tensors: Sequence[Any]) -> Tensor:
-    """In IEEE fp32, rounded once."""
-    x, weight, bias, residual = (None if t is None else t.float() for t in tensors)
-    with ieee():
-        z = F.conv2d(x, weight, bias, layer.conv.stride, layer.conv.padding)
     return torch.relu_(z if residual is None else z.add_(residual)).to(tensors[0].dtype)

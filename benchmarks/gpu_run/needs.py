@@ -1,6 +1,6 @@
-"""What a machine must have for `make gpu`, checked before anything runs: everything missing at once, with remedies.
+"""The requirements of `make gpu`, checked before anything runs; all that is missing is reported at once, with remedies.
 
-The GPU is found through the driver's own library, in milliseconds and without torch.
+The GPU is detected through the driver's own library, in milliseconds and without torch.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ CAPABILITY = {"major": 75, "minor": 76}  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILIT
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that runs: the first visible one."""
+    """The GPU to use: the first visible one."""
 
     name: str
     capability: str  # "9.0"
@@ -34,7 +33,7 @@ class Gpu:
 
     @property
     def arch_list(self) -> str:
-        """TORCH_CUDA_ARCH_LIST for this GPU alone: 9.0 and later as the architecture-specific target."""
+        """TORCH_CUDA_ARCH_LIST for this GPU only; from 9.0 on the architecture-specific target."""
         return self.capability + ("a" if float(self.capability) >= 9.0 else "")
 
     def __str__(self) -> str:
@@ -43,7 +42,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Item:
-    """Something that a run needs or can use: its version, or why it is absent and what brings it."""
+    """Something that a run needs or can use: its version, or why it is absent and how to get it."""
 
     name: str
     version: str | None
@@ -55,15 +54,15 @@ class Item:
 
 
 def find_gpu() -> Gpu | str:
-    """The first visible GPU, or why there is none."""
+    """The first visible GPU, or the reason why there is none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "NVIDIA's driver (libcuda.so.1) is not there"
+        return "NVIDIA's driver (libcuda.so.1) is not installed"
     count = ctypes.c_int()
     code = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
     if code:
-        return f"NVIDIA's driver gives error {code}"
+        return f"NVIDIA's driver returns error {code}"
     if not count.value:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
         return "none is visible" + (f": CUDA_VISIBLE_DEVICES={hidden!r}" if hidden is not None else "")
@@ -80,23 +79,25 @@ def find_gpu() -> Gpu | str:
 
 
 def module(name: str, distribution: str | None = None, remedy: str | None = None) -> Item:
-    """A Python module by its import name, found without being imported."""
+    """Look up a Python module by its import name, without importing it."""
     distribution = distribution or name
     try:
         found = importlib.util.find_spec(name) is not None
     except (ImportError, ValueError):
         found = False
-    version = None
-    if found:
-        try:
-            version = importlib.metadata.version(distribution)
-        except importlib.metadata.PackageNotFoundError:
-            version = "(no metadata)"
+    version = (_version(distribution) or "(no metadata)") if found else None
     return Item(name, version, remedy or f"pip install {distribution}")
 
 
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def tool(name: str, remedy: str) -> Item:
-    """A program on the PATH, or in the toolkit's own folder."""
+    """Look up a program on the PATH and in the CUDA toolkit."""
     path = shutil.which(name) or shutil.which(name, path=f"{cuda_home()}/bin")
     return Item(name, path, remedy, "was not found")
 
@@ -105,40 +106,34 @@ def cuda_home() -> str:
     return os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
 
 
-def torch_facts() -> dict[str, str | None]:
-    """torch's version, the CUDA it was built for and the architectures in it, read in a process of its own."""
-    code = (
-        "import json, torch; print(json.dumps({'version': torch.__version__, 'cuda': torch.version.cuda, "
-        "'gpu': str(torch.cuda.is_available())}))"
-    )
-    try:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
-    except subprocess.TimeoutExpired:
-        return {"error": "importing it took more than 180 s"}
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["no message"])[-1]}
-    facts: dict[str, str | None] = json.loads(done.stdout.strip().splitlines()[-1])
-    return facts
+_TORCH = "import torch; print(torch.__version__, torch.version.cuda or '', torch.cuda.is_available(), sep='\\n')"
 
 
-def _torch(gpu: bool) -> tuple[list[Item], str | None]:
-    """(torch as an item, its CUDA version); `gpu`: it has to find one."""
-    remedy = "pip install torch (PyPI's Linux wheels have CUDA in them)"
+def _torch(gpu: bool) -> tuple[Item, str | None]:
+    """torch, examined in another process, and the CUDA version it was built for; with `gpu` it must find a GPU."""
+
+    def absent(why: str, remedy: str = "pip install torch (PyPI's Linux wheels include CUDA)") -> tuple[Item, None]:
+        return Item("torch", None, remedy, why), None
+
     if module("torch").version is None:
-        return [Item("torch", None, remedy)], None
-    facts = torch_facts()
-    if "error" in facts:
-        return [Item("torch", None, remedy, f"cannot be imported ({facts['error']})")], None
-    if tuple(int(part) for part in re.findall(r"\d+", facts["version"] or "")[:2]) < (2, 11):
-        return [Item("torch", None, "pip install 'torch>=2.11'", f"is {facts['version']}, older than 2.11")], None
+        return absent("is not installed")
+    try:
+        done = subprocess.run([sys.executable, "-c", _TORCH], capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        return absent("cannot be imported (it took more than 180 s)")
+    if done.returncode:
+        return absent(f"cannot be imported ({(done.stderr.strip().splitlines() or ['no message'])[-1]})")
+    version, cuda, usable = done.stdout.splitlines()[-3:]
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 11):
+        return absent(f"is {version}, older than 2.11", "pip install 'torch>=2.11'")
     if not gpu:
-        return [Item("torch", facts["version"])], None
-    if facts["cuda"] is None:
-        return [Item("torch", None, remedy, f"{facts['version']} is built without CUDA")], None
-    if facts["gpu"] != "True":
-        why = f"{facts['version']} for CUDA {facts['cuda']} cannot use this GPU"
-        return [Item("torch", None, "a newer driver, or a torch for the driver's CUDA", why)], facts["cuda"]
-    return [Item("torch", f"{facts['version']} (CUDA {facts['cuda']})")], facts["cuda"]
+        return Item("torch", version), None
+    if not cuda:
+        return absent(f"{version} is built without CUDA")
+    if usable != "True":
+        remedy = "a newer driver, or a torch for the driver's CUDA"
+        return Item("torch", None, remedy, f"{version} for CUDA {cuda} cannot use this GPU"), cuda
+    return Item("torch", f"{version} (CUDA {cuda})"), cuda
 
 
 def _nvcc(cuda: str | None) -> Item:
@@ -159,14 +154,13 @@ def _nvcc(cuda: str | None) -> Item:
 
 
 def required(gpu: bool = True) -> list[Item]:
-    """Everything without which a run cannot prove what it should; without a GPU, what a dry run needs."""
+    """Everything that a run must have; without a GPU, what a dry run must have."""
     items = []
     if sys.version_info < PYTHON:
         version = ".".join(map(str, sys.version_info[:3]))
         items.append(Item("python", None, "make gpu PYTHON=python3.12", f"is {version}, older than 3.11"))
     torch, cuda = _torch(gpu)
-    items += torch
-    items += [module("triton"), module("safetensors"), module("pytest", remedy="pip install 'pytest>=8'")]
+    items += [torch, module("triton"), module("safetensors"), module("pytest", remedy="pip install 'pytest>=8'")]
     items += [module("setuptools", remedy="pip install 'setuptools>=77,<82'"), module("pybind11"), module("ninja")]
     if items[-1].version is None and shutil.which("ninja"):
         items[-1] = Item("ninja", shutil.which("ninja"))
@@ -183,14 +177,14 @@ def required(gpu: bool = True) -> list[Item]:
 
 
 def optional() -> list[Item]:
-    """What a run uses where it is there; without it, a part is left out and the summary says so."""
+    """Everything that a run uses if it is available; the summary lists the parts left out without it."""
     toolkit = "part of the CUDA toolkit; add its bin folder to the PATH"
     return [
         module("torchvision"),
         module("timm"),
         module("transformers"),
         module("jax", remedy="pip install 'jax[cuda13]'"),
-        module("onnxruntime", "onnxruntime-gpu" if _has("onnxruntime-gpu") else None),
+        module("onnxruntime", "onnxruntime-gpu" if _version("onnxruntime-gpu") else None),
         module("matplotlib"),
         module("xdist", "pytest-xdist"),
         tool("compute-sanitizer", toolkit),
@@ -199,21 +193,12 @@ def optional() -> list[Item]:
     ]
 
 
-def _has(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def cutlass() -> Item:
-    """CUTLASS's headers: of the package nvidia-cutlass, or of the wheel or folder that FASTRES_CUTLASS names."""
+    """CUTLASS's headers, from the package nvidia-cutlass or from the wheel or folder named by FASTRES_CUTLASS."""
     remedy = f"pip install --no-deps nvidia-cutlass, or {CUTLASS}=its wheel or an unpacked folder"
     given = os.environ.get(CUTLASS)
     if given is None:
-        found = _has("nvidia-cutlass")
-        return Item("CUTLASS", importlib.metadata.version("nvidia-cutlass") if found else None, remedy)
+        return Item("CUTLASS", _version("nvidia-cutlass"), remedy)
     header = "include/cutlass/cutlass.h"
     path = Path(given)
     if path.is_file() and zipfile.is_zipfile(path):

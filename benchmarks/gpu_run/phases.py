@@ -1,4 +1,4 @@
-"""The phases in their order, how long each may take, and those that are programs of their own."""
+"""The phases in order with their time limits, and the work of those that run programs other than pytest."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from gpu_run import fastest, files
-from gpu_run.run import FAILED, PASSED, SKIPPED, Ended, Outcome, Run
+from gpu_run.run import FAILED, PASSED, SKIPPED, Outcome, Run
 from gpu_run.tests import gpu_tests, sanitizer
 
-STOP_S = 10.0  # between the time a program is told it has and the time at which it is stopped
+STOP_S = 10.0  # between the deadline a program is given and its being stopped
 
 _IMPORTS = """\
 import json, torch, fastres, fastres.kernels
@@ -27,7 +27,7 @@ print(json.dumps({"fastres": fastres.__file__, "kernels": fastres.kernels.__file
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the run. It may take `most_s` if others follow; `least_s` is kept for it while earlier ones run."""
+    """A part of the run. It takes at most `most_s` if others follow; earlier ones leave it at least `least_s`."""
 
     name: str
     most_s: float
@@ -36,11 +36,10 @@ class Phase:
 
 
 def build(run: Run, limit_s: float) -> Outcome:
-    """The extension, in place, for this GPU's architecture alone; then an import of all of it.
+    """Build the extension in place, for this GPU's architecture only, and import all of it.
 
-    Forced: a binary of these sources may be one for another GPU. ninja compiles only what differs.
-
-    A dry run compiles nothing: the extension in place may be in use.
+    The build is forced, because a binary of the same sources may be for another GPU; ninja compiles only what differs.
+    A dry run compiles nothing, because the extension in place may be in use.
     """
     environment = {"FASTRES_BUILD_EXT": "0" if run.dry else "1"}
     ended = run.python(["setup.py", "build_ext", "--inplace", "--force"], limit_s - 5, environment)
@@ -70,87 +69,91 @@ def build(run: Run, limit_s: float) -> Outcome:
 
 
 def convs(run: Run, limit_s: float) -> Outcome:
-    """Measures the backends of conv_act and each CUDA kernel at ResNet's convolutions; see convs.py."""
-    environment = {"TRITON_INTERPRET": "1"} if run.dry else {}
-    ended, data = _program(run, "convs", files.CONVS, limit_s, environment)
-    if data is None:
-        return _broken(ended)
-    if data["why_not"]:
-        return Outcome(SKIPPED, data["why_not"])
-    entries = data["entries"]
-    message = f"{len(entries)} of {data['planned']} convolutions measured, no figure kept"
-    message = message if run.dry else fastest.message(entries, data["planned"])
-    wrong = [f"wrong answers: {text}" for text in data["wrong"]]
-    lines = [] if run.dry else fastest.lines(entries)
-    lines += [f"left out: {text}" for text in data["refused"]]
-    failed = bool(wrong) or not entries or _crashed(ended)
-    if _crashed(ended):
-        lines.insert(0, ended.last)
-    return Outcome(FAILED if failed else PASSED, message, wrong + lines, {"entries": len(entries)})
+    """Measure the backends of conv_act and each CUDA kernel at ResNet's convolutions; see convs.py."""
+
+    def report(data: Data) -> Report:
+        entries = data["entries"]
+        message = fastest.message(entries, data["planned"])
+        if run.dry:
+            message = f"{len(entries)} of {data['planned']} convolutions measured, no figure kept"
+        lines = [] if run.dry else fastest.lines(entries)
+        lines += [f"left out: {text}" for text in data["refused"]]
+        return Report(message, _wrong(data), lines, {"entries": len(entries)}, empty=not entries)
+
+    return _measure(run, "convs", files.CONVS, limit_s, report)
 
 
 def tune(run: Run, limit_s: float) -> Outcome:
-    """Measures configurations of the Triton kernels; see tune.py."""
-    environment = {"TRITON_INTERPRET": "1"} if run.dry else {}
-    ended, data = _program(run, "tune", files.TUNED, limit_s, environment)
-    if data is None:
-        return _broken(ended)
-    if data["why_not"]:
-        return Outcome(SKIPPED, data["why_not"])
-    entries = data["entries"]
-    faster = sorted((e for e in entries if e["speedup"] > 1), key=lambda e: -e["speedup"])
-    message = f"{len(entries)} of {data['planned']} entries measured, "
-    message += "no figure kept" if run.dry else f"another configuration is faster for {len(faster)}"
-    lines = [f"{e['kernel']} {e['shape_class']}: {e['speedup']:.2f}x with {_config(e['config'])}" for e in faster]
-    lines = [] if run.dry else lines
-    wrong = [f"wrong answers: {text}" for text in data["wrong"]]
-    failed = bool(wrong) or _crashed(ended)
-    if _crashed(ended):
-        lines.insert(0, ended.last)
-    return Outcome(FAILED if failed else PASSED, message, wrong + lines, {"entries": len(entries)})
+    """Measure configurations of the Triton kernels; see tune.py."""
 
+    def report(data: Data) -> Report:
+        entries = data["entries"]
+        faster = sorted((e for e in entries if e["speedup"] > 1), key=lambda e: -e["speedup"])
+        message = f"{len(entries)} of {data['planned']} entries measured, "
+        message += "no figure kept" if run.dry else f"another configuration is faster for {len(faster)}"
+        lines = []
+        for e in () if run.dry else faster:
+            config = ", ".join(f"{key} {value}" for key, value in e["config"].items())
+            lines.append(f"{e['kernel']} {e['shape_class']}: {e['speedup']:.2f}x with {config}")
+        return Report(message, _wrong(data), lines, {"entries": len(entries)})
 
-def _config(config: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in config.items())
+    return _measure(run, "tune", files.TUNED, limit_s, report)
 
 
 def bench(run: Run, limit_s: float) -> Outcome:
-    """Measures the operators and networks beside their peers; see bench.py."""
-    ended, data = _program(run, "bench", files.BENCH, limit_s, {})
-    if data is None:
-        return _broken(ended)
-    status, settings = data["run"], data["settings"]
-    rates = [f"copy {settings['bandwidth_bytes_per_s'] / 1e12:.2f} TB/s"]
-    rates += [f"{rate / 1e12:.0f} TFLOP/s {name}" for name, rate in settings["flops_per_s"].items()]
-    cut = len(status["not_measured"])
-    message = f"{len(status['measured'])} of {len(status['measured']) + cut + len(status['failed'])} items"
-    message += ", no figure kept" if run.dry else f"; {', '.join(rates)}"
-    lines = [f"{item}: {why}" for item, why in status["failed"].items()]
-    failed = bool(lines) or not status["measured"] or _crashed(ended)
-    if _crashed(ended):
-        lines.insert(0, ended.last)
-    lines += [] if run.dry else status["headlines"]
-    if status["not_measured"]:
-        lines.append(f"not measured, for want of time: {', '.join(status['not_measured'])}")
-    return Outcome(FAILED if failed else PASSED, message, lines, {"rates": settings["flops_per_s"]})
+    """Measure the operators and networks against their peers; see bench.py."""
+
+    def report(data: Data) -> Report:
+        status, settings = data["run"], data["settings"]
+        measured, cut, broken = status["measured"], status["not_measured"], status["failed"]
+        rates = [f"bandwidth {settings['bandwidth_bytes_per_s'] / 1e12:.2f} TB/s"]
+        rates += [f"{rate / 1e12:.0f} TFLOP/s {name}" for name, rate in settings["flops_per_s"].items()]
+        message = f"{len(measured)} of {len(measured) + len(cut) + len(broken)} items"
+        message += ", no figure kept" if run.dry else f"; {', '.join(rates)}"
+        lines = [] if run.dry else list(status["headlines"])
+        lines += [f"not measured, out of time: {', '.join(cut)}"] if cut else []
+        errors = [f"{item}: {why}" for item, why in broken.items()]
+        return Report(message, errors, lines, {"rates": settings["flops_per_s"]}, empty=not measured)
+
+    return _measure(run, "bench", files.BENCH, limit_s, report)
 
 
-def _program(run: Run, name: str, file: str, limit_s: float, environment: dict[str, str]) -> tuple[Ended, Any]:
-    """Runs a program of this folder that writes `file` as it goes: (its end, what it wrote; None for nothing)."""
-    arguments = ["-m", f"gpu_run.{name}", "--out", str(run.results / file)]
-    arguments += ["--seconds", f"{max(limit_s - STOP_S, 1):.0f}", *(["--dry-run"] if run.dry else [])]
-    ended = run.python(arguments, limit_s, environment)
+Data = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The summary of a program's file. Errors fail the phase, and so does an empty file."""
+
+    message: str
+    errors: list[str]
+    lines: list[str]
+    facts: dict[str, Any]
+    empty: bool = False
+
+
+def _wrong(data: Data) -> list[str]:
+    return [f"wrong answers: {text}" for text in data["wrong"]]
+
+
+def _measure(run: Run, name: str, file: str, limit_s: float, report: Callable[[Data], Report]) -> Outcome:
+    """Run a program of this folder that updates `file` as it measures, and report what it wrote.
+
+    A program stopped at its limit has written what it measured; one that crashed fails the phase.
+    """
     path = run.results / file
-    return ended, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _crashed(ended: Ended) -> bool:
-    """A program that was stopped at its limit has written what it measured; one that failed by itself has not."""
-    return ended.code != 0 and not ended.out_of_time
-
-
-def _broken(ended: Ended) -> Outcome:
-    return Outcome(FAILED, "out of time before the first result" if ended.out_of_time else ended.last)
+    arguments = ["-m", f"gpu_run.{name}", "--out", str(path), "--seconds", f"{max(limit_s - STOP_S, 1):.0f}"]
+    environment = {"TRITON_INTERPRET": "1"} if run.dry and name != "bench" else {}
+    ended = run.python([*arguments, *(["--dry-run"] if run.dry else [])], limit_s, environment)
+    if not path.is_file():
+        return Outcome(FAILED, "out of time before the first result" if ended.out_of_time else ended.last)
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data.get("why_not"):
+        return Outcome(SKIPPED, data["why_not"])
+    found = report(data)
+    crash = [ended.last] if ended.code != 0 and not ended.out_of_time else []
+    failed = bool(found.errors or crash or found.empty)
+    return Outcome(FAILED if failed else PASSED, found.message, found.errors + crash + found.lines, found.facts)
 
 
 PHASES = (
@@ -161,11 +164,11 @@ PHASES = (
     Phase("tune", 90, 20, tune),
     Phase("bench", 300, 150, bench),
 )
-DRY_S = 300.0  # every phase of a dry run
+DRY_S = 300.0  # per phase of a dry run
 
 
 def limit(run: Run, phases: tuple[Phase, ...], i: int) -> float:
-    """Seconds for phase i: what is left, less what later ones must have; all of it for the last."""
+    """The time limit of phase i in seconds: what is left, minus what later phases need; all of it for the last."""
     if run.dry:
         return DRY_S
     later = phases[i + 1 :]
@@ -174,6 +177,6 @@ def limit(run: Run, phases: tuple[Phase, ...], i: int) -> float:
 
 
 def command(phases: tuple[Phase, ...]) -> str:
-    """The command that does this again."""
+    """The command that repeats the run."""
     named = "" if phases == PHASES else f" PHASES={','.join(phase.name for phase in phases)}"
     return f"make gpu{named} PYTHON={Path(sys.executable)}"

@@ -1,15 +1,16 @@
-"""What is tuned: launches of the Triton kernels at the shapes of ResNet-50, and other configurations to try there.
+"""The problems to tune on: launches of the Triton kernels at ResNet-50's shapes, and the configurations to try.
 
-A problem is a call of one launch function; the entries of the table that it looks up are found by watching it.
+A problem is a call of one launch function. The table entries that it uses are found by recording its lookups.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from fastres.kernels import add_relu, bn_act, configs, conv_act
@@ -33,7 +34,7 @@ class Problem:
     conv: Conv | None = None
 
     def make(self, device: torch.device) -> Callable[[], Outputs]:
-        """A call that launches and returns its outputs, which are allocated once."""
+        """A call that launches into outputs allocated once, and returns them."""
         torch.manual_seed(0)
         return MAKERS[self.what](self, device)
 
@@ -124,7 +125,7 @@ _FLAT = ("add_relu forward", "add_relu backward")
 
 
 def problems(batch: int) -> list[Problem]:
-    """The most important first: an entry is tuned on the first few problems that use it."""
+    """All problems, the most important first; an entry is tuned on the first few that use it."""
     last, first = "channels_last", "nchw"
     found = []
     for shape, layout, dtype in (
@@ -148,7 +149,7 @@ def problems(batch: int) -> list[Problem]:
 
 
 def tiny_problems() -> list[Problem]:
-    """For Triton's interpreter: one of each kind."""
+    """One problem of each kind, for Triton's interpreter."""
     found = [Problem(what, (2, 16, 3, 3), "channels_last", "fp32") for what in (*_FLAT, *_BN)]
     return [*found, Problem("conv_act", (1, 16, 4, 4), "channels_last", "fp32", Conv(16, 16, 1, 1, 4, "inner", 0, 1))]
 
@@ -157,7 +158,7 @@ def tiny_problems() -> list[Problem]:
 
 
 def known_architecture(device: torch.device) -> int:
-    """The architecture whose entries this device takes: its own, if the table has it; the oldest in the interpreter."""
+    """The device's architecture; in the interpreter the oldest one of the table."""
     if device.type != "cuda":
         return configs.ARCHITECTURES[0]
     major, minor = torch.cuda.get_device_capability(device)
@@ -165,14 +166,14 @@ def known_architecture(device: torch.device) -> int:
 
 
 def entries_of(problem: Problem, arch: int) -> list[tuple[str, str]]:
-    """The (kernel, shape class) of every entry that a problem's launches take; on meta tensors, nothing is launched."""
+    """The (kernel, shape class) of every entry that a problem uses, found on meta tensors without a launch."""
     with nothing_launched(arch), looked_up() as found:
         problem.make(torch.device("meta"))()
     return found
 
 
 def rank(kernel: str, shape_class: str) -> int:
-    """What is tuned first: large tensors in channels_last and 16-bit products; last what adds partial results."""
+    """The priority of an entry: large channels_last tensors and 16-bit products first, merges of partial sums last."""
     if "merge" in kernel:
         return 3
     return 0 if shape_class in ("rows", "large", "deep", "wide", "narrow") else 1 if "_" not in shape_class else 2
@@ -180,60 +181,37 @@ def rank(kernel: str, shape_class: str) -> int:
 
 @contextmanager
 def nothing_launched(arch: int) -> Iterator[None]:
-    """Inside, launch functions do all but launch, as they would on that architecture."""
-    kind, modules = type(add_relu.add_relu_forward_kernel), (add_relu, bn_act, conv_act)
-    run, real = kind.run, [module.architecture for module in modules]
-    kind.run = lambda *args, **constants: None
-    for module in modules:
-        module.architecture = lambda x: arch
-    try:
+    """Make launch functions do everything but launch, as on that architecture."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(type(add_relu.add_relu_forward_kernel), "run", lambda *_, **__: None))
+        for module in (add_relu, bn_act, conv_act):
+            stack.enter_context(patch.object(module, "architecture", lambda x: arch))
         yield
-    finally:
-        kind.run = run
-        for module, architecture in zip(modules, real, strict=True):
-            module.architecture = architecture
 
 
 @contextmanager
 def looked_up() -> Iterator[list[tuple[str, str]]]:
-    """The (kernel, shape class) of every entry that launches inside take."""
-    real, found = configs.config, []
-
-    def config(kernel: str, arch: int, shape_class: str) -> Any:
-        found.append((kernel, shape_class))
-        return real(kernel, arch, shape_class)
-
-    configs.config = config
-    try:
+    """Collect the (kernel, shape class) of every entry that launches in the block look up."""
+    with patch.object(configs, "config", wraps=configs.config) as config:
+        found: list[tuple[str, str]] = []
         yield found
-    finally:
-        configs.config = real
+    found += [(kernel, shape_class) for kernel, _, shape_class in (call.args for call in config.call_args_list)]
 
 
-@contextmanager
-def configured(entry: Entry, config: Any) -> Iterator[None]:
-    """Inside, the entry has this configuration."""
+def configured(entry: Entry, config: Any) -> Any:
+    """Give the entry this configuration in a block."""
     kernel, arch, shape_class = entry
-    rows = configs.TABLE[kernel, arch]
-    shipped = rows[shape_class]
-    rows[shape_class] = config
-    try:
-        yield
-    finally:
-        rows[shape_class] = shipped
+    return patch.dict(configs.TABLE[kernel, arch], {shape_class: config})
 
 
 def candidates(shipped: Any) -> list[Any]:
-    """Other configurations: one or two sizes of the shipped one halved or doubled."""
-    if isinstance(shipped, configs.GemmConfig):
-        found = list(_gemm_neighbours(shipped))
-    else:
-        found = list(_neighbours(shipped))
+    """Configurations to try: the shipped one with one or two sizes halved or doubled."""
+    found = _gemm_neighbors(shipped) if isinstance(shipped, configs.GemmConfig) else _neighbors(shipped)
     return [c for c in dict.fromkeys(found) if c != shipped]
 
 
-def _neighbours(shipped: Any) -> Iterator[Any]:
-    """At most 32 and at least 2 elements per thread; lines of at most the tile."""
+def _neighbors(shipped: Any) -> Iterator[Any]:
+    """Neighbors with 2 to 32 elements per thread."""
     for tile, warps in ((2, 2), (1, 2), (0.5, 1), (2, 1), (1, 0.5), (0.5, 0.5)):
         entry = replace(shipped, tile=int(shipped.tile * tile), num_warps=int(shipped.num_warps * warps))
         if entry.num_warps >= 1 and 2 <= entry.tile / (32 * entry.num_warps) <= 32:
@@ -244,8 +222,8 @@ def _neighbours(shipped: Any) -> Iterator[Any]:
         yield from (replace(shipped, programs=shipped.programs * 2), replace(shipped, programs=shipped.programs // 2))
 
 
-def _gemm_neighbours(shipped: Any) -> Iterator[Any]:
-    """At most 128 sums a thread, at least one 16 x 16 product a warp."""
+def _gemm_neighbors(shipped: Any) -> Iterator[Any]:
+    """Neighbors with at most 128 sums per thread and at least one 16 x 16 product per warp."""
     for m, n, warps in ((1, 2, 2), (2, 1, 2), (1, 0.5, 0.5), (0.5, 1, 0.5), (0.5, 2, 1), (2, 0.5, 1), (1, 1, 2)):
         entry = replace(
             shipped,
@@ -263,7 +241,7 @@ def _gemm_neighbours(shipped: Any) -> Iterator[Any]:
 
 
 def differs(ours: Outputs, theirs: Outputs, most: float | None = None) -> str | None:
-    """Where two answers differ by more than another order of their sums can explain, or than `most`, of the largest."""
+    """Describe a difference larger than the order of sums can explain, or than `most` of the largest value."""
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         allowed = most or (1e-4 if b.dtype == torch.float32 else 4 * torch.finfo(b.dtype).eps)
         error = float((a.double() - b.double()).abs().max() / b.double().abs().max().clamp(min=1e-30))

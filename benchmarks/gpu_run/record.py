@@ -1,6 +1,6 @@
-"""A pytest plugin: each test's outcome goes to a file of JSON lines as soon as it is known.
+"""A pytest plugin that appends each test's outcome to a file of JSON lines as soon as it is known.
 
-pytest writes its own JUnit XML at the end alone, and a run out of time has none.
+pytest writes its own JUnit XML only at the end, so a run that is out of time would have none.
 
     pytest -p gpu_run.record --record outcomes.jsonl
 """
@@ -23,11 +23,13 @@ def pytest_configure(config: Any) -> None:
 
 
 class Recorder:
+    """Writes outcomes; in a worker of xdist nothing but those of collection."""
+
     def __init__(self, path: Path, worker: bool) -> None:
         self.path, self.worker = path, worker
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if self.worker:  # xdist's controller sees it too
+        if self.worker:  # the controller of xdist sees it too
             return
         if report.when == "call" or report.outcome != "passed":
             outcome = report.outcome
@@ -38,7 +40,7 @@ class Recorder:
             self._write(report, outcome, report.duration)
 
     def pytest_collectreport(self, report: Any) -> None:
-        # A module skipped as a whole is known to the processes that collect; its name comes once from each of them.
+        # A module skipped as a whole is known only to the processes that collect; each of them reports it.
         if report.outcome != "passed":
             self._write(report, "error" if report.outcome == "failed" else "skipped", 0.0)
 

@@ -1,7 +1,8 @@
-"""What the phases share: where a run keeps its files, how it starts programs, and what a phase comes to."""
+"""The state that phases share: the run's files, the programs it starts, and the outcome of a phase."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -19,16 +20,16 @@ from gpu_run.needs import Gpu, Item, cuda_home
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 RUNNING, INTERRUPTED = "running", "interrupted"
-GRACE_S = 8.0  # for a program that was asked to end
+GRACE_S = 8.0  # for a program that was asked to stop
 
 
 class Interrupted(Exception):
-    """The run was told to stop; what it has is written."""
+    """The run was told to stop; its files are written."""
 
 
 @dataclass
 class Outcome:
-    """What a phase comes to. `lines` go to the summary, the most important first."""
+    """The outcome of a phase. `lines` go to the summary, the most important first."""
 
     status: str
     message: str
@@ -38,7 +39,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Ended:
-    """A program's end: its exit status, the last lines it printed, and whether it was stopped at its limit."""
+    """The end of a program: its exit status, the last lines it printed, and if it was stopped at its time limit."""
 
     code: int
     tail: list[str]
@@ -57,7 +58,7 @@ class Run:
     build: Path
     gpu: Gpu | None  # None: a dry run
     absent: list[Item]  # the optional ones
-    seconds: float  # for everything
+    seconds: float  # for the whole run
     root: Path = checkout.ROOT
     started: float = field(default_factory=time.monotonic)
 
@@ -82,7 +83,7 @@ class Run:
         return all(item.name != name for item in self.absent)
 
     def path(self, name: str) -> Path:
-        """A file of the phases' own, empty at first."""
+        """The path of a working file of the phases, deleted if it exists."""
         path = self.work / name
         path.unlink(missing_ok=True)
         return path
@@ -95,12 +96,13 @@ class Run:
         before: Sequence[str] = (),
         on_tick: Callable[[], None] | None = None,
     ) -> Ended:
-        """Runs this Python with the arguments, in the sources' folder; its output goes to the log.
+        """Run this Python in the sources' folder; the output goes to the log.
 
         Args:
-            limit_s: seconds, after which it is asked to end (SIGINT), and soon after made to.
-            environment: more variables.
-            before: a program that runs it, with that one's arguments.
+            arguments: of Python.
+            limit_s: seconds after which the program is interrupted (SIGINT) and soon after killed.
+            environment: additional variables.
+            before: a program to run it under, with arguments.
             on_tick: called about once a second while it runs.
         """
         command = [*before, sys.executable, *arguments]
@@ -113,7 +115,7 @@ class Run:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its children end with it
+            start_new_session=True,  # so that its children are stopped with it
         )
         tail: list[str] = []
         reader = threading.Thread(target=self._read, args=(process, tail), daemon=True)
@@ -145,7 +147,7 @@ class Run:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a program and everything it started, if anything of it is left."""
+    """Stop a program and everything it started that is still running."""
     if process.poll() is None:
         _signal(process, signal.SIGINT)
         try:
@@ -153,11 +155,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             _signal(process, signal.SIGKILL)
             process.wait()
-    _signal(process, signal.SIGKILL)  # what it left behind
+    _signal(process, signal.SIGKILL)  # its children
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # nothing is left
         os.killpg(process.pid, number)
-    except ProcessLookupError:  # all gone
-        pass

@@ -1,10 +1,11 @@
-"""One screen at the end, and the same with everything in it as summary.md and run.json."""
+"""The summary of a run: one screen at the end, and everything in summary.md and run.json."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import time
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ SHOWN = 6  # lines of a phase on the screen
 
 
 def commit(root: Path) -> str | None:
-    """The sources' commit, with "+" where files differ from it; None where git does not know."""
+    """The commit of the sources, with "+" if files differ from it; None without git."""
     if not (root / ".git").exists():
         return None
     git = ["git", "-C", str(root)]
@@ -32,7 +33,7 @@ def commit(root: Path) -> str | None:
 
 
 class Summary:
-    """What is known so far, written after each change."""
+    """The state of the run, written after each change."""
 
     def __init__(self, run: Run, command: str, found: list[Item]) -> None:
         self.run, self.command = run, command
@@ -68,9 +69,7 @@ class Summary:
             "sources": self.sources,
             "python": platform.python_version(),
             "platform": platform.platform(),
-            "gpu": None
-            if gpu is None
-            else {"name": gpu.name, "capability": gpu.capability, "memory_mib": gpu.memory_mib},
+            "gpu": asdict(gpu) if gpu else None,
             "versions": self.versions,
             "absent": {item.name: f"{item.why}: {item.remedy}" for item in self.run.absent},
             "phases": self.phases,
@@ -103,7 +102,7 @@ class Summary:
         return "\n".join(lines) + "\n"
 
     def screen(self) -> list[str]:
-        """What is printed at the end."""
+        """The lines to print at the end."""
         lines = [f"make gpu: {self.device()}, torch {self.versions.get('torch')}, commit {(self.commit or '?')[:10]}"]
         for name, phase in self.phases.items():
             status = phase["status"].upper() if name in self.failed else phase["status"]

@@ -1,4 +1,4 @@
-"""The phases that run pytest: every test that needs a GPU, and a few of them under compute-sanitizer."""
+"""The phases that run pytest: all tests that need a GPU, and a few of them under compute-sanitizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gpu_run.run import FAILED, PASSED, SKIPPED, Ended, Outcome, Run
 
 Record = dict[str, Any]
 
-# Why a gpu test may be skipped: what the hardware lacks. Anything else fails the run.
+# The reasons for which a gpu test may be skipped: the hardware lacks something. Any other skip fails the run.
 HARDWARE = (
     r"needs [\d.]+ Gi?B of GPU memory",
     r"needs \d+ GPUs",
@@ -27,21 +27,21 @@ WORKERS, WORKER_MIB = 4, 16 << 10
 
 
 def gpu_files(root: Path) -> list[str]:
-    """The test files that mark anything `gpu`: the others, and what they import, need not be there."""
+    """The test files that mark anything `gpu`; what the others import need not be installed."""
     found = [p for p in sorted((root / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
     return [str(path.relative_to(root)) for path in found]
 
 
 def accepted(reason: str, run: Run) -> bool:
-    """Whether a test may be skipped for this reason on this machine."""
+    """True if a test may be skipped for this reason on this machine."""
     patterns = list(HARDWARE) + ([DRY] if run.dry else [])
-    for item in run.absent:  # said in the summary's first lines already
+    for item in run.absent:  # the summary lists them
         patterns.append(rf"(could not import|No module named) '{item.name}'|\b{item.name} is not installed")
     return any(re.search(pattern, reason) for pattern in patterns)
 
 
 def gpu_tests(run: Run, limit_s: float) -> Outcome:
-    """`pytest -m gpu`: in parallel, and the large ones, which want the GPU's memory for themselves, one by one."""
+    """Run `pytest -m gpu` in parallel, then the large tests, which need all of the GPU's memory, one by one."""
     record = run.path("tests.jsonl")
     chosen = gpu_files(run.root)
     workers = min(WORKERS, (os.cpu_count() or 1) // 2, run.gpu.memory_mib // WORKER_MIB if run.gpu else 1)
@@ -55,7 +55,7 @@ def gpu_tests(run: Run, limit_s: float) -> Outcome:
     end = time.monotonic() + limit_s
     for marks, how, share in (("gpu and not full", parallel, 0.7), ("gpu and full", ["-p", "no:xdist"], 1.0)):
         arguments = ["-m", "pytest", *chosen, "-q", "-rs", "-p", "no:cacheprovider", "-m", marks, *how]
-        arguments += ["-o", "faulthandler_timeout=60"]  # where a test hangs: in the log
+        arguments += ["-o", "faulthandler_timeout=60"]  # shows in the log where a test hangs
         limit = _left(end) * (1.0 if run.dry else share)  # a dry run has no second part
         ended.append(run.python([*arguments, *plugin(record)], limit, environment, on_tick=write))
         if run.dry:
@@ -74,7 +74,7 @@ def plugin(record: Path) -> list[str]:
 
 
 def once(tests: list[Record]) -> list[Record]:
-    """One record for each test, the worst: a teardown may fail after a call that passed."""
+    """The worst record of each test: a teardown may fail after a call that passed."""
     rank = {"error": 3, "failed": 2, "skipped": 1}
     found: dict[str, Record] = {}
     for test in tests:
@@ -85,7 +85,7 @@ def once(tests: list[Record]) -> list[Record]:
 
 
 def judged(run: Run, tests: list[Record], ended: list[Ended]) -> Outcome:
-    """The verdict on a phase of tests, from their records and from how pytest ended."""
+    """Judge a phase of tests by their records and by how pytest ended."""
     counts = Counter(test["outcome"] for test in tests)
     bad = [test for test in tests if test["outcome"] in ("failed", "error")]
     skips = Counter(test["message"] for test in tests if test["outcome"] == "skipped")
@@ -96,7 +96,7 @@ def judged(run: Run, tests: list[Record], ended: list[Ended]) -> Outcome:
     for i, end in enumerate(ended):
         if end.out_of_time:
             lines.insert(0, f"pytest ran out of time ({i + 1} of {len(ended)})")
-        elif end.code not in (0, 1, 5):  # 1: tests failed, listed above; 5: nothing of this kind
+        elif end.code not in (0, 1, 5):  # 1: tests failed, they are listed; 5: no tests of this kind
             lines.insert(0, f"pytest ended with {end.code}: {end.last}")
     none = not counts["passed"]
     if none:
@@ -108,16 +108,16 @@ def judged(run: Run, tests: list[Record], ended: list[Ended]) -> Outcome:
 
 
 def _reason(text: str) -> str:
-    """pytest's own line of an error, or the last line."""
+    """pytest's own error line, or the last line."""
     lines = [line for line in text.splitlines() if line.strip()]
     errors = [line[1:].strip() for line in lines if line.startswith("E ")]
     return (errors or lines[-1:] or ["no message"])[0][:160]
 
 
 def sanitizer(run: Run, limit_s: float) -> Outcome:
-    """The tests marked `sanitize` under compute-sanitizer: reads and writes out of bounds, races in shared memory.
+    """Run the tests marked `sanitize` under compute-sanitizer: out-of-bounds accesses, races in shared memory.
 
-    Without torch's caching allocator, so that each tensor ends where its allocation does.
+    torch's caching allocator is off, so that each tensor ends where its allocation does.
     """
     if not run.dry and not run.has("compute-sanitizer"):
         return Outcome(SKIPPED, "compute-sanitizer is absent")

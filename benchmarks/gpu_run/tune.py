@@ -1,12 +1,12 @@
-"""Times configurations of the Triton kernels on this GPU and writes tuned.json, entry by entry.
+"""Time configurations of the Triton kernels on this GPU and write tuned.json, entry by entry.
 
-    compile   other processes run each candidate once: it fits, spills nothing and gives the shipped one's answers
-    time      every candidate of an entry and the shipped configuration, as CUDA graphs, in interleaved rounds with the
-              L2 cache flushed, at up to two shapes that use the entry
-    choose    the candidate with the best geometric mean over the shapes, if that is 1.02x or more, and nowhere below
+    compile   other processes run each candidate once: it must fit, spill nothing and agree with the shipped one
+    time      an entry's candidates and its shipped configuration, as CUDA graphs, in interleaved rounds with the L2
+              cache flushed, at up to two shapes that use the entry
+    choose    the candidate with the best geometric mean over the shapes, if that is at least 1.02x and nowhere below
               0.97x
 
-Two thirds of the time are for compiling. What is not reached is not in the file: the shipped entry stays.
+Two thirds of the time go to compiling. Entries that are not reached are not in the file and keep their configuration.
 
     python -m gpu_run.tune --out tuned.json --seconds 90
 """
@@ -14,25 +14,22 @@ Two thirds of the time are for compiling. What is not reached is not in the file
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
 import re
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from fastres.kernels import configs, measured
 
-from fastres.lab.results import environment, write_json
 from fastres.lab.timing import interleave, paired_ratio
-from gpu_run import files
-from gpu_run.clock import cold_timer, graphed, state
+from gpu_run.clock import cold_timer
 from gpu_run.problems import (
     Entry,
     Problem,
@@ -45,20 +42,20 @@ from gpu_run.problems import (
     rank,
     tiny_problems,
 )
+from gpu_run.program import Program, memory, workers
+from measure import cuda_graph, one_line
 
 COMPILING = 0.65  # of the time
-PROBLEMS = 2  # of an entry
-WORKER_GIB = 5  # of GPU memory, at the most
+PROBLEMS = 2  # per entry
 ROUNDS = 11
 GAIN, LOSS = 1.02, 0.97
 FAULTS = re.compile(r"illegal (memory access|instruction)|misaligned address|unspecified launch failure")
-REGISTERS = (
-    128  # of kernels that move data: with more, an SM holds too few threads (tests/kernels/test_triton_compile.py)
-)
+# Kernels that move data: with more registers an SM holds too few threads (tests/kernels/test_triton_compile.py).
+REGISTERS = 128
 
 
 def plan(device: torch.device, chosen: list[Problem]) -> dict[Entry, list[Problem]]:
-    """Each entry of the table that the problems use, with the first few of them; the most important first."""
+    """The entries of the table that the problems use, the most important first, each with its first few problems."""
     arch = known_architecture(device)
     found: dict[Entry, list[Problem]] = {}
     for problem in chosen:
@@ -71,25 +68,21 @@ def plan(device: torch.device, chosen: list[Problem]) -> dict[Entry, list[Proble
 
 @contextmanager
 def launched() -> Iterator[list[Any]]:
-    """The compiled kernels that Triton launches inside; none in its interpreter."""
+    """Collect the compiled kernels that Triton launches in the block; none in its interpreter."""
     from triton.runtime.jit import JITFunction
 
     real, found = JITFunction.run, []
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kernel = real(self, *args, **kwargs)
-        found.append(kernel)
-        return kernel
+        found.append(real(self, *args, **kwargs))
+        return found[-1]
 
-    JITFunction.run = run
-    try:
+    with patch.object(JITFunction, "run", run):
         yield found
-    finally:
-        JITFunction.run = real
 
 
 def attempt(entry: Entry, config: Any, chosen: list[Problem], device: torch.device) -> tuple[str, str] | None:
-    """Runs a candidate once at each problem: None, or ("refused" | "wrong", why)."""
+    """Run a candidate once at each problem. None if it is usable, else ("refused" | "wrong", why)."""
     for problem in chosen:
         call, said = problem.make(device), f"{entry[0]} {entry[2]}, {asdict(config)}, {problem.to_dict()}"
         shipped = tuple(t.clone() for t in call())
@@ -99,7 +92,7 @@ def attempt(entry: Entry, config: Any, chosen: list[Problem], device: torch.devi
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
         except Exception as error:  # out of registers or shared memory, a size that the compiler has no layout for
-            why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+            why = one_line(error)[:140]
             return ("wrong", f"{said}: {why}") if FAULTS.search(str(error)) else ("refused", why)
         own = [kernel for kernel in kernels if getattr(kernel, "name", "") == entry[0]]
         if any(kernel.n_spills for kernel in own):
@@ -112,44 +105,29 @@ def attempt(entry: Entry, config: Any, chosen: list[Problem], device: torch.devi
     return None
 
 
-LATE = object()
-Attempts = dict[Entry, dict[Any, Any]]  # None: it can be used; else (kind, why)
+Attempts = dict[Entry, dict[Any, Any]]  # entry -> candidate -> None where it is usable, else (kind, why)
 
 
 def compile_all(entries: dict[Entry, list[Problem]], device: torch.device, until: float, tiny: bool) -> Attempts:
-    """Attempts every candidate until the time is over; what was not begun by then is not in the result."""
-    found: Attempts = {entry: {} for entry in entries}
-    options = {entry: candidates(shipped_config(entry)) for entry in entries}
-    if tiny:
-        options = {entry: configurations[:1] for entry, configurations in options.items()}
-    workers = 1 if tiny else max(1, min((os.cpu_count() or 2) - 2, memory(device) // (WORKER_GIB << 30)))
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    """Attempt every candidate until the time is over; the result has only those finished by then."""
+    pool = workers(device)
+    futures: dict[Entry, dict[Any, Future[Any]]] = {}
     try:
         for entry, chosen in entries.items():
-            found[entry] = {config: pool.submit(attempt, entry, config, chosen, device) for config in options[entry]}
-        for tried in found.values():
-            for config, future in list(tried.items()):
-                tried[config] = _result(future, until)
-                if tried[config] is LATE:
-                    del tried[config]
+            options = candidates(shipped_config(entry))[: 1 if tiny else None]
+            futures[entry] = {config: pool.submit(attempt, entry, config, chosen, device) for config in options}
+        found: Attempts = {entry: {} for entry in entries}
+        for entry, tried in futures.items():
+            for config, future in tried.items():
+                try:
+                    found[entry][config] = future.result(timeout=max(until - time.monotonic(), 0))
+                except (TimeoutError, CancelledError):
+                    future.cancel()
+                except Exception as error:  # the process died, most likely of a fault on the GPU
+                    found[entry][config] = "refused", one_line(error)[:140]
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return found
-
-
-def _result(future: Any, until: float) -> Any:
-    """What the attempt came to; LATE where it is not over in time."""
-    left = until - time.monotonic()
-    if left <= 0 and not future.done():
-        future.cancel()
-        return LATE
-    try:
-        return future.result(timeout=max(left, 0))
-    except TimeoutError:
-        future.cancel()
-        return LATE
-    except Exception as error:  # the process died: of a fault on the GPU, most likely
-        return "refused", f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
 
 
 def shipped_config(entry: Entry) -> Any:
@@ -158,30 +136,23 @@ def shipped_config(entry: Entry) -> Any:
 
 
 def timed(entry: Entry, options: list[Any], problem: Problem, device: torch.device, rounds: int) -> list[list[float]]:
-    """Seconds, round by round, of each configuration at one problem."""
+    """The seconds of each configuration at one problem, round by round."""
     call = problem.make(device)
-    calls = {}
-    for i, config in enumerate(options):
-        if device.type == "cuda":
+
+    def configured_call(config: Any) -> Callable[[], Any]:
+        def run() -> Any:
             with configured(entry, config):
-                call()
-                calls[str(i)] = graphed(call, device)
-        else:
-            calls[str(i)] = _inside(entry, config, call)
-    samples = interleave(calls, rounds, timer=cold_timer(device))
-    return [samples[str(i)] for i in range(len(options))]
+                return call()
 
+        run()  # before a capture
+        return cuda_graph(run, device)
 
-def _inside(entry: Entry, config: Any, call: Any) -> Any:
-    def run() -> None:
-        with configured(entry, config):
-            call()
-
-    return run
+    samples = interleave({str(i): configured_call(c) for i, c in enumerate(options)}, rounds, timer=cold_timer(device))
+    return list(samples.values())
 
 
 def choose(samples: list[list[list[float]]]) -> tuple[int, float]:
-    """(index of the configuration to take, its speed-up over the shipped one, which is number 0).
+    """The index of the configuration to use, and its speed-up over the shipped one, which is number 0.
 
     `samples[p][c]` are the seconds of configuration c at problem p.
     """
@@ -194,19 +165,18 @@ def choose(samples: list[list[list[float]]]) -> tuple[int, float]:
     return best, speedup
 
 
-def tune(device: torch.device, end: float, tiny: bool, save: Any) -> None:
-    """Calls `save(entries so far, planned, wrong)` after each entry."""
-    begun = time.monotonic()
+def tune(program: Program, save: Callable[[list[dict[str, Any]], int, list[str]], None]) -> None:
+    """Call `save(entries so far, planned, wrong)` after each entry."""
+    device, tiny = program.device, program.dry_run
     chosen = tiny_problems() if tiny else problems(batch_for(device))
     entries = plan(device, chosen)
-    planned = len(entries)
-    attempts = compile_all(entries, device, begun + COMPILING * (end - begun), tiny)
+    attempts = compile_all(entries, device, program.started + COMPILING * program.seconds, tiny)
     outcomes = [outcome for tried in attempts.values() for outcome in tried.values() if outcome is not None]
     wrong = [why for kind, why in outcomes if kind == "wrong"]
     done: list[dict[str, Any]] = []
-    save(done, planned, wrong)
+    save(done, len(entries), wrong)
     for entry, chosen in entries.items():
-        if time.monotonic() > end:
+        if time.monotonic() > program.end:
             break
         right = [config for config, outcome in attempts[entry].items() if outcome is None]
         if not right:
@@ -230,46 +200,28 @@ def tune(device: torch.device, end: float, tiny: bool, save: Any) -> None:
                 ],
             }
         )
-        save(done, planned, wrong)
+        save(done, len(entries), wrong)
 
 
 def batch_for(device: torch.device) -> int:
-    """As large as the GPU's memory makes sensible: several times the L2 cache in every tensor."""
+    """A batch that makes every tensor several times as large as the L2 cache, where the memory allows it."""
     return 128 if memory(device) >= 40 << 30 else 32
 
 
-def memory(device: torch.device) -> int:
-    """Bytes of the GPU."""
-    return int(torch.cuda.get_device_properties(device).total_memory)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = files.program_options("tune", __doc__, arguments)
-    end = time.monotonic() + options.seconds
-    device = torch.device("cpu" if options.dry_run else "cuda:0")
-    about = environment(device, " ".join(["gpu_run.tune", *sys.argv[1:]]))
-    arch = known_architecture(device)
-    why_not = None
+    program = Program("tune", __doc__, arguments)
+    arch, why_not = known_architecture(program.device), None
     if arch not in configs.ARCHITECTURES:
-        why_not = f"the table has no entries of its own for sm_{arch}; this GPU takes those of an older one"
+        why_not = f"the table has no entries for sm_{arch}; this GPU uses those of an older one"
 
     def save(entries: list[dict[str, Any]], planned: int, wrong: list[str]) -> None:
-        data = {
-            "schema": measured.SCHEMA,
-            "schema_version": measured.VERSION,
-            "dry_run": options.dry_run,
-            "environment": about | {"clocks": state()},
-            "why_not": why_not,
-            "planned": planned,
-            "wrong": wrong,
-            "entries": entries,
-        }
-        write_json(options.out, data)
+        data = {"why_not": why_not, "planned": planned, "wrong": wrong, "entries": entries}
+        program.save(measured.SCHEMA, measured.VERSION, **data)
 
     if why_not is not None:
         save([], 0, [])
     else:
-        tune(device, end, options.dry_run, save)
+        tune(program, save)
     return 0
 
 

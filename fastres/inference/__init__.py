@@ -1,20 +1,20 @@
-"""freeze: a network as a snapshot for inference, every convolution with what follows it in one step.
+"""freeze: a network as a snapshot for inference, a list of steps, every convolution with what follows it in one.
 
-capture       capture.py (torch.export), functional.py (in-place calls undone), signature.py (the call convention)
-rewrite       normal.py (one form for each thing), constants.py, regions.py (the region graph), build.py (executor)
-steps         conv.py, leaves.py; cost.py (what each costs at the least)
-without a graph   watch.py (which BN reads which convolution), modules.py, blocks.py
-both          recipe.py, making.py
-plan          plan.py, choose.py: what is chosen by measuring
-run           frozen.py (FrozenModel), likeness.py, engine.py, program.py, graphs.py (CUDA), gate.py (threads)
-file          saved.py (FrozenModel.save, fastres.load), store.py, json_*.py
-freeze.py     the public function: these in order; report.py
+freeze.py     the public function: capture, fuse (fastres/graph), tune, verify
+lower.py      the steps as plain calls, for one input signature
+executor.py   the loop over them; network.py: a captured call with its executor; cuda_graphs.py
+frozen.py     FrozenModel; hub.py: what it shows of its source
+tune.py       what is chosen by measuring
+verify.py     the referee's verdict; checks.py: what is refused; report.py
+fallback.py   a network without a graph
+file/         FrozenModel.save; load.py: fastres.load
 """
 
+from fastres.graph.rows import FreezeRow
+from fastres.inference.file.values import FrozenFileError
 from fastres.inference.freeze import freeze
 from fastres.inference.frozen import FrozenModel
-from fastres.inference.json_values import FrozenFileError
-from fastres.inference.report import FreezeReport, FreezeRow
-from fastres.inference.saved import load
+from fastres.inference.load import load
+from fastres.inference.report import FreezeReport
 
 __all__ = ["FreezeReport", "FreezeRow", "FrozenFileError", "FrozenModel", "freeze", "load"]

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
 
-from fastres.inference.capture import dtype_of, sharing_copy
-from fastres.inference.checks import check_example, check_model, copies, own_example, put_back
-from fastres.inference.choose import (
-    choose_layout,
-    find_bound,
-    overwrite_residuals,
-    pack,
-    record_graph,
-    say_if_slower,
-    split,
-    write_program,
-)
+from fastres.graph.captured import Captured
+from fastres.graph.export import CaptureError, batch_of, capture_for, dtype_of, own_memory, sharing_copy
+from fastres.graph.fold import short
+from fastres.graph.rewrite import Rewritten
+from fastres.graph.signature import Signature
+from fastres.inference.checks import check_example, check_model, copies, names_the_example, own_example, put_back
+from fastres.inference.fallback import swapped_copy
 from fastres.inference.frozen import FrozenModel
-from fastres.inference.judge import judge
-from fastres.inference.likeness import take_likeness
-from fastres.inference.making import make
-from fastres.inference.recipe import source_tensors
+from fastres.inference.hub import take_likeness
+from fastres.inference.network import fold, source_tensors
 from fastres.inference.report import FreezeReport
-from fastres.nn.fold import short
-from fastres.verify.runs import named_tensors, private
+from fastres.inference.tune import agrees, tune_plan
+from fastres.inference.verify import judge
+from fastres.verify.runs import call, map_tensors, named_tensors, private
 
 logger = logging.getLogger("fastres")
 
@@ -53,8 +51,8 @@ def freeze(
     The model runs as in eval mode, whatever mode it is in, and is never changed. Its forward is captured as a graph of
     ATen operators (`torch.export`, any batch size); each convolution takes in what alone reads it, in whatever form it
     is written: batch norms and other arithmetic with one number a channel, a residual sum, an activation. A network
-    that has no graph (control flow that depends on data, hooks) keeps its modules, and BN are folded into the
-    convolutions among them. What could not be folded stays, with the reason in ``.report``.
+    that has no graph (control flow that depends on data, hooks) keeps its own code; its known blocks are swapped
+    (:func:`fastres.swap`). What could not be folded stays, with the reason in ``.report``.
 
     Args:
         model: the source; on any device, in any mode.
@@ -62,7 +60,7 @@ def freeze(
             any batch size; times and the layout are measured on this one.
         dtype: float32, float16, bfloat16 or float64; None keeps the model's. Inputs are cast to it, outputs come in it.
         device: where the copy goes; None keeps the model's.
-        capture: "auto" rewrites the graph or, where there is none, the modules; "graph" and "modules" insist.
+        capture: "auto" takes the graph or, where there is none, the modules as they are; "graph" and "modules" insist.
         tune: "auto" or True measures eager and both memory layouts on the example, for a few seconds, and keeps the
             faster; False measures nothing and takes channels_last. A frozen model slower than eager says so in the
             report.
@@ -91,6 +89,7 @@ def freeze(
         >>> fast.report.folded, tuple(fast(torch.randn(5, 3, 16, 16)).shape)
         (1, (5, 8, 14, 14))
     """
+    model = _uncompiled(model)
     _check(model, example_inputs, dtype, tune, cuda_graph, verify)
     if capture not in ("auto", "graph", "modules"):
         raise ValueError(f"capture: got {capture!r}, expected 'auto', 'graph' or 'modules'")
@@ -104,24 +103,17 @@ def freeze(
         source = private("model", source).to(target)
     inputs = own_example(example_inputs, target, own)
     report = FreezeReport(type(model).__name__, short(dtype), str(target), [])
-    frozen = make(source, model, inputs, report, capture, dtype, target)
+    frozen = _capture(source, model, inputs, report, capture, dtype, target)
     if any(m.training for m in model.modules()):
         report.notes.append("the model is in training mode; frozen as in eval mode")
-    if not report.folded:
+    if report.capture == "graph" and not report.folded:
         report.notes.append("no BN was folded")
-    if not report.folded and report.counts["norms_left"]:
-        logger.warning("freeze: no BN of %s was folded: see the report", report.model)
+        if report.counts["norms_left"]:
+            logger.warning("freeze: no BN of %s was folded: see the report", report.model)
     if dtype is torch.bfloat16 and target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         report.notes.append("this CPU has no native bfloat16: oneDNN emulates it, slower than float32")
     example = copies(inputs)
-    frozen = choose_layout(frozen, source, inputs, target, tune)
-    overwrite_residuals(frozen, inputs, target)
-    pack(frozen, inputs, target, tune)
-    split(frozen, inputs, target, tune)
-    write_program(frozen, inputs, target)
-    find_bound(report, inputs, target, dtype, tune)
-    record_graph(frozen, inputs, target, tune, cuda_graph)
-    say_if_slower(report)
+    frozen = tune_plan(frozen, source, inputs, target, tune, cuda_graph)
     put_back(named_tensors(inputs, ""), named_tensors(example, ""))
     if report.capture == "modules" and put_back(source_tensors(source), source_tensors(model)):
         frozen.refresh()  # its forward keeps state, which the runs above have moved
@@ -133,6 +125,149 @@ def freeze(
                 raise RuntimeError(text)
             logger.warning(text)
     return take_likeness(frozen, model)
+
+
+def _capture(
+    source: nn.Module,
+    model: nn.Module,
+    inputs: Any,
+    report: FreezeReport,
+    how: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> FrozenModel:
+    """The frozen network, without a plan: of its graph or, where it has none, of a swapped copy; fills the report."""
+    signature = None
+    try:
+        if how == "modules":
+            raise CaptureError("capture='modules'")
+        signature = _signature(source)
+        args, kwargs = call(lambda *args, **kwargs: (args, kwargs), inputs)
+        try:
+            given = signature.take(args, kwargs)
+        except TypeError as error:
+            raise TypeError(f"example_inputs: {error}, {report.model}.forward takes {signature}") from error
+        captured = capture_for(source, given, dtype)
+        made = _folded(captured, source, dtype, report)
+        report.capture, report.rows = "graph", made.rows
+        frozen = FrozenModel(made, model, signature, report, dtype, captured)
+        reason = _why_not_any_batch(source, frozen, inputs)
+        if reason:
+            raise CaptureError(reason)
+        report.notes[:0] = captured.notes
+        frozen.forget()  # packs for that batch
+        return frozen
+    except CaptureError as error:
+        if how == "graph":
+            raise ValueError(f"capture: got 'graph', and {report.model} has none: {error}") from error
+        report.capture, report.capture_reason, report.notes = "modules", str(error), []
+        if how != "modules":
+            report.notes.append(f"no graph, its known blocks are swapped instead: {error}")
+            logger.info("freeze: %s has no graph: %s", report.model, error)
+    own_memory(source)  # a forward without a graph may write to its parameters
+    with names_the_example(inputs):
+        run_once(source, inputs)
+    module, report.rows = swapped_copy(source, dtype, device)
+    if signature is None:
+        with contextlib.suppress(CaptureError):
+            signature = _signature(source)
+    return FrozenModel(module, model, signature or Signature.any(), report, dtype)
+
+
+def _folded(captured: Captured, source: nn.Module, dtype: torch.dtype, report: FreezeReport) -> Rewritten:
+    try:
+        return fold(captured, source, dtype)
+    except Exception as error:  # whatever the graph is, the network must not be lost
+        logger.warning("freeze: a fault of fastres: the graph of %s cannot be rewritten", report.model, exc_info=True)
+        text = f"a fault of fastres: its graph cannot be rewritten: {type(error).__name__}: {error}"
+        raise CaptureError(text) from error
+
+
+def _signature(source: nn.Module) -> Signature:
+    try:
+        return Signature.of(source.forward)
+    except ValueError as error:  # a forward in C++
+        raise CaptureError(str(error)) from error
+
+
+# ---- the graph against its source ------------------------------------------------------------------------------------
+
+
+def run_once(model: nn.Module, given: Any) -> Any:
+    """The model's answer to a copy of an example; networks that draw numbers draw the same in every run."""
+    torch.default_generator.manual_seed(0)
+    with torch.no_grad():
+        return call(model, copies(given))
+
+
+def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> str:
+    """What shows that the graph is not good for every batch; empty where it is.
+
+    It was captured at 2 or more, where a size of 1 that the source's code asks for is not seen. So one image, or two
+    for an example of one, must be answered as eager does.
+    """
+    batch = batch_of(named_tensors(inputs, "").values())
+    if batch == 0:
+        return ""
+    other = 2 if batch == 1 else 1
+
+    def resized(_: str, t: Tensor) -> Tensor:
+        return t.clone() if not t.ndim or len(t) != batch else torch.cat([t, t]) if batch == 1 else t[:1].clone()
+
+    given = map_tensors(inputs, resized, "")
+    try:
+        want = run_once(source, given)
+    except Exception:  # the source does not take it: nor need the frozen network; the example it must
+        with names_the_example(inputs):
+            run_once(source, inputs)
+        return ""
+    if not _agree(run_once(source, given), want, 1e-3):
+        return "it answers the same input differently from call to call: it keeps state"
+    try:
+        got = run_once(frozen, given)
+    except Exception as error:  # whatever the graph is, the network must not be lost
+        return f"a batch of {other} is not answered: {type(error).__name__}: {error}"
+    if _agree(got, want) or _agree(got, want, 2 * _spread(source, frozen.dtype, given, want)):
+        return ""
+    want = run_once(source, inputs)
+    got = run_once(frozen, inputs)
+    if not _agree(got, want) and not _agree(got, want, 2 * _spread(source, frozen.dtype, inputs, want)):
+        logger.warning("freeze: a fault of fastres: the graph of %s gives other answers", type(source).__name__)
+        return "a fault of fastres: its graph answers the example otherwise than the source"
+    return f"a batch of {other} is answered otherwise than by the source"
+
+
+def _spread(source: nn.Module, dtype: torch.dtype, given: Any, want: Any) -> float:
+    """The share of its largest output by which eager itself is off in the frozen dtype: infinite where it overflows, 0
+    where it does not run."""
+    if dtype is dtype_of(source):
+        return 0.0
+    try:
+        eager = private("model", source).to(dtype)
+        got = run_once(eager, map_tensors(given, lambda _, t: t.to(dtype) if t.is_floating_point() else t, ""))
+    except Exception:  # nothing to compare with
+        return 0.0
+    worst = 0.0
+    for g, w in zip(tree_leaves(got), tree_leaves(want), strict=False):
+        if (
+            isinstance(w, Tensor)
+            and isinstance(g, Tensor)
+            and w.is_floating_point()
+            and w.shape == g.shape
+            and w.numel()
+        ):
+            off = float((g.to(w.dtype) - w).abs().max() / w.abs().max().clamp_min(1e-30))
+            worst = max(worst, off if math.isfinite(off) else math.inf)
+    return worst
+
+
+def _agree(got: Any, want: Any, tolerance: float = 0.05) -> bool:
+    """Whether two outputs have one structure, and their leaves agree."""
+    (got, its_tree), (want, tree) = tree_flatten(got), tree_flatten(want)
+    return str(its_tree) == str(tree) and all(agrees(g, w, tolerance) for g, w in zip(got, want, strict=True))
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, verify: Any) -> None:
@@ -149,6 +284,12 @@ def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, veri
         if not isinstance(value, bool) and value != word:
             raise TypeError(f"{name}: got {value!r}, expected True, False or {word!r}")
     check_model(model)
+
+
+def _uncompiled(model: Any) -> Any:
+    """The network in what `torch.compile` made of it, which no graph is captured of."""
+    compiled = getattr(sys.modules.get("torch._dynamo"), "OptimizedModule", ())
+    return model._orig_mod if isinstance(model, compiled) else model
 
 
 def _device_of(model: nn.Module, inputs: Any) -> torch.device:

@@ -2,316 +2,314 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
-import weakref
-from collections.abc import Callable
-from types import MethodType
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_unflatten
 
-from fastres.inference.blocks import own_residuals
-from fastres.inference.capture import CaptureError, capture_for, sharing_copy
-from fastres.inference.conv import Packs, frozen_convs, is_traced
-from fastres.inference.engine import Engine, Variant, Variants
-from fastres.inference.gate import Running, capturing
-from fastres.inference.nans import pass_nan
-from fastres.inference.plan import Plan, choose_packs
-from fastres.inference.recipe import GraphRecipe, Recipe, source_tensors
+from fastres.graph import export
+from fastres.graph.captured import Captured
+from fastres.graph.export import CaptureError
+from fastres.graph.rewrite import Rewritten
+from fastres.graph.rows import FreezeRow
+from fastres.graph.signature import Call, Signature
+from fastres.graph.steps import Graph
+from fastres.inference.cuda_graphs import Graphs
+from fastres.inference.executor import Executor, is_traced
+from fastres.inference.fallback import swapped_copy
+from fastres.inference.file.document import Stored
+from fastres.inference.file.likeness import likeness_to_json
+from fastres.inference.file.store import write
+from fastres.inference.file.values import FrozenFileError
+from fastres.inference.network import Network, Places, fold, held, hold, source_tensors
+from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
-from fastres.inference.signature import Call, Signature
-from fastres.ops._autograd import is_plain_eager
+from fastres.inference.source import LikeItsSource, Source
+from fastres.nn.steps import has_global_hooks, is_bare
 from fastres.verify.runs import call, map_tensors
 
 logger = logging.getLogger("fastres")
 
-
-class Source:
-    """Where a snapshot came from: a weak reference, and what its tensors were. Copies share it, pickles drop it."""
-
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._model = None if model is None else weakref.ref(model)
-        self._tensors: dict[str, tuple[weakref.ref[Tensor], int]] = {}
-        if model is not None:
-            self._tensors = {name: (weakref.ref(t), _version(t)) for name, t in source_tensors(model).items()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        return self
-
-    def __reduce__(self) -> tuple[type[Source], tuple[()]]:
-        return Source, ()
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The source, while somebody else keeps it."""
-        return None if self._model is None else self._model()
-
-    def moved(self) -> bool:
-        """Whether a tensor of the source was replaced, added, removed or written to since."""
-        if self.model is None:
-            return False
-        now = source_tensors(self.model)
-        if now.keys() != self._tensors.keys():
-            return True
-        return any(
-            reference() is not now[name] or version != _version(now[name])
-            for name, (reference, version) in self._tensors.items()
-        )
-
-
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
-
-
-class LikeItsSource:
-    """`FrozenModel.forward`: a method with the signature of the source's, by which exporters name inputs and sizes."""
-
-    def __get__(self, frozen: FrozenModel | None, owner: type[FrozenModel]) -> Any:
-        if frozen is None:
-            return self
-        if torch.compiler.is_dynamo_compiling():  # which follows methods of classes alone
-            return frozen._forward
-
-        def forward(self: FrozenModel, *args: Any, **kwargs: Any) -> Any:
-            return self._forward(*args, **kwargs)
-
-        forward.__signature__ = frozen._signature  # type: ignore[attr-defined]
-        return MethodType(forward, frozen)
-
-
-def _method_signature(forward: Signature) -> inspect.Signature:
-    """With `self`, which a bound method's signature leaves out."""
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    taken = {name for name, _, _ in forward.parameters}
-    own = own if "self" not in taken else own.replace(name="_self")
-    rest = [inspect.Parameter(name, kind, default=default) for name, kind, default in forward.parameters]
-    return inspect.Signature([own, *rest])
+VARIANTS = 8  # other calls that a frozen model keeps a network for
 
 
 class FrozenModel(nn.Module):
     """What ``fastres.freeze`` returns: the source's call signature and outputs, its weights folded, for inference only.
 
     Call it as the source, with any batch size. Floating inputs are cast to the frozen dtype, outputs come in it, as
-    after ``model.to(dtype)``; everything runs without gradients.
+    after ``model.to(dtype)``; everything runs without gradients and outside autocast.
 
     It is a snapshot: plain tensors, which ``state_dict()``, ``deepcopy`` and ``.to(device)`` handle as usual, and a
     weak reference to the source, so that freezing keeps no training model alive. ``train()`` raises. ``is_stale()``
-    says whether the source's weights have changed since, ``refresh()`` folds them again.
+    says whether the source's weights have changed since, ``refresh()`` folds them again. It has no submodules to hook
+    or to replace: it runs a list of steps, ``graph``.
 
     Attributes:
         report: what was folded and fused, the plan, times and the referee's verdict.
         dtype: what it computes in.
-        plan: the layout, and how many images of a batch run at a time.
-        module: the rewritten network.
+        plan: the layout, how many images of a batch run at a time, and the way to run each step.
+        weights: the tensors of its steps, by their names in the source.
     """
 
     def __init__(
-        self, module: nn.Module, source: nn.Module | None, recipe: Recipe, report: FreezeReport, dtype: torch.dtype
-    ):
+        self,
+        made: Rewritten | nn.Module,
+        source: nn.Module | None,
+        signature: Signature,
+        report: FreezeReport,
+        dtype: torch.dtype,
+        captured: Captured | None = None,
+        plan: Plan | None = None,
+    ) -> None:
         super().__init__()
-        self.module = module
-        self.report = report
-        self.dtype = dtype
-        self.plan = Plan()
-        self._overwrites = False
+        self.report, self.dtype, self.plan = report, dtype, plan or Plan()
         self.training = False
-        self._recipe = recipe
-        own = recipe.signature if isinstance(recipe, GraphRecipe) else Signature.of(module.forward)
-        self._signature = _method_signature(own)
+        self._network: Network | None = None
+        if isinstance(made, nn.Module):  # without a graph
+            self.fallback = made
+        else:
+            assert captured is not None
+            self.weights = hold(made.constants)
+            self._network = Network(captured, Executor(made.graph, self.plan.choices))
+        self._signature = signature
         self._source = Source(source)
-        self._engine = Engine()
-        self._variants = Variants()
+        self._variants: list[Network] = []  # for calls unlike the example; newest last
+        self._cuda_graphs = Graphs()
         self._likeness: tuple[str, ...] = ()  # the attributes that it has of its source
-        self._passes_nan = False  # everywhere
+        self._hub_class = ""  # its source's class, if that is transformers'
+        self._places: Places | None = None  # of the constants, in the graph's order
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
         self._pass_nan()
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "module":
+            raise AttributeError(
+                "a FrozenModel has no attribute 'module': it runs a list of steps (.graph) on its .weights; hooks and "
+                "other modules go into the source, before it is frozen"
+            )
+        return super().__getattr__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_places": None, "_variants": [], "_cuda_graphs": Graphs()}
+
+    def _replicate_for_data_parallel(self) -> FrozenModel:
+        replica: FrozenModel = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__.update(self.__getstate__(), _modules=replica._modules, _buffers=replica._buffers)
+        if self._network is not None:
+            executor = Executor(self._network.executor.graph, self.plan.choices, self._network.executor.exact)
+            replica._network = Network(self._network.captured, executor)
+        return replica
+
     def _pass_nan(self) -> None:
-        """A network that makes NaN of finite inputs runs on steps that pass them on, as eager's do; oneDNN's do not."""
+        """Where its numbers may make NaN of finite inputs, pass them on as eager does; oneDNN's ReLU does not."""
+        if self._network is None:
+            return
         refused = any(row.reason in ("BAD_VARIANCE", "OVERFLOW") for row in self.report.rows)
-        tensors = [t for t in source_tensors(self.module).values() if t.is_floating_point() and not t.is_meta]
+        tensors = [t for t in self.weights.buffers() if t.is_floating_point() and not t.is_meta]
         if refused or not all(math.isfinite(float(t.detach().sum(dtype=torch.float64))) for t in tensors):
-            self._passes_nan = True
+            self._network.executor.exact = True
             note = "some of its numbers are not finite, or too large to fold: no step that could hide a NaN is taken"
             if note not in self.report.notes:
                 self.report.notes.append(note)
-        pass_nan(self.module, self._passes_nan)
+
+    # ---- calls -------------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if is_traced():
-            return super().__call__(*args, **kwargs)
-        with Running():
-            return super().__call__(*args, **kwargs)
+        if not is_traced() and is_bare(self) and not has_global_hooks():
+            return self._forward(*args, **kwargs)  # Module.__call__ may be an exporter's, in another thread
+        return super().__call__(*args, **kwargs)
 
     forward = LikeItsSource()
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self._recipe, GraphRecipe):
-            given = self._recipe.signature.take(args, kwargs)
-            return self._call(given, self._recipe)
-        if self._goes_in_parts(args, kwargs):
-            return self._in_parts(lambda part: self._run((part,), {}), args[0])
-        return self._run(args, kwargs)
-
-    def _call(self, given: Call, recipe: GraphRecipe) -> Any:
-        """A call of the network that was captured for its like."""
-        captured, module, engine = recipe.captured, self.module, self._engine
-        if not captured.takes(given):
-            variant = self._variant(given, recipe)
-            captured, module, engine = variant.captured, variant.module, variant.engine
-        if is_traced():
-            outputs = module(*(self._prepare("", t) for t in given.tensors))
-        elif given.plain == recipe.captured.plain and self._goes_in_parts(given.tensors, {}):
-            outputs = self._in_parts(lambda part: engine.run(module, (self._prepare("", part),), {}), given.tensors[0])
+        network = self._network
+        if network is None:
+            return self._run_fallback(args, kwargs)
+        given = self._signature.take(args, kwargs)
+        if not network.captured.takes(given):
+            network = self._other(given)
+        inputs = [self._prepare("", t) for t in given.tensors]
+        if is_traced(*inputs):
+            outputs = network.executor.trace(inputs, self._constants_of(network))
+        elif self._goes_in_parts(inputs):
+            parts = zip(*(self._run(network, [part]) for part in self._parts(inputs[0])), strict=True)
+            outputs = [torch.cat(leaves) for leaves in parts]
         else:
-            outputs = engine.run(module, tuple(self._prepare("", t) for t in given.tensors), {})
-        return tree_unflatten(outputs, captured.outputs)
+            outputs = self._run(network, inputs)
+        return tree_unflatten(outputs, network.captured.outputs)
 
-    def _variant(self, given: Call, recipe: GraphRecipe) -> Variant:
-        """The network for a call unlike the example, captured on the first one.
+    def _run(self, network: Network, inputs: Sequence[Tensor]) -> list[Any]:
+        if len(self._cuda_graphs):
+            replayed, outputs = self._cuda_graphs.replay(inputs)
+            if replayed:
+                return outputs  # type: ignore[no-any-return]
+        if torch._C._is_any_autocast_enabled():
+            with torch._C._DisableAutocast():
+                return network.executor.run(inputs, self._constants_of(network))
+        return network.executor.run(inputs, self._constants_of(network))
 
-        Raises:
-            RuntimeError: there is no source to capture it from, or the source has changed since.
-            ValueError: it cannot be captured.
-        """
-        for variant in reversed(self._variants.found):
-            if variant.captured.takes(given):
-                return variant
-        if is_traced():
-            raise RuntimeError(
-                f"input: got {_describe(given)}; this network was captured for {recipe.captured.describe()}: "
-                "call it on such an input once before it is exported or compiled"
-            )
-        with capturing(), torch.inference_mode(False):
-            for variant in self._variants.found:
-                if variant.captured.takes(given):
-                    return variant
-            source, what = self._source.model, _describe(given)
-            if source is None:
-                raise RuntimeError(
-                    f"input: got {what}; this network was captured for {recipe.captured.describe()}, and its source, "
-                    "which another capture needs, is gone: freeze the model with an example of that kind"
-                )
-            if self.is_stale():
-                raise RuntimeError(
-                    f"input: got {what}; this network was captured for {recipe.captured.describe()}, and its source "
-                    "has changed since: refresh() first"
-                )
-            try:
-                captured = capture_for(sharing_copy(source).eval(), given, self.dtype)
-            except CaptureError as error:
-                raise ValueError(
-                    f"input: got {what}; this network was captured for {recipe.captured.describe()}, and it cannot be "
-                    f"for this: {error}"
-                ) from error
-            fresh = GraphRecipe(captured, recipe.signature)
-            module, _ = fresh.make(source, self.dtype, self.module, self._device())
-            if self.plan.channels_last:
-                module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            pass_nan(module, self._passes_nan)
-            logger.info("freeze: %s captured again for %s", self.report.model, what)
-            variant = Variant(captured, module)
-            self._variants.add(variant)
-            return variant
-
-    def _device(self) -> torch.device | None:
-        return next((t.device for t in source_tensors(self.module).values()), None)
-
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_fallback(self, args: Any, kwargs: Any) -> Any:
         args, kwargs = map_tensors((args, kwargs), self._prepare, "")
-        if is_traced():
-            return self.module(*args, **kwargs)
-        if self._overwrites and (kwargs or not all(isinstance(arg, Tensor) for arg in args)):
-            self.overwrite_residuals(False)  # a call unlike the example may keep what the example did not
-        return self._engine.run(self.module, args, kwargs)
+        with torch.no_grad():
+            return self.fallback(*args, **kwargs)
 
-    def _goes_in_parts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        count = self.plan.images_at_a_time
-        if not count or kwargs or len(args) != 1 or not isinstance(args[0], Tensor) or args[0].ndim != 4:
-            return False
-        return len(args[0]) > count and is_plain_eager(args[0])
-
-    def _in_parts(self, run: Callable[[Tensor], Any], images: Tensor) -> Any:
-        """A few images at a time: inputs and activations stay in cache, and below the size that malloc maps anew."""
-        size = self.plan.images_at_a_time or len(images)
-        parts = [tree_flatten(run(part)) for part in images.detach().split(size)]
-        joined = [torch.cat(leaves) for leaves in zip(*(leaves for leaves, _ in parts), strict=True)]
-        return tree_unflatten(joined, parts[0][1])
+    def _constants_of(self, network: Network) -> tuple[Tensor, ...]:
+        if network.constants is not None:
+            return network.constants
+        if torch.compiler.is_dynamo_compiling():
+            return held(self.weights, network.executor.graph.constants)
+        if self._places is None:
+            self._places = Places(self.weights, network.executor.graph.constants)
+        return self._places.read()
 
     def _prepare(self, _: str, t: Tensor) -> Tensor:
         if t.is_floating_point() and t.dtype != self.dtype:
             t = t.to(self.dtype)
-        if self.plan.channels_last and t.ndim == 4:
+        if self.plan.channels_last and t.ndim == 4 and not torch._C._are_functorch_transforms_active():
             t = t.contiguous(memory_format=torch.channels_last)
         return t
 
-    @property
-    def channels_last(self) -> bool:
-        """Whether it runs in channels_last; see :meth:`use_channels_last`."""
-        return self.plan.channels_last
+    def _goes_in_parts(self, inputs: Sequence[Tensor]) -> bool:
+        count = self.plan.images_at_a_time
+        return bool(count) and len(inputs) == 1 and inputs[0].ndim == 4 and len(inputs[0]) > (count or 0)
+
+    def _parts(self, images: Tensor) -> tuple[Tensor, ...]:
+        """A few images at a time: activations stay in cache, and below the size that malloc maps anew."""
+        parts: tuple[Tensor, ...] = images.detach().split(self.plan.images_at_a_time or len(images))
+        return parts
+
+    # ---- other calls than the example's -----------------------------------------------------------------------------
+
+    def capture(self, example_inputs: Any) -> None:
+        """Capture the source for calls like this one, ahead of time: another image size, or other arguments.
+
+        A call that is unlike every captured one does it by itself, once, and says so in the log at level INFO.
+
+        Args:
+            example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments, as for ``freeze``.
+
+        Raises:
+            RuntimeError: there is no source to capture it from, or it has changed since.
+            ValueError: it cannot be captured.
+
+        Example:
+            >>> import torch, fastres
+            >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()
+            >>> frozen = fastres.freeze(net, torch.randn(2, 3, 8, 8), tune=False)
+            >>> frozen.capture(torch.randn(2, 3, 16, 16))
+            >>> frozen(torch.randn(5, 3, 16, 16)).shape
+            torch.Size([5, 4, 14, 14])
+        """
+        if self._network is None:
+            return  # its own code takes any call
+        args, kwargs = call(lambda *args, **kwargs: (args, kwargs), example_inputs)
+        given = self._signature.take(args, kwargs)
+        if not self._network.captured.takes(given):
+            self._other(given)
+
+    def _known(self, given: Call) -> Network | None:
+        return next((n for n in reversed(self._variants) if n.captured.takes(given)), None)
+
+    def _other(self, given: Call) -> Network:
+        """The network for a call unlike the example, captured on the first one."""
+        found = self._known(given)
+        if found is not None:
+            return found
+        assert self._network is not None
+        what = f"input: got {_describe(given)}; this network was captured for {self._network.captured.describe()}"
+        if is_traced():
+            raise RuntimeError(f"{what}: capture(example) it before it is exported or compiled")
+        with export.LOCK, torch.inference_mode(False):
+            found = self._known(given)
+            if found is not None:
+                return found
+            source = self._source.model
+            if source is None:
+                raise RuntimeError(
+                    f"{what}, and its source, which another capture needs, is gone: freeze the model with an example "
+                    "of that kind"
+                )
+            if self.is_stale():
+                raise RuntimeError(f"{what}, and its source has changed since: refresh() first")
+            try:
+                found = self._network.captured_again(
+                    source, given, self.dtype, self.plan, self._constants_of(self._network)
+                )
+            except CaptureError as error:
+                raise ValueError(f"{what}, and it cannot be for this: {error}") from error
+            logger.info("freeze: %s captured again for %s", self.report.model, _describe(given))
+            self._variants = [*self._variants[1 - VARIANTS :], found]
+            return found
+
+    def _device(self) -> torch.device | None:
+        return next((t.device for t in source_tensors(self).values()), None)
+
+    # ---- the plan ----------------------------------------------------------------------------------------------------
 
     @property
-    def images_at_a_time(self) -> int | None:
-        """How many images of a larger batch run at a time; None: all."""
-        return self.plan.images_at_a_time
+    def graph(self) -> Graph | None:
+        """The steps that it runs for calls like the example; None without a graph. Print it to see them."""
+        return None if self._network is None else self._network.executor.graph
 
-    @images_at_a_time.setter
-    def images_at_a_time(self, count: int | None) -> None:
-        self.plan.images_at_a_time = count
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; the CPU if it has none."""
+        return self._device() or torch.device("cpu")
 
     def use_channels_last(self, channels_last: bool = True) -> None:
         """Run in channels_last from now on, or in NCHW again: weights and 4-dimensional inputs."""
         self.plan.channels_last = channels_last
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.module.to(memory_format=layout)  # type: ignore[call-overload]
+        for part in self.children():
+            part.to(memory_format=layout)  # type: ignore[call-overload]
+        self.forget()
 
-    def overwrite_residuals(self, allowed: bool) -> None:
-        """Let blocks write over the output of the block before, which must be nobody else's."""
-        own_residuals(self.module, allowed)
-        self._engine = Engine()
-        self._overwrites = allowed
-
-    def choose_packs(self, inputs: Any) -> int:
-        """Keep, for each convolution of a call on these inputs, the packed or the plain weight; how many are packed."""
-        self._forget_programs()  # they hold the weights of before, and hide the convolutions
-        packed = choose_packs(frozen_convs(self.module), lambda: call(self, inputs))
-        self._forget_programs()
-        return packed
+    def choose(self, choices: dict[str, str]) -> None:
+        """Run steps these ways, by the keys of their choices; see `Plan.choices`."""
+        self.plan.choices = dict(choices)
+        for network in (self._network, *self._variants):
+            if network is not None:
+                network.executor.choices = self.plan.choices
+                network.executor.forget()
 
     def forget(self) -> None:
-        """Let go of what calls have left behind: packed weights, programs, CUDA graphs. The next ones make it again."""
-        self._engine = Engine()
-        for conv in frozen_convs(self.module):
-            conv.packs = Packs()
+        """Let go of what calls have left behind: packed weights, other captures, CUDA graphs."""
+        self._variants, self._cuda_graphs = [], Graphs()
+        if self._network is not None:
+            self._network.executor.forget()
 
-    def _forget_programs(self) -> None:
-        graphs = self._engine.graphs
-        self._engine = Engine()
-        self._engine.graphs = graphs
-
-    @property
-    def device(self) -> torch.device:
-        """Where its tensors are; the CPU if it has none."""
-        return next((t.device for t in source_tensors(self.module).values()), torch.device("cpu"))
-
-    @property
-    def program(self) -> str:
-        """How many operator calls the last signature's program holds, or why there is none."""
-        return self._engine.programs.describe()
+    def prepared(self, example_inputs: Any) -> tuple[Executor, list[Tensor], tuple[Tensor, ...]] | None:
+        """The executor of calls like this one, and what it takes: inputs and constants. None without a graph."""
+        if self._network is None:
+            return None
+        args, kwargs = call(lambda *args, **kwargs: (args, kwargs), example_inputs)
+        given = self._signature.take(args, kwargs)
+        network = self._network if self._network.captured.takes(given) else self._other(given)
+        return network.executor, [self._prepare("", t) for t in given.tensors], self._constants_of(network)
 
     def record_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Record a CUDA graph for inputs of these shapes; other shapes run eagerly."""
-        if isinstance(self._recipe, GraphRecipe):
-            args, kwargs = self._recipe.signature.take(args, kwargs).tensors, {}
-        self._engine.graphs.record(self.module, map_tensors((args, kwargs), self._prepare, ""))
+        """Record a CUDA graph for inputs of these shapes; other shapes run eagerly.
+
+        Raises:
+            RuntimeError: the model was frozen without a graph of its own.
+        """
+        if self._network is None:
+            raise RuntimeError("record_graph: the model was frozen without a graph: its own Python code runs it")
+        inputs = [self._prepare("", t) for t in self._signature.take(args, kwargs).tensors]
+        network = self._network
+        self._cuda_graphs.record(lambda *given: network.executor.run(given, self._constants_of(network)), inputs)
 
     def drop_graphs(self) -> None:
         """Forget the recorded CUDA graphs; every shape runs eagerly."""
-        self._engine = Engine()
+        self._cuda_graphs = Graphs()
+
+    # ---- a snapshot --------------------------------------------------------------------------------------------------
 
     def train(self, mode: bool = True) -> FrozenModel:
         """Only ``train(False)``: a frozen model has no batch statistics to train with.
@@ -329,6 +327,22 @@ class FrozenModel(nn.Module):
         By identity and version counter, so a write through ``.data`` is not seen; False once the source is gone.
         """
         return self._source.moved()
+
+    def like(self, source: nn.Module) -> FrozenModel:
+        """The same network and plan with the tensors of another model of the same structure."""
+        made, _ = self._refold(source)
+        captured = None if self._network is None else self._network.captured
+        model = FrozenModel(made, source, self._signature, self.report, self.dtype, captured, replace(self.plan))
+        if self.plan.channels_last:
+            model.use_channels_last()
+        return model
+
+    def _refold(self, source: nn.Module) -> tuple[Rewritten | nn.Module, list[FreezeRow]]:
+        """What it is made of, and its rows, with the tensors of ``source`` as they are now."""
+        if self._network is None:
+            return swapped_copy(source, self.dtype, self.device)
+        made = fold(self._network.captured, source, self.dtype, device=self._device())
+        return made, made.rows
 
     def refresh(self) -> None:
         """Fold the source's current weights and statistics again, into the same tensors.
@@ -349,14 +363,15 @@ class FrozenModel(nn.Module):
         source = self._source.model
         if source is None:
             raise RuntimeError("refresh: the source is gone; freeze the model you have")
-        mine = source_tensors(self.module)
         try:
-            fresh_module, rows = self._recipe.make(source, self.dtype, device=self._device())
+            made, rows = self._refold(source)
         except (AttributeError, KeyError, RuntimeError) as error:
             raise RuntimeError(f"refresh: the source's structure has changed, freeze it again: {error}") from error
-        fresh = source_tensors(fresh_module)
-        shapes = {name: t.shape for name, t in mine.items()}
-        if {name: t.shape for name, t in fresh.items()} != shapes:
+        if isinstance(made, nn.Module):
+            mine, fresh = source_tensors(self.fallback), source_tensors(made)
+        else:
+            mine, fresh = source_tensors(self.weights), made.constants
+        if {name: t.shape for name, t in fresh.items()} != {name: t.shape for name, t in mine.items()}:
             changed = [f"{row.name}: {row.message}" for row in rows if row not in self.report.rows]
             raise RuntimeError(
                 f"refresh: the source has changed, freeze it again: {'; '.join(changed) or 'its tensors'}"
@@ -365,7 +380,7 @@ class FrozenModel(nn.Module):
             for name, t in mine.items():
                 t.copy_(fresh[name])
         self._pass_nan()
-        self._variants = Variants()
+        self._variants = []
         self._source = Source(source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -375,25 +390,38 @@ class FrozenModel(nn.Module):
             path: where to; a file there is replaced once the new one is whole, and stays if saving fails.
 
         Raises:
-            FrozenFileError: (a ValueError) it holds something that no file can, such as a module of the fallback
-                without a graph; the message says what.
+            FrozenFileError: (a ValueError) it holds something that no file can, such as a network without a graph; the
+                message says what.
             OSError: there is no such folder, it is full, ...
         """
-        from fastres.inference.saved import save
-
-        save(self, path)
+        network = self._network
+        if network is None:
+            raise FrozenFileError(
+                f"path: {os.fspath(path)!r} is not written: {self.report.model} was frozen without a graph, so that "
+                f"its own Python code runs it, which no file holds ({self.report.capture_reason}); save the source's "
+                "state_dict and freeze it again"
+            )
+        graph, tensors = network.executor.graph, self._constants_of(network)
+        constants = dict(zip(graph.constants, tensors, strict=True))
+        likeness = likeness_to_json(self._likeness, self, self._hub_class)
+        how = network.captured, self._signature.parameters, self.dtype, self.plan, self.device, self.report, likeness
+        write(path, Stored(graph, constants, *how))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._engine = Engine()
-        self._variants = Variants()
+        self.forget()
         probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.is_floating_point():
             self.dtype = probe.dtype
         return self
 
     def extra_repr(self) -> str:
-        return f"dtype={self.dtype}, channels_last={self.channels_last}"
+        return f"dtype={self.dtype}, channels_last={self.plan.channels_last}"
+
+
+def _forget(frozen: FrozenModel, _: Any) -> None:
+    """After load_state_dict, which may have put other tensors in place."""
+    frozen.forget()
 
 
 def _describe(given: Call) -> str:

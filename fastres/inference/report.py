@@ -5,30 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fastres.graph.rows import ACTS, FreezeRow
 from fastres.verify import Verification
-
-ACTS = ("relu", "relu6", "hardswish", "silu")
-
-
-@dataclass(frozen=True)
-class FreezeRow:
-    """One convolution, one BN that stayed, another fused step, or (without a graph) one fused block.
-
-    ``reason`` is a code where it could not become more: NO_NORM, NO_CONV, SHARED, OTHER_USE, NOT_REACHED, NOT_CONSTANT,
-    DATA_DEPENDENT, HAS_HOOKS, CONV_TYPE, NORM_TYPE, BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, SHAPE;
-    ``message`` says it in words. ``took`` lists what it took in: "bn" ("scale": a product or sum that is none), "bias",
-    "add" and the activation. ``flops``, ``bytes`` and ``weights`` are the least that the step takes.
-    """
-
-    name: str
-    kind: str  # "conv", "norm", "add", "pool_linear", "other" (operators that stay, together) or "block"
-    became: str
-    reason: str
-    message: str
-    took: tuple[str, ...] = ()
-    flops: int = 0  # for one image; a multiply-add is two
-    bytes: int = 0  # of activations, for one image
-    weights: int = 0  # bytes
 
 
 @dataclass
@@ -46,7 +24,7 @@ class FreezeReport:
     cuda_graph: str = "off"
     packed: int = 0  # convolutions whose weight is reordered for the example's shape (oneDNN)
     images_at_a_time: int | None = None  # a larger batch runs in parts of so many images; None: whole
-    program: str = "none"  # the operator calls written down for the example's shapes, or why there is none
+    steps: int = 0  # operator calls in all; 0 without a graph
     milliseconds: dict[str, float] = field(default_factory=dict)
     batch: int = 1  # of the example
     bandwidth: float = 0.0  # bytes/s, measured with the plan; 0: not
@@ -117,7 +95,7 @@ class FreezeReport:
             "cuda_graph": self.cuda_graph,
             "packed": self.packed,
             "images_at_a_time": self.images_at_a_time,
-            "program": self.program,
+            "steps": self.steps,
             "folded": self.folded,
             "speedup": self.speedup,
             "milliseconds": dict(self.milliseconds),
@@ -174,8 +152,8 @@ class FreezeReport:
             f"{self.model}: {n['folded']} of {n['convs']} convolutions took their BN in, {n['adds']} a residual, "
             f"{n['acts']} an activation; {n['norms_left']} BN stay; {self.dtype} on {self.device}",
             f"  layout: {self.memory_format} ({self.memory_format_reason}); packed weights: {self.packed}; "
-            f"images at a time: {self.images_at_a_time or 'all'}; program: "
-            f"{self.program}; CUDA graph: {self.cuda_graph}",
+            f"images at a time: {self.images_at_a_time or 'all'}; steps: {self.steps or 'no graph'}; "
+            f"CUDA graph: {self.cuda_graph}",
         ]
         if self.capture == "graph":
             lines.append(f"  graph: {n['add_relu']} add + relu, {n['bn_act']} BN + relu, {n['pool_linear']} pool + fc")

@@ -1,1 +1,1 @@
-"""The experiments: data, training loop, timing, figures, and the demo built of them, shown on a given console."""
+"""The experiments: data, training loop, timing, figures, the demo, and the commands of the command line."""

@@ -1,12 +1,12 @@
-"""The paper's preprocessing and augmentation as batched tensor work, and its test-time views.
+"""The paper's preprocessing and augmentation as batched tensor operations, and its test-time views.
 
-    cifar     pad 4 with zeros (which is the mean: it has been subtracted), crop at random, flip     (section 4.2)
-    digits    move by up to one pixel, the edge repeated
-    imagenet  colours moved along the principal axes of RGB, as AlexNet's (section 3.4); the scale in [256, 480], the
-              224 crop and the flip are made while an image is decoded, see :mod:`fastres.lab.folders`
+    cifar     pad 4 with zeros (the mean, which has been subtracted), crop at random, flip     (section 4.2)
+    digits    shift by up to one pixel, repeating the edge
+    imagenet  shift colors along the principal axes of RGB, as AlexNet does (section 3.4); the scale in [256, 480], the
+              224 crop and the flip happen while an image is decoded, see :mod:`fastres.lab.folders`
 
-First `draw`, on the CPU, for the joined batch; then `augmented`, for a process's part of it, wherever that is. So the
-images are the same on every device and for every number of processes.
+`draw` runs first, on the CPU and for the global batch; then `augmented`, for a process's part of it, on any device. So
+the images are the same on every device and for every number of processes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _SHIFT = {"cifar": 4, "digits": 1}
 
 
 def draw(kind: Augment, count: int, rng: torch.Generator) -> Tensor:
-    """The random numbers that augment `count` images.
+    """Draw the random numbers that augment `count` images.
 
     Returns:
-        "cifar" and "digits": [count, 3] int64: rows and columns to move by, flipped or not. "imagenet": [count, 3]
-        floats, one for each axis of colour. "none": [count, 0].
+        "cifar" and "digits": [count, 3] int64: rows and columns to shift by, flipped or not. "imagenet": [count, 3]
+        floats, one per color axis. "none": [count, 0].
     """
     if kind == "imagenet":
         return 0.1 * torch.randn(count, 3, generator=rng)
@@ -45,7 +45,7 @@ def draw(kind: Augment, count: int, rng: torch.Generator) -> Tensor:
 
 
 def augmented(images: Tensor, kind: Augment, drawn: Tensor) -> Tensor:
-    """`images` [n, C, H, W], floats whose mean has been subtracted, changed as `drawn` [n, ...] says.
+    """Augment `images` [n, C, H, W], floats whose mean has been subtracted, by the numbers `drawn` [n, ...].
 
     Returns:
         [n, C, H, W], the same dtype and device; in channels_last order for "cifar" and "digits".
@@ -68,12 +68,12 @@ def augmented(images: Tensor, kind: Augment, drawn: Tensor) -> Tensor:
     columns = torch.arange(width, device=images.device).expand(n, width)
     columns = right[:, None] + torch.where(flip[:, None] == 1, width - 1 - columns, columns)  # [n, W]
     image = torch.arange(n, device=images.device)[:, None, None]
-    moved = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]  # [n, H, W, C]
-    return moved.permute(0, 3, 1, 2)  # [n, C, H, W]
+    shifted = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]]  # [n, H, W, C]
+    return shifted.permute(0, 3, 1, 2)  # [n, C, H, W]
 
 
 def ten_crops(images: Tensor, size: int) -> Tensor:
-    """AlexNet's ten views: four corners and the middle, and their mirror images.
+    """AlexNet's ten views: four corners, the center, and their mirror images.
 
     Args:
         images: [N, C, H, W], H and W at least `size`.
@@ -101,7 +101,7 @@ def multi_scale(images: Tensor, scales: Iterable[int] = SCALES) -> list[Tensor]:
     """The views of the paper's multi-scale test: `images` [N, C, H, W] with their shorter side at each of `scales`.
 
     A network that ends in global average pooling and one linear layer, as the paper's do, is fully convolutional: its
-    answer for a larger view is the mean of the scores over all places. The prediction is the mean over the views.
+    answer for a larger view is the mean of the scores over all positions. The prediction is the mean over the views.
 
     Example:
         >>> [tuple(view.shape[2:]) for view in multi_scale(torch.zeros(1, 3, 480, 640), (240, 480))]

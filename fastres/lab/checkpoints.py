@@ -1,4 +1,4 @@
-"""Checkpoints from outside: read as tensors only, checked against the model before anything in it changes."""
+"""Weights files: read as tensors only, and checked against the model before anything in it changes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastres.lab.errors import CheckpointError
+from fastres.lab.errors import CheckpointError, first_line
 
 
 def load_checkpoint(path: Path, model: nn.Module, name: str) -> None:
-    """Loads a state_dict into `model`; one wrapped as {"model": ...} or {"state_dict": ...} too.
+    """Load a state_dict into `model`, also one wrapped as {"model": ...} or {"state_dict": ...}.
 
     Args:
-        path: a file of safetensors (`.safetensors`), or one that `torch.save` wrote; that is read with
-            weights_only=True: no code in it runs.
-        model: whose parameters and buffers the file must match, name for name and shape for shape. Checkpoints
-            from before PyTorch 0.4.1 hold no num_batches_tracked and are taken too.
-        name: what the model is called in messages, such as "torchvision resnet50".
+        path: a `.safetensors` file, or one that `torch.save` wrote; no code in it runs.
+        model: its parameters and buffers must match the file's, name for name and shape for shape. Checkpoints from
+            before PyTorch 0.4.1 have no num_batches_tracked and are accepted.
+        name: of the model in messages, such as "torchvision resnet50".
 
     Raises CheckpointError; the model is unchanged then.
     """
@@ -33,7 +33,7 @@ def load_checkpoint(path: Path, model: nn.Module, name: str) -> None:
     if missing or unexpected:
         lists = (("missing", missing), ("unknown", unexpected))
         parts = [f"{len(keys)} {kind} such as {', '.join(map(repr, keys[:3]))}" for kind, keys in lists if keys]
-        raise CheckpointError(f"weights {path}: got other names ({', '.join(parts)}), {wanted}")
+        raise CheckpointError(f"weights {path}: got different names ({', '.join(parts)}), {wanted}")
     for key, tensor in state.items():
         if tensor.shape != model_state[key].shape:
             shapes = f"got shape {list(tensor.shape)} for {key!r}, expected {list(model_state[key].shape)}"
@@ -45,27 +45,29 @@ def load_checkpoint(path: Path, model: nn.Module, name: str) -> None:
     model.load_state_dict(dict(state))
 
 
-def _content(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def read_file(what: str, path: Path, expected: str) -> Any:
+    """The content of a `.safetensors` file or of one that `torch.save` wrote, tensors and plain data only.
 
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    Raises CheckpointError, whose message begins with `what` and ends with `expected`.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of damaged bytes
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
+        reason = first_line(error).removesuffix(".")
+        if "Weights only load failed" in reason:
+            reason = "objects other than tensors, or damaged bytes"
+        raise CheckpointError(f"{what} {path}: cannot be read: got {reason}, {expected}") from error
 
 
 def _tensors(path: Path, wanted: str) -> Mapping[str, Tensor]:
     if not path.is_file():
         got = "a folder" if path.is_dir() else "no such file"
         raise CheckpointError(f"weights {path}: got {got}, {wanted}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol of damaged bytes
-            content = _content(path)
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        reason = str(error).strip().splitlines()[0].removesuffix(".") if str(error).strip() else type(error).__name__
-        if "Weights only load failed" in reason:
-            reason = "objects other than tensors, or damaged bytes"
-        raise CheckpointError(f"weights {path}: cannot be read: got {reason}, {wanted}") from error
+    content = read_file("weights", path, wanted)
     if isinstance(content, Mapping):
         for wrapper in ("model", "state_dict"):
             if isinstance(content.get(wrapper), Mapping):

@@ -1,6 +1,6 @@
-"""Real images that need no download: scikit-learn bundles the digits and the photographs.
+"""Real images that need no download: the digits and the photographs that scikit-learn bundles.
 
-Digits: 1797 handwritten digits, 8x8, 16 grey levels (Alpaydin and Kaynak, UCI, 1998). Photographs: china.jpg and
+Digits: 1797 handwritten digits, 8x8, 16 gray levels (Alpaydin and Kaynak, UCI, 1998). Photographs: china.jpg and
 flower.jpg, 427x640 (CC BY).
 """
 
@@ -12,14 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres.lab.errors import MissingExtra
-
-_TRAIN_EXTRA = 'pip install "fastres[train]"'
+from fastres.lab.errors import require
 
 
 @dataclass(frozen=True)
 class Digits:
-    """The digits, split once and for all: same seed, same split."""
+    """The digits in a fixed split: same seed, same split."""
 
     train_images: Tensor  # [n_train, 1, size, size] fp32, zero mean and unit deviation over the training images
     train_labels: Tensor  # [n_train] int64
@@ -29,8 +27,10 @@ class Digits:
 
 @dataclass(frozen=True)
 class Photographs:
+    """The two photographs, preprocessed."""
+
     names: list[str]
-    images: Tensor  # [2, 3, 224, 224] fp32, normalised as torchvision's ImageNet networks expect
+    images: Tensor  # [2, 3, size, size] fp32, normalized as torchvision's ImageNet networks expect
 
 
 def digits(size: int = 16, test_fraction: float = 0.2, seed: int = 0) -> Digits:
@@ -42,16 +42,10 @@ def digits(size: int = 16, test_fraction: float = 0.2, seed: int = 0) -> Digits:
     >>> split.train_images.shape, split.test_images.shape
     (torch.Size([1437, 1, 16, 16]), torch.Size([360, 1, 16, 16]))
     """
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as missing:
-        raise MissingExtra(f"the digits come with scikit-learn, which is not installed: {_TRAIN_EXTRA}") from missing
-
-    bundle = load_digits()
-    train, test = train_test_split(
-        range(len(bundle.target)), test_size=test_fraction, stratify=bundle.target, random_state=seed
-    )
+    bundle = require("sklearn.datasets", "the digits data set", "train").load_digits()
+    split = require("sklearn.model_selection", "the digits data set", "train").train_test_split
+    rows = range(len(bundle.target))
+    train, test = split(rows, test_size=test_fraction, stratify=bundle.target, random_state=seed)
     labels = torch.from_numpy(bundle.target).long()  # [1797]
     images = torch.from_numpy(bundle.images).float()[:, None]  # [1797, 1, 8, 8]
     if size != 8:
@@ -62,25 +56,18 @@ def digits(size: int = 16, test_fraction: float = 0.2, seed: int = 0) -> Digits:
 
 
 def photographs(size: int = 224) -> Photographs:
-    """scikit-learn's two photographs through torchvision's ImageNet preprocessing: resize to 256 at size 224 (in
-    proportion elsewhere), crop the middle, normalise.
+    """scikit-learn's two photographs through torchvision's ImageNet preprocessing.
+
+    Resized to 256 at size 224 (in proportion at other sizes), center-cropped, normalized.
 
     Raises MissingExtra where scikit-learn, Pillow or torchvision is not installed.
 
     >>> photographs().images.shape
     torch.Size([2, 3, 224, 224])
     """
-    try:
-        from PIL import Image
-        from sklearn.datasets import load_sample_images
-        from torchvision.models import ResNet50_Weights
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-        missing = getattr(error, "name", None) or f"torchvision ({error})"
-        raise MissingExtra(
-            f"the photographs need scikit-learn and torchvision; cannot import {missing}: {_TRAIN_EXTRA}"
-        ) from error
-
-    preprocess = ResNet50_Weights.IMAGENET1K_V1.transforms(crop_size=size, resize_size=size * 256 // 224)
-    bundle = load_sample_images()
-    images = [preprocess(Image.fromarray(pixels)) for pixels in bundle.images]  # 2 x [3, size, size]
+    bundle = require("sklearn.datasets", "the photographs", "train").load_sample_images()
+    open_array = require("PIL.Image", "the photographs", "train").fromarray
+    weights = require("torchvision.models", "the photographs", "train").ResNet50_Weights.IMAGENET1K_V1
+    preprocess = weights.transforms(crop_size=size, resize_size=size * 256 // 224)
+    images = [preprocess(open_array(pixels)) for pixels in bundle.images]  # 2 x [3, size, size]
     return Photographs([name.rsplit("/", 1)[-1] for name in bundle.filenames], torch.stack(images))

@@ -1,9 +1,9 @@
 """Second half of the demo: torchvision's ResNet-50 on two photographs, eager, swapped and frozen, in one table.
 
-Everything is timed in the same interleaved rounds, so that each row's ratio to eager is paired, and judged by the fp64
-referee on the same images. Eager is timed in both memory layouts, and the faster one is what the others are compared
-with. Random weights say nothing about photographs but cost the same arithmetic; such a network explodes in eval mode,
-its BN statistics being those of no data, so they are first taken from the photographs.
+All rows are timed in the same interleaved rounds, so that each row's ratio to eager is paired, and judged by the fp64
+referee on the same images. Eager is timed in both memory layouts, and the faster one is the baseline. Random weights
+say nothing about photographs but cost the same arithmetic; such a network explodes in eval mode because its BN
+statistics come from no data, so they are first taken from the photographs.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from fastres._info import cpu, load_average, native_bf16
 from fastres.lab.checkpoints import load_checkpoint
 from fastres.lab.data import Photographs
 from fastres.lab.devices import channels_last
-from fastres.lab.errors import MissingExtra
+from fastres.lab.errors import require
 from fastres.lab.timing import Ratio, interleave, paired_ratio, timer_for
 from fastres.verify import Verification, calibrate
 from fastres.verify.verdict import RMS_RATIO
 
-GPU_BATCH = 64  # the two photographs repeated; alone they leave a GPU idle between launches
+GPU_BATCH = 64  # the two photographs, repeated: two images leave a GPU idle between launches
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure."""
+    """The size of the images and the length of the measurement."""
 
     size: int = 224
     rounds: int = 25
     min_rounds: int = 6  # what a 95 % interval needs
     warmup: int = 2
-    budget_s: float = 10.0  # a row
+    budget_s: float = 10.0  # per row
 
 
 QUICK = Effort(size=64, rounds=2, min_rounds=1, warmup=1, budget_s=1.0)
@@ -47,16 +47,16 @@ QUICK = Effort(size=64, rounds=2, min_rounds=1, warmup=1, budget_s=1.0)
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run the network. `ratio` is None for the row that the others are compared with."""
+    """One configuration of the network. `ratio` is None for the baseline."""
 
     name: str
     dtype: str
-    plan: dict[str, str]  # the memory layout; for a frozen network what else its report says of the plan
+    plan: dict[str, str]  # the memory layout; for a frozen network also the rest of its plan
     ours: bool
-    seconds: list[float]  # one sample a round: the whole batch
+    seconds: list[float]  # one sample per round, for the whole batch
     batch: int
     ratio: Ratio | None
-    verdict: Verification | None  # None for eager, which is what the referee compares with
+    verdict: Verification | None  # None for eager, the referee's own yardstick
 
     @property
     def ms(self) -> float:
@@ -66,13 +66,13 @@ class Row:
     def images_per_s(self) -> float:
         return self.batch / statistics.median(self.seconds)
 
+    @property
+    def failed(self) -> bool:
+        return self.verdict is not None and not self.verdict
+
     def to_dict(self) -> dict[str, Any]:
         return {
-            "name": self.name,
-            "dtype": self.dtype,
-            "plan": self.plan,
-            "images_per_s": self.images_per_s,
-            "ms": self.ms,
+            **{name: getattr(self, name) for name in ("name", "dtype", "plan", "images_per_s", "ms")},
             "ratio_to_eager": self.ratio.to_dict() if self.ratio else None,
             "verdict": verdict_dict(self.verdict),
             "samples_ms": [s * 1e3 for s in self.seconds],
@@ -81,31 +81,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
+    """All rows, and the facts common to them."""
+
     rows: list[Row]
     baseline: str  # the name of the row that the ratios are to
     batch: int
     size: int
     swapped_blocks: int
-    weights: str  # the file, or "random, BN statistics calibrated on the photographs"
+    weights: str  # the file, or "random (seed 0)"
     answers: dict[str, str]  # photograph -> the class the network names; empty for random weights
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "network": "torchvision resnet50",
-            "weights": self.weights,
-            "batch": self.batch,
-            "size": self.size,
-            "baseline": self.baseline,
-            "swapped_blocks": self.swapped_blocks,
-            "answers": self.answers,
-            "rows": [row.to_dict() for row in self.rows],
-            "notes": self.notes,
-        }
+        return {"network": "torchvision resnet50", **vars(self), "rows": [row.to_dict() for row in self.rows]}
 
 
 def verdict_dict(verdict: Verification | None) -> dict[str, Any] | None:
-    """The verdict in short: passed, the worst error ratio (None where infinite) and what it may be at most."""
+    """A summary of the verdict: passed, the worst error ratio (None if infinite) and its limit."""
     if verdict is None:
         return None
     return {"passed": bool(verdict), "error_ratio": verdict.to_dict()["error_ratio"], "at_most": RMS_RATIO}
@@ -116,19 +108,32 @@ def resnet50(weights: Path | None) -> nn.Module:
 
     Raises CheckpointError for a file that does not fit, MissingExtra where torchvision cannot be imported.
     """
-    try:
-        import torchvision
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
-        raise MissingExtra(f'ResNet-50 needs torchvision ({error}): pip install "fastres[train]"') from error
+    make = require("torchvision.models", "ResNet-50", "train").resnet50
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: nn.Module = torchvision.models.resnet50(weights=None)
+        model: nn.Module = make(weights=None)
     if weights is not None:
         load_checkpoint(weights, model, "torchvision resnet50")
     return model.eval()
 
 
-def compare_ways(
+@dataclass(frozen=True)
+class _Candidate:
+    """A model and its input; a call is one forward pass of the whole batch."""
+
+    model: nn.Module
+    x: Tensor  # [batch, 3, size, size]
+    plan: dict[str, str]
+    dtype: str = "fp32"
+    verdict: Verification | None = None
+
+    def __call__(self) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = self.model(self.x)  # [batch, 1000]
+            return logits
+
+
+def compare_configurations(
     model: nn.Module,
     photographs: Photographs,
     device: torch.device,
@@ -136,11 +141,11 @@ def compare_ways(
     effort: Effort,
     on_progress: Callable[[int, int, str], None],
 ) -> Table:
-    """Builds, judges and times every way to run `model` on the photographs.
+    """Build, judge and time every configuration of `model` on the photographs.
 
     Args:
-        model: from `resnet50`; calibrated in place where its weights are random.
-        on_progress: called with (done, total, what is being done).
+        model: from `resnet50`; calibrated in place if its weights are random.
+        on_progress: called with (done, total, current activity).
     """
     total = 4 + effort.rounds
     model = model.to(device)
@@ -149,40 +154,26 @@ def compare_ways(
     calibrated = weights is None and bool(calibrate(model, images))
     batch = images if device.type == "cpu" else images.repeat(GPU_BATCH // len(images), 1, 1, 1)
     nhwc = batch.contiguous(memory_format=torch.channels_last)  # the shape stays [batch, 3, size, size]
-    eager_nhwc = channels_last(copy.deepcopy(model))
-
+    candidates = {
+        "eager NCHW": _Candidate(model, batch, {"layout": "NCHW"}),
+        "eager channels_last": _Candidate(channels_last(copy.deepcopy(model)), nhwc, {"layout": "channels_last"}),
+    }
     timer = timer_for(device)
-    pilot = interleave(
-        {"NCHW": _forward(model, batch), "channels_last": _forward(eager_nhwc, nhwc)},
-        rounds=min(3, effort.rounds),
-        warmup=effort.warmup,
-        timer=timer,
-    )
-    layout = min(pilot, key=lambda name: statistics.median(pilot[name]))
-    eager, x = (model, batch) if layout == "NCHW" else (eager_nhwc, nhwc)
+    pilot = interleave(candidates, min(3, effort.rounds), effort.warmup, timer=timer)
+    eager = candidates[_fastest(pilot)]
 
     on_progress(1, total, "swapping")
-    swapped = copy.deepcopy(eager)
-    report = fastres.swap(swapped)
-    blocks = sum(row.status == "swapped" for row in report.rows)
-    verdicts: dict[str, Verification | None] = {}
-    verdicts["swapped"] = fastres.verify(eager, swapped, x, backward=False, training=False)
-    frozen: dict[str, fastres.FrozenModel] = {}
-    for done, dtype in enumerate((torch.float32, torch.bfloat16), start=2):
-        name = f"frozen {_short(dtype)}"
-        on_progress(done, total, f"freezing to {_short(dtype)}")
-        frozen[name] = fastres.freeze(eager, x, dtype=dtype, verify="warn")  # a rejection belongs in the table
-        verdicts[name] = frozen[name].report.verification
+    swapped = copy.deepcopy(eager.model)
+    blocks = sum(row.status == "swapped" for row in fastres.swap(swapped).rows)
+    verdict = fastres.verify(eager.model, swapped, eager.x, backward=False, training=False)
+    candidates["swapped"] = _Candidate(swapped, eager.x, eager.plan, verdict=verdict)
+    for done, (short, dtype) in enumerate({"fp32": torch.float32, "bf16": torch.bfloat16}.items(), start=2):
+        on_progress(done, total, f"freezing to {short}")
+        frozen = fastres.freeze(eager.model, eager.x, dtype=dtype, verify="warn")  # the table shows a rejection
+        candidates[f"frozen {short}"] = _Candidate(frozen, eager.x, _plan(frozen), short, frozen.report.verification)
 
-    functions = {
-        "eager NCHW": _forward(model, batch),
-        "eager channels_last": _forward(eager_nhwc, nhwc),
-        "swapped": _forward(swapped, x),
-        "frozen fp32": _forward(frozen["frozen fp32"], x),
-        "frozen bf16": _forward(frozen["frozen bf16"], x),
-    }
     samples = interleave(
-        functions,
+        candidates,
         effort.rounds,
         effort.warmup,
         effort.budget_s,
@@ -191,46 +182,28 @@ def compare_ways(
         on_round=lambda done: on_progress(4 + done, total, "timing in rounds"),
     )
     on_progress(total, total, "timed")
-    rows, baseline = _rows(samples, len(batch), layout, frozen, verdicts)
+    baseline = _fastest({name: samples[name] for name in pilot})
+    rows = [
+        Row(
+            name=name,
+            dtype=candidate.dtype,
+            plan=candidate.plan,
+            ours=name not in pilot,
+            seconds=samples[name],
+            batch=len(batch),
+            ratio=None if name == baseline else paired_ratio(samples[baseline], samples[name]),
+            verdict=candidate.verdict,
+        )
+        for name, candidate in candidates.items()
+    ]
     source = str(weights) if weights else "random (seed 0)"
-    answers = _answers(functions["frozen fp32"], photographs.names) if weights else {}
+    answers = _answers(candidates["frozen fp32"](), photographs.names) if weights else {}
     notes = _notes(device, calibrated, effort, rows)
     return Table(rows, baseline, len(batch), effort.size, blocks, source, answers, notes)
 
 
-def _rows(
-    samples: dict[str, list[float]],
-    batch: int,
-    layout: str,
-    frozen: dict[str, fastres.FrozenModel],
-    verdicts: dict[str, Verification | None],
-) -> tuple[list[Row], str]:
-    """The table's rows, in the order of `samples`, and the name of the faster eager one, which ratios are to."""
-    eager = {"eager NCHW": "NCHW", "eager channels_last": "channels_last"}
-    baseline = min(eager, key=lambda name: statistics.median(samples[name]))
-    rows = [
-        Row(
-            name=name,
-            dtype="bf16" if name == "frozen bf16" else "fp32",
-            plan=_plan(frozen[name]) if name in frozen else {"layout": eager.get(name, layout)},
-            ours=name not in eager,
-            seconds=seconds,
-            batch=batch,
-            ratio=None if name == baseline else paired_ratio(samples[baseline], seconds),
-            verdict=verdicts.get(name),
-        )
-        for name, seconds in samples.items()
-    ]
-    return rows, baseline
-
-
-def _forward(model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    def forward() -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = model(x)  # [batch, 1000]
-            return logits
-
-    return forward
+def _fastest(samples: dict[str, list[float]]) -> str:
+    return min(samples, key=lambda name: statistics.median(samples[name]))
 
 
 def _plan(frozen: fastres.FrozenModel) -> dict[str, str]:
@@ -239,15 +212,9 @@ def _plan(frozen: fastres.FrozenModel) -> dict[str, str]:
     return {"layout": layout, "cuda_graph": report.cuda_graph, "folded": str(report.folded)}
 
 
-def _short(dtype: torch.dtype) -> str:
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-
-
-def _answers(forward: Callable[[], Tensor], names: list[str]) -> dict[str, str]:
-    from torchvision.models import ResNet50_Weights
-
-    categories = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    probability, index = forward().float().softmax(1).max(1)  # [batch]
+def _answers(logits: Tensor, names: list[str]) -> dict[str, str]:
+    categories = require("torchvision.models", "ResNet-50", "train").ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    probability, index = logits.float().softmax(1).max(1)  # [batch]
     return {name: f"{categories[int(index[i])]} ({float(probability[i]):.0%})" for i, name in enumerate(names)}
 
 
@@ -256,17 +223,16 @@ def _notes(device: torch.device, calibrated: bool, effort: Effort, rows: list[Ro
     if calibrated:
         notes.append(
             "The weights are random: BN statistics were first calibrated on the photographs, because a randomly"
-            " initialised network explodes in eval mode. Speed is that of trained weights; --weights FILE loads some."
+            " initialized network explodes in eval mode. Trained weights, which --weights FILE loads, run at the same"
+            " speed."
         )
     if device.type == "cpu" and not native_bf16():
-        notes.append("This CPU has no bf16 instructions, so oneDNN emulates them: the bf16 row is slow here.")
+        notes.append("This CPU has no bf16 instructions and oneDNN emulates them: the bf16 row is slow here.")
     load, cores = load_average(), cpu()["cores"]
-    if load is not None and load > cores + 1:  # the demo alone makes a load of `cores` at most
-        notes.append(
-            f"Other programs were running (load average {load:.1f} on {cores} cores) and share in these times."
-        )
+    if load is not None and load > cores + 1:  # the demo itself causes a load of at most `cores`
+        notes.append(f"Other programs were running (load average {load:.1f} on {cores} cores) and slowed these times.")
     most = max(len(row.seconds) for row in rows)
     short = [f"{row.name} {len(row.seconds)}" for row in rows if len(row.seconds) < most]
     if short:
-        notes.append(f"Rows that used up {effort.budget_s:.0f} s ran fewer rounds: {', '.join(short)}.")
+        notes.append(f"Rows that used up their {effort.budget_s:.0f} s ran fewer rounds: {', '.join(short)}.")
     return notes

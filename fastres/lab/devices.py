@@ -1,4 +1,4 @@
-"""Which device an experiment runs on, and the memory layout that goes with it."""
+"""Device selection, and the memory layout that suits fused blocks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from fastres.lab.errors import DeviceError
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """`model` with its weights in channels_last order, in place: the layout that fused blocks and tensor cores like."""
+    """Convert the weights to channels_last in place: the layout in which fused blocks and tensor cores are fastest."""
     moved: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return moved
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" is the GPU where there is one, else the CPU.
+    """The device called `name`; "auto" is the GPU if there is one, else the CPU.
 
     Raises DeviceError for a name that is not auto, cpu, cuda or cuda:N, and for a GPU that is not there.
     """

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
 
 class LabError(Exception):
-    """Something given to the lab cannot be used; the message is one line and names what was got and what was wanted."""
+    """An input that the lab cannot use; the message is one line that says what it got and what it expected."""
 
 
 class MissingExtra(LabError, ImportError):
@@ -12,7 +17,7 @@ class MissingExtra(LabError, ImportError):
 
 
 class CheckpointError(LabError, ValueError):
-    """A weights file is missing, corrupt, or holds something other than the tensors that were wanted."""
+    """A weights file is missing, corrupt, or holds something other than the tensors that were expected."""
 
 
 class OutputError(LabError, OSError):
@@ -28,7 +33,7 @@ class AccuracyError(LabError, RuntimeError):
 
 
 class RefereeError(LabError, RuntimeError):
-    """The referee found answers that are wrong; what was measured has been written all the same."""
+    """The referee found wrong answers; the measurements have been written all the same."""
 
 
 class RecipeError(LabError, ValueError):
@@ -40,8 +45,28 @@ class DataError(LabError, ValueError):
 
 
 class RunError(LabError, ValueError):
-    """A training run cannot begin or go on as asked."""
+    """A training run cannot start or resume as asked."""
 
 
 class DivergedError(LabError, RuntimeError):
     """The training loss is no longer a number."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none: messages of ours are one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def did_you_mean(name: str, names: Sequence[str]) -> str:
+    """A question that names the nearest of `names`, to end a message about an unknown one; empty if none is near."""
+    near = difflib.get_close_matches(name, names, 3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def require(module: str, what: str, extra: str) -> Any:
+    """Import an optional module; MissingExtra says that `what` needs it and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision built for another torch
+        package = {"sklearn": "scikit-learn", "PIL": "Pillow"}.get(root := module.partition(".")[0], root)
+        raise MissingExtra(f'{what} needs {package} ({first_line(error)}): pip install "fastres[{extra}]"') from error

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fastres.lab.datasets import DataSet, Part
+from fastres.lab.batches import DataSet, Part
 from fastres.lab.errors import DataError
 from fastres.lab.folders import Folders
 
@@ -27,18 +27,18 @@ class TestErrors:
 
 @torch.no_grad()
 def test_errors(model: nn.Module, data: DataSet, views: Views = "single", batch_size: int = 100) -> TestErrors:
-    """The errors of `model`, in eval mode, on the test images; its mode is put back afterwards.
+    """The errors of `model` on the test images, in eval mode; its mode is restored afterwards.
 
-    Several views: the mean of the softmax over them.
+    With several views a prediction is the mean of the softmax over them.
 
     Args:
-        model: on the device it is to run on.
-        data: from :func:`fastres.lab.datasets.load`; other views than "single" need images in folders.
+        model: on the device to run on.
+        data: from :func:`fastres.lab.datasets.load`; views other than "single" need images in folders.
         views: "single", "ten-crop" or "multi-scale".
-        batch_size: of single views.
+        batch_size: for single views.
 
     Raises:
-        DataError: views that the data set does not have.
+        DataError: views that the data set does not offer.
 
     Example:
         >>> from fastres.lab import datasets, networks
@@ -64,7 +64,12 @@ def test_errors(model: nn.Module, data: DataSet, views: Views = "single", batch_
     return TestErrors(top1, top5, data.test_size, views)
 
 
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The fraction of rows of logits [N, classes] whose largest entry is the label [N]."""
+    return float((logits.argmax(1) == labels).double().mean())
+
+
 def _wrong(scores: Tensor, labels: Tensor) -> Tensor:
-    """How many of scores [n, classes] miss the label [n] with the best one, and with the best five: [2]."""
+    """The number of rows of scores [n, classes] whose best, and whose best five, miss the label [n]: [2]."""
     best = scores.topk(min(5, scores.shape[1]), 1).indices == labels[:, None]  # [n, 5]
     return torch.stack([(~best[:, 0]).sum(), (~best.any(1)).sum()]).cpu()

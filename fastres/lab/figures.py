@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from fastres.lab.errors import MissingExtra
+from fastres.lab.errors import require
 from fastres.lab.results import write_atomically
 
 OURS, THEIRS, FAILED = "#1f6fb4", "#9aa3ab", "#c8452f"
@@ -20,48 +21,50 @@ class Bar:
     images_per_s: float
     label: str  # written at the bar's end, such as "1.31x"
     ours: bool
-    passed: bool = True  # False: the answers were wrong, and the bar is drawn so
+    passed: bool = True  # False: the answers were wrong, and the bar shows it
+
+
+def new_figure(width: float, height: float, dpi: int) -> Any:
+    """An empty figure of width x height inches; raises MissingExtra where matplotlib is not installed."""
+    figure = require("matplotlib.figure", "the figure", "viz").Figure((width, height), dpi, layout="constrained")
+    require("matplotlib.backends.backend_agg", "the figure", "viz").FigureCanvasAgg(figure)
+    return figure
+
+
+def save_png(figure: Any, path: Path, footnote: str = "") -> None:
+    """Write the figure, with a footnote, as a PNG; raises OutputError where `path` cannot be written."""
+    if footnote:
+        figure.supxlabel(footnote, x=0.01, ha="left", fontsize=8, color="#555555")
+    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fastres"}))
+
+
+def style(axes: Any, title: str, grid: str = "both") -> None:
+    """The common look of all axes: title on the left, a light grid behind the data, no box."""
+    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.grid(True, axis=grid, color="#e0e0e0", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def throughput_chart(bars: Sequence[Bar], path: Path, title: str, footnote: str = "") -> None:
-    """Writes a horizontal bar chart of images/s, first row on top, as a PNG at `path`.
+    """Write a horizontal bar chart of images/s, first row on top, as a PNG at `path`.
 
     Raises MissingExtra where matplotlib is not installed, OutputError where `path` cannot be written, ValueError for no
     bars.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise MissingExtra('the chart needs matplotlib: pip install "fastres[viz]"') from missing
     if not bars:
         raise ValueError("bars: got none, expected at least one")
-
-    figure = Figure(figsize=(8, 1.5 + 0.55 * len(bars)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 1.5 + 0.55 * len(bars), dpi=150)
     axes = figure.add_subplot()
-    places = list(range(len(bars)))
-    drawn = axes.barh(
-        places,
-        [bar.images_per_s for bar in bars],
-        height=0.66,
-        color=[FAILED if not bar.passed else OURS if bar.ours else THEIRS for bar in bars],
-    )
-    for rectangle, bar in zip(drawn, bars, strict=True):
-        if not bar.passed:
-            rectangle.set_hatch("//")
+    style(axes, title, grid="x")
     longest = max(bar.images_per_s for bar in bars)
-    for place, bar in zip(places, bars, strict=True):
+    for place, bar in enumerate(bars):
+        color = FAILED if not bar.passed else OURS if bar.ours else THEIRS
+        axes.barh(place, bar.images_per_s, height=0.66, color=color, hatch=None if bar.passed else "//")
         axes.text(bar.images_per_s + 0.012 * longest, place, bar.label, va="center", fontsize=9)
-    axes.set_yticks(places, [bar.name for bar in bars])
+    axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.34 * longest)  # room for the labels
     axes.set_xlabel("images/s (longer is faster)")
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.grid(True, color="#dddddd", linewidth=0.8)
-    axes.set_axisbelow(True)
-    if footnote:
-        figure.supxlabel(footnote, x=0.01, ha="left", fontsize=7.5, color="#555555")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fastres"}))
+    save_png(figure, path, footnote)

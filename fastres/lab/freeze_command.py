@@ -1,4 +1,4 @@
-"""`fastres freeze`: a network by its name, frozen; its report on the screen and as JSON, itself as a file."""
+"""`fastres freeze`: freeze a network given by name, show its report, and write the report and the model to files."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor, nn
+from typer import Argument, Option
 
 from fastres.inference import FrozenFileError, FrozenModel
 from fastres.inference import freeze as freeze_model
 from fastres.lab.devices import pick_device
-from fastres.lab.errors import LabError, RefereeError
+from fastres.lab.errors import LabError, RefereeError, first_line
 from fastres.lab.named_models import ModelError, build
 from fastres.lab.results import environment, prepare_folder, write_json
+from fastres.lab.terminal import Device
 
 SCHEMA = "fastres.freeze/1"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,38 +31,50 @@ _LARGEST = 1 << 14  # pixels a side
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for on the command line, unchecked."""
+    """Freeze a network for inference, and report what was folded and fused, its speed, and the referee's verdict.
 
-    model: str
-    report: bool = False
-    image_size: str = "224"
-    batch: int = 1
-    dtype: str = "fp32"
-    channels: int | None = None
-    weights: Path | None = None
-    device: str = "auto"
-    tune: bool = True
-    save: Path | None = None
-    json: Path | None = None
+    Nothing is downloaded: weights are random unless --weights or the folder of hf: provides them.
+    """
+
+    model: Annotated[
+        str,
+        Argument(
+            metavar="MODEL",
+            help="torchvision:resnet50, timm:resnet50d, fastres:resnet18, hf:FOLDER or net.py:function.",
+            show_default=False,
+        ),
+    ]
+    report: Annotated[bool, Option("--report", help="Print the whole report, not just its first line.")] = False
+    image_size: Annotated[str, Option(help="Pixels per side, or HEIGHTxWIDTH.")] = "224"
+    batch: Annotated[int, Option(min=1, help="Images in the example; the frozen model takes any number.")] = 1
+    dtype: Annotated[str, Option(help="fp32, bf16 or fp16.")] = "fp32"
+    channels: Annotated[int | None, Option(min=1, help="Channels of the images; by default 3.")] = None
+    weights: Annotated[
+        Path | None, Option(help="A state_dict (.safetensors, .pt, .pth); by default random weights.")
+    ] = None
+    device: Device = "auto"
+    tune: Annotated[bool, Option("--tune/--no-tune", help="Measure layouts, packs and eager.")] = True
+    save: Annotated[Path | None, Option(help="Save the frozen model to this file.")] = None
+    json: Annotated[Path | None, Option("--json", help="Write the report to this file as JSON.")] = None
 
 
 def run(console: Console, request: Request, command: str) -> FrozenModel:
-    """Builds the network, freezes it for images of the size asked for, and shows or writes what was asked for.
+    """Build the network, freeze it for images of the size asked for, and show or write what was asked for.
 
     Args:
-        console: what was found goes there; what is being done is shown on standard error meanwhile, on a terminal.
+        console: for the findings; on a terminal, standard error shows the current activity.
         request: the options.
         command: the command line, for the JSON file.
 
     Raises:
-        LabError: a bad option, model, weights file or output path, before the work that it would spoil.
+        LabError: a bad option, model, weights file or output path, before any work that it would waste.
         RefereeError: the referee rejects the frozen network; the report has been shown and written, nothing saved.
     """
     shape, dtype, device = _checked(request)
-    logging.getLogger("fastres").addHandler(logging.NullHandler())  # what it would warn of is in the report
+    logging.getLogger("fastres").addHandler(logging.NullHandler())  # its warnings are in the report
     start = time.perf_counter()
-    with _doing() as say:
-        say(f"making {request.model}")
+    with _activity() as say:
+        say(f"building {request.model}")
         named = build(request.model, request.weights, request.channels)
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).sub_(0.45).div_(0.225).to(device)
         model = named.model.to(device)
@@ -91,7 +105,7 @@ def run(console: Console, request: Request, command: str) -> FrozenModel:
 
 
 def _checked(request: Request) -> tuple[tuple[int, int, int, int], torch.dtype, torch.device]:
-    """The example's shape, the dtype and the device; paths can be written to."""
+    """The example's shape, the dtype and the device, once every option is checked and the paths are writable."""
     if request.dtype not in _DTYPES:
         raise LabError(f"--dtype: got {request.dtype!r}, expected {', '.join(_DTYPES)}")
     sides = request.image_size.lower().split("x")
@@ -99,9 +113,6 @@ def _checked(request: Request) -> tuple[tuple[int, int, int, int], torch.dtype, 
     if not 1 <= len(sides) <= 2 or not all(1 <= number <= _LARGEST for number in numbers):
         wanted = f"a number of pixels from 1 to {_LARGEST}, or HEIGHTxWIDTH"
         raise LabError(f"--image-size: got {request.image_size!r}, expected {wanted}")
-    for option, value in (("--batch", request.batch), ("--channels", request.channels)):
-        if value is not None and value < 1:
-            raise LabError(f"{option}: got {value}, expected at least 1")
     device = pick_device(request.device)
     for path in (request.json, request.save):
         if path is not None:
@@ -110,20 +121,20 @@ def _checked(request: Request) -> tuple[tuple[int, int, int, int], torch.dtype, 
 
 
 def _run_once(name: str, model: nn.Module, images: Tensor) -> None:
-    """An image size or number of channels that the network cannot take is found before it is frozen."""
+    """Run the network, so that an image size or number of channels it cannot take is found before freezing."""
     try:
         with torch.no_grad():
             model(images)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, NotImplementedError) as error:
-        text = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"model: {name} does not run on images of {list(images.shape)}: {text}") from error
+        shape = list(images.shape)
+        raise ModelError(f"model: {name} does not run on images of {shape}: {first_line(error)}") from error
 
 
 def _freeze(model: nn.Module, images: Tensor, dtype: torch.dtype, request: Request) -> FrozenModel:
     try:
         return freeze_model(model, images, dtype=dtype, tune="auto" if request.tune else False, verify="warn")
     except (TypeError, ValueError) as error:
-        if str(error).startswith("model:"):  # such as one that is quantised already
+        if str(error).startswith("model:"):  # for example, it is quantized already
             raise ModelError(f"{request.model}: {error}") from error
         raise
 
@@ -138,8 +149,8 @@ def _save(frozen: FrozenModel, path: Path) -> None:
 
 
 @contextmanager
-def _doing() -> Iterator[Any]:
-    """Shows on a terminal what is being done; nothing elsewhere."""
+def _activity() -> Iterator[Any]:
+    """Show the current activity on a terminal; nothing elsewhere."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
         yield lambda text: None

@@ -1,14 +1,15 @@
 """The training loop of the experiments: one run, one folder, resumable at any moment.
 
-    folder/spec.json       what is run
-    folder/checkpoint.pt   network, optimizer, iteration and what else the run needs to go on exactly
+    folder/spec.json       the RunSpec
+    folder/checkpoint.pt   network, optimizer, log and everything else the run needs to resume exactly
     folder/log.csv         a row every `log_every` iterations; events.out.* for TensorBoard where it is installed
-    folder/result.json     once it is done: the result with its history, versions and machine
+    folder/result.json     at the end: the result with its history, versions and machine
 
-Order, augmentation and every other random number are functions of (seed, iteration), so a run that is killed and called
-again ends in the same weights: bit for bit on one CPU process with the same number of threads. Under torchrun each
-process takes its part of the joined batch, and BN its statistics over that part: the same, bit for bit on CPUs with two
-processes, as one process that splits its batch by `bn_batch`. Running statistics are those of the first part.
+Order, augmentation and every other random number are functions of (seed, iteration), so a run that is killed and
+resumed ends in the same weights: bit for bit on one CPU process with the same number of threads. Under torchrun each
+process takes its part of the global batch, and BN takes its statistics over that part: with two processes the result
+is, bit for bit on CPUs, that of one process that splits its batch by `bn_batch`. Running statistics are the first
+part's.
 """
 
 from __future__ import annotations
@@ -30,33 +31,31 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastres
 from fastres.lab import datasets, networks
-from fastres.lab.datasets import DataSet, stream
+from fastres.lab.batches import DataSet, stream
 from fastres.lab.devices import channels_last
 from fastres.lab.errors import DivergedError, RunError
-from fastres.lab.loop_log import Log
 from fastres.lab.loop_state import (
     DTYPES,
     Point,
     Progress,
     RunResult,
     RunSpec,
+    Step,
     read_checkpoint,
-    restore,
     write_checkpoint,
 )
 from fastres.lab.processes import Place, interrupts, place
 from fastres.lab.recipes import TrainRecipe
 from fastres.lab.results import environment, write_json
-from fastres.lab.run_folder import RUN, alone, read_json, result_in
-from fastres.lab.train import Step
+from fastres.lab.run_folder import RUN, Log, lock_run_folder, read_json, result_in
 
-__all__ = ["Point", "RunResult", "RunSpec", "run", "trained"]
+__all__ = ["Point", "RunResult", "RunSpec", "Step", "run", "trained"]
 
 _CHECKPOINT_S = 30.0  # between two checkpoints
 
 
 class _StockBatchNorm2d(nn.BatchNorm2d):
-    """A BN that no block takes for a plain one: it runs by itself, and the addition and ReLU behind it too."""
+    """A BN that no block takes for a plain one, so BN, addition and ReLU each run on their own."""
 
 
 def run(
@@ -71,21 +70,22 @@ def run(
     workers: int | None = None,
     command: str | None = None,
 ) -> RunResult:
-    """Trains as `spec` says; called again on the same folder, goes on from the checkpoint or returns the result.
+    """Train as `spec` says; called again on the same folder, resume from the checkpoint or return the result.
 
     Args:
-        folder: of this run alone; made where it is not there.
+        folder: of this run only; created where it does not exist.
         data_root, workers: as in :func:`fastres.lab.datasets.load`.
         device: "auto", "cpu", "cuda" or "cuda:N".
         on_step: called by the first process after every iteration (every tenth on a GPU).
-        stop_after: iterations after which to stop, with a checkpoint and no result file, counted from the run's begin.
-        checkpoint_every: iterations between two checkpoints; every 30 s without it.
-        command: for the result file; the process's own without it.
+        stop_after: stop after this many iterations, counted from the start of the run, with a checkpoint and no result.
+        checkpoint_every: iterations between two checkpoints; None writes one every 30 s.
+        command: for the result file; None takes the process's own.
 
     Raises:
-        LabError: something given cannot be used (RunError for a folder with another run in it, or one in use), or the
-            loss is no longer a number.
-        KeyboardInterrupt: after Ctrl-C, once the iteration is done and the checkpoint written; a second one at once.
+        LabError: bad input (RunError for a folder that holds another run or is in use), or the loss is no longer a
+            number.
+        KeyboardInterrupt: after Ctrl-C, once the iteration is done and the checkpoint written; a second one
+            interrupts immediately.
 
     Example:
         >>> import tempfile
@@ -98,15 +98,16 @@ def run(
     if finished is not None:
         return finished
     data = datasets.load(spec.data, data_root, workers)
-    with place(device) as here, alone(folder, spec, here):
+    with place(device) as here, lock_run_folder(folder, spec, here):
         cuda = [here.device] if here.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), interrupts(here) as interrupted:
             training = _Training(spec, folder, data, here, checkpoint_every)
             try:
-                training.go(on_step, stop_after or spec.recipe.iterations, interrupted)
+                training.train(on_step, stop_after or spec.recipe.iterations, interrupted)
                 result = training.result()
             finally:
-                training.log.close()
+                if training.log is not None:
+                    training.log.close()
             if interrupted.is_set():
                 raise KeyboardInterrupt
         if here.first and result.iterations == spec.recipe.iterations:
@@ -116,27 +117,26 @@ def run(
 
 
 def trained(folder: Path, data_root: Path | None = None) -> nn.Module:
-    """The network of the run in `folder`, with the weights of its checkpoint, on the CPU in eval mode.
+    """The network of the run in `folder`, with its checkpoint's weights, on the CPU in eval mode.
 
     Raises LabError for a folder without a run or with a damaged one.
     """
     spec = RunSpec.from_dict(read_json(folder / "spec.json"))
     model = _network(spec, datasets.load(spec.data, data_root))
-    _, states = read_checkpoint(folder / "checkpoint.pt", spec, model)
-    model.load_state_dict(states["model"])
+    read_checkpoint(folder / "checkpoint.pt", spec, {"model": model})
     return model.eval()
 
 
 class _Training:
-    """A run under way: the loop, and what it reads and writes."""
+    """A run in progress: the loop and its state."""
 
     def __init__(self, spec: RunSpec, folder: Path, data: DataSet, here: Place, checkpoint_every: int | None) -> None:
         self.spec, self.folder, self.data, self.here = spec, folder, data, here
         recipe = spec.recipe
         each, rest = divmod(recipe.batch_size, here.part.of)
         if rest or (recipe.bn_batch is not None and each % recipe.bn_batch):
-            wanted = f"a multiple of {here.part.of} processes times bn_batch, {recipe.bn_batch or 1}"
-            raise RunError(f"batch_size: got {recipe.batch_size}, expected {wanted}")
+            expected = f"a multiple of {here.part.of} processes times bn_batch, {recipe.bn_batch or 1}"
+            raise RunError(f"batch_size: got {recipe.batch_size}, expected {expected}")
         self.parts = each // (recipe.bn_batch or each)
         self.checkpoint_every, self.last_checkpoint = checkpoint_every, time.perf_counter()
 
@@ -147,20 +147,19 @@ class _Training:
         self.saved: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
         self.progress = Progress(warmed_up=recipe.warmup_lr is None)
         if (folder / "checkpoint.pt").exists():
-            self.progress, states = read_checkpoint(folder / "checkpoint.pt", spec, self.model)
-            restore(folder / "checkpoint.pt", states, self.saved)
-        self.log = Log(folder, self.progress.log_bytes, self.progress.iteration, here.first)
-        # the checkpoint holds the first process's: of several, the others' share of one point is lost
+            self.progress = read_checkpoint(folder / "checkpoint.pt", spec, self.saved)
+        self.log = Log(folder, self.progress.history, self.progress.iteration) if here.first else None
+        # the checkpoint holds the first process's sums: the others' share of one point is lost
         sums = self.progress.sums if here.first else [0.0] * 3
         self.sums = torch.tensor(sums, dtype=torch.float64, device=here.device)
-        here.wait()  # every process has read before the first one writes
+        here.wait()  # until every process has read, and before the first one writes
         self.parallel: nn.Module = self.model
         if here.part.of > 1:  # running statistics are the first process's, sent before a test
             self.parallel = DistributedDataParallel(self.model, broadcast_buffers=False)
 
-    def go(self, on_step: Callable[[Step], None] | None, stop: int, interrupted: threading.Event) -> None:
+    def train(self, on_step: Callable[[Step], None] | None, stop: int, interrupted: threading.Event) -> None:
         recipe, progress, here = self.spec.recipe, self.progress, self.here
-        begun = time.perf_counter() - progress.seconds
+        start = time.perf_counter() - progress.seconds
         every = 1 if here.device.type == "cpu" else 10
         batches = self.data.batches(recipe, self.spec.seed, progress.iteration, here.part, here.device)
         self.model.train()
@@ -177,8 +176,8 @@ class _Training:
             self.scaler.update()
             progress.iteration = done
             if logs:
-                self._add_point(lr, norms, begun)
-            progress.seconds = time.perf_counter() - begun
+                self._add_point(lr, norms, start)
+            progress.seconds = time.perf_counter() - start
             if on_step is not None and here.first and (done % every == 0 or logs):
                 on_step(self._step(float(loss)))
             if here.first and self._checkpoint_is_due(done):
@@ -188,15 +187,15 @@ class _Training:
         here.wait()
 
     def _gradients(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Leaves the joined batch's mean gradients in the parameters; returns this process's mean loss."""
+        """Leave the global batch's mean gradients in the parameters; return this process's mean loss."""
         images = self._laid_out(images)
         self.optimizer.zero_grad(set_to_none=True)
         mean = torch.zeros((), device=images.device)
         for k, (x, y) in enumerate(zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True)):
             for norm in self.norms:
                 norm.track_running_stats = k == 0
-            apart = isinstance(self.parallel, DistributedDataParallel) and k < self.parts - 1
-            with self.parallel.no_sync() if apart else nullcontext():  # type: ignore[operator]
+            local = isinstance(self.parallel, DistributedDataParallel) and k < self.parts - 1
+            with self.parallel.no_sync() if local else nullcontext():  # type: ignore[operator]
                 with self._autocast():
                     logits = self.parallel(x)
                 loss = F.cross_entropy(logits.float(), y)
@@ -216,26 +215,28 @@ class _Training:
         norms = torch.stack(torch._foreach_norm(list(named.values())))
         return dict(zip(named, norms.tolist(), strict=True))
 
-    def _add_point(self, lr: float, norms: dict[str, float], begun: float) -> None:
+    def _add_point(self, lr: float, norms: dict[str, float], start: float) -> None:
         progress, recipe, here = self.progress, self.spec.recipe, self.here
         loss, wrong, images = here.total(self.sums.clone()).tolist()
         if not math.isfinite(loss):
             raise DivergedError(
-                f"iteration {progress.iteration}: the training loss is {loss / images}; the checkpoint before it stays"
+                f"iteration {progress.iteration}: the training loss is {loss / images}; the last checkpoint is kept"
             )
         self.sums.zero_()
         last = progress.iteration == recipe.iterations
         error = self._test() if last or progress.iteration % recipe.test_every == 0 else None
         progress.warmed_up = progress.warmed_up or wrong / images < recipe.warmup_until_error
         norm = math.sqrt(sum(value * value for value in norms.values()))
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         known = norm if math.isfinite(norm) else None
         point = Point(progress.iteration, lr, loss / images, wrong / images, error, known, seconds)
-        self.log.add(point, norms)
+        progress.history.append(point)
+        if self.log is not None:
+            self.log.add(point, norms)
 
     @torch.no_grad()
     def _test(self) -> float:
-        """The fraction of the test images that are misclassified, single view."""
+        """The fraction of the test images that are misclassified, from a single view."""
         self.here.take_buffers(self.model)
         self.model.eval()
         wrong = torch.zeros((), dtype=torch.float64, device=self.here.device)
@@ -266,12 +267,13 @@ class _Training:
 
     def _write_checkpoint(self) -> None:
         self.progress.sums = self.sums.tolist()
-        self.progress.log_bytes = self.log.saved()
+        if self.log is not None:
+            self.log.flush()
         write_checkpoint(self.folder / "checkpoint.pt", self.spec, self.progress, self.saved)
         self.last_checkpoint = time.perf_counter()
 
     def result(self) -> RunResult:
-        done, history = self.progress.iteration, self.log.history
+        done, history = self.progress.iteration, self.progress.history
         tests = [point.test_error for point in history if point.test_error is not None]
         return RunResult(
             spec=self.spec,
@@ -287,7 +289,7 @@ class _Training:
 
 
 def _network(spec: RunSpec, data: DataSet) -> nn.Module:
-    """The network on the CPU, initialised from the seed; fused or stock, in the layout asked for."""
+    """The network on the CPU, initialized from the seed; fused or stock, in the layout asked for."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(spec.seed, "weights"))
         model = networks.build(spec.network, data.classes, data.channels, **dict(spec.options))

@@ -1,24 +1,23 @@
-"""What a training run is, what it leaves, and its checkpoint: written whole or not at all, checked before use."""
+"""A training run as data: its spec, log, result, and checkpoint, written whole or not at all and checked before use."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from fastres.lab.checkpoints import read_file
 from fastres.lab.errors import CheckpointError, RunError
 from fastres.lab.recipes import TrainRecipe
 from fastres.lab.results import write_atomically
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHECKPOINT = "fastres.checkpoint/1"
+CHECKPOINT = "fastres.checkpoint/2"
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class RunSpec:
     Args:
         network, options: for :func:`fastres.lab.networks.build`, such as ("resnet20", (("shortcut", "B"),)).
         data: for :func:`fastres.lab.datasets.load`.
-        recipe: how it is trained.
+        recipe: batch size, schedule, augmentation.
         seed: of the initial weights, the order and the augmentation.
         dtype: "fp32", or autocast's "bf16" or "fp16" (with a gradient scaler).
         channels_last: the layout of weights and activations.
@@ -58,7 +57,7 @@ class RunSpec:
             raise RunError(f"dtype: got {self.dtype!r}, expected {', '.join(DTYPES)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Plain data, ready for JSON."""
         made: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return {**made, "options": dict(self.options)}
 
@@ -68,7 +67,7 @@ class RunSpec:
         return cls(**{**data, "recipe": recipe, "options": tuple(data["options"].items())})
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """What `other`, a spec as a dict, has otherwise, as "seed 1, not 0": its value first."""
+        """The fields in which `other`, a spec as a dict, differs, such as "seed 1, not 0": its value first."""
         mine, theirs = _flat(self.to_dict()), _flat(other)
         names = [*mine, *(name for name in theirs if name not in mine)]
         return [
@@ -93,7 +92,7 @@ class Point:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run came to; `iterations` is less than the recipe's where it was stopped before its end."""
+    """The outcome of a run; `iterations` is less than the recipe's where it was stopped early."""
 
     spec: RunSpec
     iterations: int
@@ -106,31 +105,44 @@ class RunResult:
     history: list[Point]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Plain data, ready for JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**fields, "spec": self.spec.to_dict(), "history": [asdict(point) for point in self.history]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunResult:
-        """From :meth:`to_dict`'s; other keys, such as a result file's environment, are left out."""
+        """The inverse of :meth:`to_dict`; other keys, such as a result file's environment, are ignored."""
         fields = {f.name: data[f.name] for f in dataclasses.fields(cls)}
         history = [Point(**point) for point in data["history"]]
         return cls(**{**fields, "spec": RunSpec.from_dict(data["spec"]), "history": history})
 
 
+@dataclass(frozen=True)
+class Step:
+    """One iteration, as `on_step` is told about it."""
+
+    epoch: int  # from 1
+    epochs: int
+    step: int  # from 1
+    steps: int
+    images: int  # trained on so far
+    loss: float  # of this batch
+    seconds: float  # of training so far, over all resumed parts
+
+
 @dataclass
 class Progress:
-    """What a run has to remember between two iterations, beside its network and optimizer."""
+    """The part of a run's state that is neither network nor optimizer."""
 
     iteration: int = 0  # done so far
     warmed_up: bool = False
     seconds: float = 0.0
     sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss, errors, images since the last point
-    log_bytes: int = 0  # length of log.csv
+    history: list[Point] = field(default_factory=list)
 
 
 def write_checkpoint(path: Path, spec: RunSpec, progress: Progress, parts: Mapping[str, Any]) -> None:
-    """Writes `progress` and the state of `parts`, such as {"model": model, "optimizer": optimizer}, atomically."""
+    """Write `progress` and the state of `parts`, such as {"model": model, "optimizer": optimizer}, atomically."""
     content = {
         "schema": CHECKPOINT,
         "spec": spec.to_dict(),
@@ -140,61 +152,33 @@ def write_checkpoint(path: Path, spec: RunSpec, progress: Progress, parts: Mappi
     write_atomically(path, lambda file: torch.save(content, file))
 
 
-def read_checkpoint(path: Path, spec: RunSpec, model: nn.Module) -> tuple[Progress, dict[str, Any]]:
-    """The progress and the states of a checkpoint that `write_checkpoint` made of `spec`; nothing is changed by it.
+def read_checkpoint(path: Path, spec: RunSpec, parts: Mapping[str, Any]) -> Progress:
+    """Load the states of a checkpoint that `write_checkpoint` made of `spec` into `parts`; return its progress.
 
-    Raises CheckpointError for a file that cannot be read or does not fit `spec` and `model`.
+    Raises CheckpointError for a file that cannot be read or does not fit; the parts are unusable then.
     """
+    expected = f"expected a checkpoint of {spec.network} as fastres train writes; delete the folder to start over"
+    content = read_file("checkpoint", path, expected)
+    schema = content.get("schema") if isinstance(content, dict) else type(content).__name__
+    if schema != CHECKPOINT:
+        raise CheckpointError(f"checkpoint {path}: got {schema!r}, expected the schema {CHECKPOINT!r}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the pickle protocol of damaged bytes
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes make the unpickler raise nearly anything
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(
-            f"checkpoint {path}: cannot be read: got {reason}; expected what fastres train wrote; delete the run's"
-            " folder to begin anew"
-        ) from error
-    if not isinstance(content, dict) or content.get("schema") != CHECKPOINT:
-        got = content.get("schema") if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"checkpoint {path}: got {got!r}, expected the schema {CHECKPOINT!r}")
-    try:
-        differences = spec.differences(content["spec"])
+        if differences := spec.differences(content["spec"]):
+            raise ValueError(f"another run's: {'; '.join(differences)}")
         progress = Progress(**content["progress"])
-        states = {name: content[name] for name in ("model", "optimizer", "scaler")}
-        fits = _same_shapes(states["model"], model.state_dict())
-        fits = fits and 0 <= progress.iteration <= spec.recipe.iterations and len(progress.sums) == 3
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path}: got no or other {error}, expected a whole checkpoint") from error
-    if differences:
-        raise CheckpointError(f"checkpoint {path}: is of another run: {'; '.join(differences)}")
-    if not fits:
-        raise CheckpointError(f"checkpoint {path}: got other tensors or counts, expected those of {spec.network}")
-    return progress, states
-
-
-def restore(path: Path, states: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
-    """Puts the states that `read_checkpoint` gave into `parts`.
-
-    Raises CheckpointError where the optimizer's or the scaler's does not fit; the parts are of no use then.
-    """
-    wanted = "expected the states of the run's network, optimizer and scaler"
-    try:
+        progress.history = [Point(**point) for point in progress.history]  # type: ignore[arg-type]
+        if not 0 <= progress.iteration <= spec.recipe.iterations or len(progress.sums) != 3:
+            raise ValueError(f"iteration {progress.iteration} and {len(progress.sums)} sums")
         for name, part in parts.items():
-            part.load_state_dict(states[name])
-        optimizer = parts["optimizer"]
-        for parameter, state in optimizer.state.items():
-            if state["momentum_buffer"] is not None and state["momentum_buffer"].shape != parameter.shape:
-                raise ValueError(f"a momentum of shape {list(state['momentum_buffer'].shape)}")
+            part.load_state_dict(content[name])
+        for parameter, state in parts["optimizer"].state.items() if "optimizer" in parts else ():
+            momentum = state["momentum_buffer"]
+            if momentum is not None and momentum.shape != parameter.shape:
+                raise ValueError(f"a momentum of shape {list(momentum.shape)}")
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"checkpoint {path}: got {reason}, {wanted}") from error
-
-
-def _same_shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> bool:
-    return found.keys() == wanted.keys() and all(
-        found[name].shape == t.shape and found[name].dtype == t.dtype for name, t in wanted.items()
-    )
+        reason = " ".join(str(error).split())  # torch's are several lines, with the tensor's name in the second
+        raise CheckpointError(f"checkpoint {path}: got {reason}, {expected}") from error
+    return progress
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,11 +1,10 @@
-"""A network from its name on the command line: `torchvision:resnet50`, `timm:resnet50d`, `hf:FOLDER`, `net.py:make`.
+"""Networks by name, for the command line: `torchvision:resnet50`, `timm:resnet50d`, `hf:FOLDER`, `net.py:make`.
 
 Nothing is downloaded: weights are random (seed 0) unless a file or a local folder holds them.
 """
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -24,19 +23,19 @@ import torch
 from torch import nn
 
 from fastres.lab.checkpoints import load_checkpoint
-from fastres.lab.errors import CheckpointError, LabError, MissingExtra
+from fastres.lab.errors import CheckpointError, LabError, MissingExtra, did_you_mean, first_line
 
-RANDOM = "random weights (seed 0); --weights FILE loads some"
+RANDOM = "random weights (seed 0); load others with --weights FILE"
 _EXPECTED = "expected torchvision:NAME, timm:NAME, fastres:NAME, hf:FOLDER or FILE.py:FUNCTION"
 
 
 class ModelError(LabError, ValueError):
-    """The name given stands for no network, or making it failed."""
+    """An unknown network, or one that cannot be built."""
 
 
 @dataclass
 class Named:
-    """A network in eval mode, its name as it was given, and in words where its weights come from."""
+    """A network in eval mode, the name it was asked for by, and a description of its weights."""
 
     name: str
     model: nn.Module
@@ -47,20 +46,20 @@ def build(name: str, weights: Path | None = None, channels: int | None = None) -
     """The network called `name`, in eval mode on the CPU.
 
     Args:
-        name: `torchvision:NAME`, `timm:NAME` and `fastres:NAME` as those libraries call it (`fastres:cifar_resnet20`
-            with its depth); `hf:FOLDER` for a local folder with a config.json; `FILE.py:FUNCTION` for a function (or
-            class) without arguments that returns an nn.Module, or for the module itself.
-        weights: a file with its state_dict; random weights without one, for `hf:` those of the folder if it has any.
-        channels: of its input, where the library lets one choose.
+        name: `torchvision:NAME`, `timm:NAME` and `fastres:NAME`, with the library's own names (`fastres:cifar_resnet20`
+            includes the depth); `hf:FOLDER` for a local folder with a config.json; `FILE.py:FUNCTION` for a function
+            (or class) that takes no arguments and returns an nn.Module, or for a module object.
+        weights: a file with the state_dict; None for random weights, or for `hf:` the folder's if it has any.
+        channels: of the input, where the library lets one choose.
 
     Raises:
-        ModelError: an unknown name, with the nearest ones; a network that cannot be made.
-        MissingExtra: the library is not installed; the message says how to.
-        CheckpointError: `weights` are not this network's.
+        ModelError: an unknown name, with the nearest ones; a network that cannot be built.
+        MissingExtra: the library is not installed; the message says how to install it.
+        CheckpointError: `weights` do not fit this network.
 
     Example:
         >>> build("fastres:cifar_resnet8").weights
-        'random weights (seed 0); --weights FILE loads some'
+        'random weights (seed 0); load others with --weights FILE'
     """
     kind, colon, rest = name.partition(":")
     if ".py:" in name:
@@ -83,16 +82,16 @@ def _torchvision(name: str, channels: int | None, _: bool) -> Named:
     models = _library("torchvision").models
     _known("torchvision", name, models.list_models())
     maker = models.get_model_builder(name)
-    options = {"weights": None, "weights_backbone": None}  # the second has a default that downloads
+    options = {"weights": None, "weights_backbone": None}  # the second one's default downloads
     taken = inspect.signature(maker).parameters
-    return _made(f"torchvision:{name}", lambda: maker(**{key: options[key] for key in options if key in taken}))
+    return _random(f"torchvision:{name}", lambda: maker(**{key: options[key] for key in options if key in taken}))
 
 
 def _timm(name: str, channels: int | None, _: bool) -> Named:
     timm = _library("timm")
     _known("timm", name.partition(".")[0], timm.list_models())
     options = {} if channels is None else {"in_chans": channels}
-    return _made(f"timm:{name}", lambda: timm.create_model(name, pretrained=False, **options))
+    return _random(f"timm:{name}", lambda: timm.create_model(name, pretrained=False, **options))
 
 
 def _fastres(name: str, channels: int | None, _: bool) -> Named:
@@ -102,9 +101,9 @@ def _fastres(name: str, channels: int | None, _: bool) -> Named:
     cifar = re.fullmatch("(cifar_[a-z]+?)([0-9]+)", name)
     options = {} if channels is None else {"in_channels": channels}
     if cifar and cifar[1] in makers:
-        return _made(f"fastres:{name}", lambda: getattr(models, cifar[1])(int(cifar[2]), **options))
+        return _random(f"fastres:{name}", lambda: getattr(models, cifar[1])(int(cifar[2]), **options))
     _known("fastres", name, [*fixed, "cifar_resnet20", "cifar_plain20"])
-    return _made(f"fastres:{name}", lambda: getattr(models, name)(**options))
+    return _random(f"fastres:{name}", lambda: getattr(models, name)(**options))
 
 
 def _hugging_face(name: str, channels: int | None, own_weights: bool) -> Named:
@@ -115,17 +114,17 @@ def _hugging_face(name: str, channels: int | None, own_weights: bool) -> Named:
         got = "a folder without config.json" if folder.is_dir() else "no such folder"
         raise ModelError(f"model: hf:{name}: got {got}, expected a local folder with one; nothing is downloaded")
     with _quiet(transformers):
-        config = _said(f"hf:{name}", lambda: transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
+        config = _checked(f"hf:{name}", lambda: transformers.AutoConfig.from_pretrained(folder, local_files_only=True))
         if channels is not None:
             config.num_channels = channels
         kind = _hub_class(transformers, config)
         stored = any(file.name.startswith(_STORED) for file in folder.iterdir())
         if not stored or not own_weights:
-            made = _made(f"hf:{name}", lambda: kind._from_config(config))
+            made = _random(f"hf:{name}", lambda: kind._from_config(config))
             made.weights = f"{RANDOM if not stored else made.weights} ({kind.__name__})"
             return made
         options = {"config": config, "local_files_only": True, "output_loading_info": True}
-        net, found = _said(f"hf:{name}", lambda: kind.from_pretrained(folder, **options))
+        net, found = _checked(f"hf:{name}", lambda: kind.from_pretrained(folder, **options))
     wrong = [f"{what} {_few(found[what])}" for what in ("missing_keys", "mismatched_keys") if found.get(what)]
     if wrong:
         raise CheckpointError(f"weights {folder}: got {'; '.join(wrong)}, expected those of {kind.__name__}")
@@ -142,7 +141,7 @@ _KINDS: dict[str, Callable[[str, int | None, bool], Named]] = {
 
 
 def _hub_class(transformers: Any, config: Any) -> Any:
-    """The class that the configuration names, or the one for image classification."""
+    """The class that the configuration names, or else its class for image classification."""
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
@@ -154,7 +153,7 @@ def _hub_class(transformers: Any, config: Any) -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """No tables and bars of transformers: what matters of them is said in our words."""
+    """Silence transformers' tables and progress bars: our own messages report what matters."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity(log.CRITICAL)
@@ -171,20 +170,20 @@ def _from_file(name: str) -> Named:
     file, _, function = name.rpartition(":")
     path = Path(file).expanduser()
     if not path.is_file() or not function.isidentifier():
-        got = f"no such file {file}" if not path.is_file() else f"{function!r}, which is no name,"
+        got = f"no such file {file}" if not path.is_file() else f"{function!r}, which is not a name,"
         raise ModelError(f"model: got {got} in {name!r}, expected FILE.py:FUNCTION")
     spec = importlib.util.spec_from_file_location(f"_fastres_model_{path.stem}", path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # so that its classes can be pickled and inspected
-    sys.path.insert(0, str(path.resolve().parent))  # as for a script: its neighbours can be imported
+    sys.path.insert(0, str(path.resolve().parent))  # as for a script, so that it can import its neighbors
     try:
-        _said(name, lambda: spec.loader.exec_module(module), path)  # type: ignore[union-attr]
+        _checked(name, lambda: spec.loader.exec_module(module), path)  # type: ignore[union-attr]
         maker = getattr(module, function, None)
         if not callable(maker):
-            near = _nearest(function, [key for key, value in vars(module).items() if callable(value)])
+            near = did_you_mean(function, [key for key, value in vars(module).items() if callable(value)])
             raise ModelError(f"model: {path} has no function {function!r}{near}")
-        model = maker if isinstance(maker, nn.Module) else _said(name, lambda: _seeded(maker), path)
+        model = maker if isinstance(maker, nn.Module) else _checked(name, lambda: _seeded(maker), path)
     finally:
         sys.path.remove(str(path.resolve().parent))
     if not isinstance(model, nn.Module):
@@ -200,33 +199,28 @@ def _library(name: str) -> ModuleType:
         raise MissingExtra(f"model: {name} is not installed: pip install {name}")
     try:
         return importlib.import_module(name)
-    except Exception as error:  # a build for another torch, most often
+    except Exception as error:  # most often, a build for another torch
         raise MissingExtra(f"model: {name} cannot be imported: {_first_line(error)}") from error
 
 
 def _known(library: str, name: str, names: list[str]) -> None:
     if name not in names:
-        raise ModelError(f"model: {library} has no network {name!r}{_nearest(name, names)}")
+        raise ModelError(f"model: {library} has no network {name!r}{did_you_mean(name, names)}")
 
 
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, 3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def _made(name: str, maker: Callable[[], nn.Module]) -> Named:
-    return Named(name, _said(name, lambda: _seeded(maker)), RANDOM)
+def _random(name: str, maker: Callable[[], nn.Module]) -> Named:
+    return Named(name, _checked(name, lambda: _seeded(maker)), RANDOM)
 
 
 def _seeded(maker: Callable[[], Any]) -> Any:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # googlenet's, about the initialisation that it may have one day
+        warnings.simplefilter("ignore")  # googlenet's, about a future change of its initialization
         torch.manual_seed(0)
         return maker()
 
 
-def _said(name: str, action: Callable[[], Any], file: Path | None = None) -> Any:
-    """What `action` returns; whatever it raises as one line, with the line of `file` that it came from."""
+def _checked(name: str, action: Callable[[], Any], file: Path | None = None) -> Any:
+    """Call `action`; report anything it raises as one line, with the line of `file` that it came from."""
     try:
         return action()
     except ModelError:
@@ -235,12 +229,11 @@ def _said(name: str, action: Callable[[], Any], file: Path | None = None) -> Any
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if file is not None and frame.filename == str(file)]
         where = f" (line {lines[-1]})" if lines else ""
-        raise ModelError(f"model: {name} cannot be made: {_first_line(error)}{where}") from error
+        raise ModelError(f"model: {name} cannot be built: {_first_line(error)}{where}") from error
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
 
 
 def _few(keys: Any) -> str:

@@ -1,4 +1,4 @@
-"""The paper's networks by name, as recipes, runs and the command line write them.
+"""The paper's networks by name, as runs and the command line spell them.
 
 resnet18 resnet34 resnet50 resnet101 resnet152     ImageNet (Table 1); bottlenecks stride in the 3x3 (v1.5)
 resnet50-v1 resnet101-v1 resnet152-v1              the same, stride in the first 1x1: the paper's own
@@ -10,15 +10,16 @@ cifar-resnet50, cifar-resnet152                    CIFAR of a depth that is also
 
 from __future__ import annotations
 
-import difflib
+import functools
 import inspect
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastres import models
-from fastres.lab.errors import LabError
+from fastres.lab.errors import LabError, did_you_mean
 
 _IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "plain18", "plain34")
 _V1 = ("resnet50", "resnet101", "resnet152")
@@ -26,7 +27,7 @@ _DEPTHS = (20, 32, 44, 56, 110, 1202)
 
 
 class NetworkError(LabError, ValueError):
-    """The name stands for no network, or the network does not take an option."""
+    """An unknown network, or an option that the network does not take."""
 
 
 def names() -> list[str]:
@@ -40,7 +41,7 @@ def names() -> list[str]:
 
 
 def build(name: str, num_classes: int = 10, in_channels: int = 3, **options: Any) -> nn.Module:
-    """The network called `name`, freshly initialised from torch's random state, in training mode on the CPU.
+    """The network called `name`, freshly initialized from torch's random state, in training mode on the CPU.
 
     Args:
         name: one of :func:`names`, or `resnetN` or `plainN` for a CIFAR network of another depth.
@@ -69,9 +70,8 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **options: Any
         maker = models.cifar_resnet if kind == "resnet" else models.cifar_plain
         make, taken = lambda **given: maker(depth, **given), models.CifarResNet
     else:
-        near = difflib.get_close_matches(name, names(), 3, 0.5)
-        hint = f"; near: {', '.join(near)}" if near else ""
-        raise NetworkError(f"network: got {name!r}, expected one of {', '.join(names())}{hint}")
+        expected = f"expected one of {', '.join(names())}{did_you_mean(name, names())}"
+        raise NetworkError(f"network: got {name!r}, {expected}")
     allowed = [key for key in inspect.signature(taken).parameters if key not in _GIVEN]
     unknown = [key for key in options if key not in allowed]
     if unknown:
@@ -81,6 +81,14 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **options: Any
     except (TypeError, ValueError) as error:
         raise NetworkError(f"network {name}: {error}") from error
     return made
+
+
+@functools.cache
+def cost(name: str, num_classes: int, in_channels: int, size: int, **options: Any) -> models.Counts:
+    """The parameters of a network and its multiply-adds for one image of size x size; nothing is computed."""
+    with torch.device("meta"):
+        model = build(name, num_classes, in_channels, **options)
+    return models.counts(model, size, in_channels)
 
 
 _GIVEN = ("block", "layers", "depth", "num_classes", "in_channels")

@@ -1,4 +1,4 @@
-"""One process or several under torchrun: who this one is, which device it has, what all of them together have."""
+"""One process, or several under torchrun: this one's rank and device, and the collectives the loop needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastres.lab.datasets import Part
+from fastres.lab.batches import Part
 from fastres.lab.devices import pick_device
 
 
@@ -27,7 +27,7 @@ class Place:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and shows."""
+        """True in the process that writes files and shows progress."""
         return self.part.rank == 0
 
     def total(self, sums: Tensor) -> Tensor:
@@ -37,20 +37,20 @@ class Place:
         return sums
 
     def take_buffers(self, model: nn.Module) -> None:
-        """Gives every process the first one's buffers: BN's running statistics."""
+        """Copy the first process's buffers, BN's running statistics, to every process."""
         if self.part.of > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process is here."""
         if self.part.of > 1:
             dist.barrier()
 
 
 @contextmanager
 def place(device: str) -> Iterator[Place]:
-    """Joins the processes that torchrun started (gloo on CPUs, NCCL where each has a GPU); alone, it joins nothing.
+    """Join the processes that torchrun started: gloo on CPUs, NCCL where each has a GPU; a lone process joins nothing.
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:N"; under torchrun "cuda" is the process's own GPU.
@@ -82,8 +82,8 @@ def place(device: str) -> Iterator[Place]:
 def interrupts(here: Place) -> Iterator[threading.Event]:
     """An event that the first Ctrl-C sets, so that the iteration ends and is saved; a second one interrupts at once.
 
-    Several processes would stop at several iterations and wait for one another: there it interrupts at once, and the
-    run goes on from the last checkpoint. So it does in a thread, which cannot set handlers.
+    Several processes would stop at different iterations and wait for one another, so there the first Ctrl-C interrupts
+    at once, and the run resumes from the last checkpoint; likewise in a thread, which cannot set handlers.
     """
     event = threading.Event()
     if here.part.of > 1 or threading.current_thread() is not threading.main_thread():

@@ -3,7 +3,7 @@
     v <- momentum * v + gradient + weight_decay * w        w <- w - lr(t) * v        t = 0 .. iterations - 1
     lr(t) = warmup_lr until the training error is below warmup_until_error, then lr / 10^(milestones <= t)
 
-Batches are joined batches: under torchrun each process takes its part. Errors are fractions, schedules are iterations.
+Batches are global: under torchrun each process takes its part. Errors are fractions, schedules count iterations.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ Decay = Literal["all", "convolutions"]
 
 @dataclass(frozen=True)
 class TrainRecipe:
-    """How a network is trained. `dataclasses.replace` makes variants.
+    """The schedule and hyperparameters of a training run. `dataclasses.replace` makes variants.
 
     Args:
         name: for tables and messages.
-        batch_size: images of an iteration, over all processes.
+        batch_size: images per iteration, over all processes.
         iterations: optimizer steps.
         lr: divided by 10 at each of `milestones`.
         momentum, weight_decay: of SGD.
-        decay: "all" parameters, as fb.resnet.torch; "convolutions" alone, as its authors read the paper.
+        decay: weight decay on "all" parameters, as in fb.resnet.torch, or only on "convolutions", another reading.
         warmup_lr: used until the training error is below `warmup_until_error`; None: no warm-up.
         augment: of the training images, see :mod:`fastres.lab.augment`.
-        test_every: iterations between two test errors; the last iteration always has one.
-        log_every: iterations between two points of the log; losses and training errors are means over them.
-        bn_batch: images that share BN statistics; None: those of one process's part. The paper's CIFAR networks had
-            two GPUs, so 64 of 128. The running statistics are the first part's.
+        test_every: iterations between two tests; there is always one after the last iteration.
+        log_every: iterations between two rows of the log; losses and training errors are means over them.
+        bn_batch: images that share BN statistics; None: one process's part. The paper trained its CIFAR networks on two
+            GPUs, so 64 of 128. The running statistics are the first part's.
 
     Raises:
         RecipeError: a value out of range, naming it.
@@ -79,7 +79,7 @@ class TrainRecipe:
             raise RecipeError(f"bn_batch: got {self.bn_batch}, expected a divisor of batch_size, {self.batch_size}")
 
     def lr_at(self, iteration: int, warmed_up: bool = True) -> float:
-        """The learning rate of `iteration`, from 0; `warmed_up`: whether the training error has been low enough."""
+        """The learning rate at `iteration`, from 0; `warmed_up` once the training error has been low enough."""
         if self.warmup_lr is not None and not warmed_up:
             return self.warmup_lr
         return self.lr / 10.0 ** sum(milestone <= iteration for milestone in self.milestones)

@@ -1,8 +1,7 @@
-"""Result files: written whole or not at all, and carrying what is needed to repeat them."""
+"""Result files: written whole or not at all, and carrying what it takes to reproduce them."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -14,15 +13,17 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.backends import cudnn
 
 import fastres
-from fastres._info import ENVIRONMENT, PACKAGES, cpu, load_average, version
+from fastres import _files
+from fastres._info import ENVIRONMENT, PACKAGES, cpu, gpu, load_average, version
 from fastres.lab.errors import OutputError
 from fastres.ops._conv_backends import tf32_allowed
 
 
 def prepare_folder(folder: Path, files: list[str]) -> None:
-    """Makes `folder` and proves that `files` can be written in it, before any work is done.
+    """Create `folder` and prove that `files` can be written in it, before any work is done.
 
     Raises OutputError, naming the path and the reason.
     """
@@ -38,32 +39,24 @@ def prepare_folder(folder: Path, files: list[str]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Calls `write` on a temporary file beside `path` and renames it: readers see the old file or the whole new one.
+    """Call `write` on a file that takes the place of `path` once it is whole (fastres/_files.py).
 
-    Raises OutputError; the temporary file is gone, whatever happens.
+    Raises OutputError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _files.write_atomically(path, write)
     except OSError as error:
         raise OutputError(f"output file {path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed already, or never made
-            temporary.unlink()
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Strict JSON (no NaN), indented, written atomically."""
+    """Write strict JSON (no NaN), indented, atomically."""
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def environment(device: torch.device, command: str) -> dict[str, Any]:
-    """The command, commit, versions, CPU, GPU, threads and flags of a result."""
+    """The command, commit, versions, CPU, GPU, threads and flags behind a result."""
     return {
         "command": command,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -73,14 +66,14 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": str(device),
         "cpu": cpu(),
-        "gpu": _gpu(device),
+        "gpu": {**gpu(device), "cuda": torch.version.cuda, "cudnn": cudnn.version()} if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
         "flags": {
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "cudnn.allow_tf32": tf32_allowed(),
-            "cudnn.benchmark": torch.backends.cudnn.benchmark,
-            "cudnn.deterministic": torch.backends.cudnn.deterministic,
+            "cudnn.benchmark": cudnn.benchmark,
+            "cudnn.deterministic": cudnn.deterministic,
             "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
             "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         },
@@ -88,28 +81,17 @@ def environment(device: torch.device, command: str) -> dict[str, Any]:
     }
 
 
-def _gpu(device: torch.device) -> dict[str, Any] | None:
-    if device.type != "cuda":
-        return None
-    found = torch.cuda.get_device_properties(device)
-    return {
-        "name": found.name,
-        "memory_mib": found.total_memory >> 20,
-        "capability": f"{found.major}.{found.minor}",
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-    }
-
-
 def _commit() -> str | None:
-    """The checkout's commit, with "+" where files differ from it; None for an installed package."""
+    """The checkout's commit, with "+" if files differ from it; None for an installed package."""
     root = Path(fastres.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-    git = ["git", "-C", str(root)]
+
+    def git(*command: str) -> str:
+        line = ["git", "-C", str(root), *command]
+        return subprocess.run(line, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):  # no git here: the result says so with None
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):  # no git: the result says None
         return None
-    return head.stdout.strip() + ("+" if status.stdout.strip() else "")

@@ -1,22 +1,29 @@
-"""What the command line shows: styled text and a live bar on a terminal, plain lines in a file or a pipe."""
+"""Shared pieces of the command line: options, and progress as a live bar on a terminal or as lines in a pipe."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typer import Option
 
+from fastres.lab.loop_state import Step
+
+Device = Annotated[str, Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[int | None, Option(min=1, help="CPU threads; by default torch's choice.")]
 Report = Callable[[int, int, str], None]  # (done, total, text)
 
 
 @contextmanager
 def progress(console: Console, title: str, every_s: float = 5.0, remaining: bool = True) -> Iterator[Report]:
-    """A progress bar with its text and a time; without a terminal, a line every `every_s` seconds.
+    """A progress bar with text and a time; without a terminal, a line every `every_s` seconds.
 
-    The time is what is left where the steps are alike, and with `remaining=False` what has passed.
+    The time is the time left, or with `remaining=False`, for steps of unequal length, the time elapsed.
     """
     if console.is_interactive and console.is_terminal:
         columns = (
@@ -32,7 +39,7 @@ def progress(console: Console, title: str, every_s: float = 5.0, remaining: bool
         return
 
     start, last = 0.0, time.monotonic()
-    first: int | None = None  # what was done when the work began: the time before it says nothing about what is left
+    first: int | None = None  # done when the work began: the time before it says nothing about the time left
 
     def report(done: int, total: int, text: str) -> None:
         nonlocal start, last, first
@@ -46,3 +53,16 @@ def progress(console: Console, title: str, every_s: float = 5.0, remaining: bool
             last = now
 
     yield report
+
+
+def on_step(report: Report) -> Callable[[Step], None]:
+    """An `on_step` for the training loop that reports epoch, loss and the images/s of the last fifty steps."""
+    last: deque[tuple[int, float]] = deque(maxlen=50)
+
+    def show(step: Step) -> None:
+        last.append((step.images, step.seconds))
+        (images, seconds), (images0, seconds0) = last[-1], last[0]
+        rate = f"{(images - images0) / (seconds - seconds0):.0f} images/s" if seconds > seconds0 else ""
+        report(step.step, step.steps, f"epoch {step.epoch}/{step.epochs}  loss {step.loss:.3f}  {rate}".rstrip())
+
+    return show

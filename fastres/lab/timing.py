@@ -1,15 +1,15 @@
 """Interleaved, paired timing.
 
-Machines drift: clocks, caches and neighbours change from one second to the next. So the candidates are not timed one
-after the other but in rounds; a round calls every candidate once, and the order rotates so that none always follows the
-same neighbour. With t_a[i] and t_b[i] the times of a and b in round i, the speed-up of b over a is
+Machines drift: clocks, caches and neighbors change from one second to the next. So candidates are not timed one after
+the other but in rounds: a round calls every candidate once, and the order rotates so that none always follows the same
+one. With t_a[i] and t_b[i] the times of a and b in round i, the speedup of b over a is
 
-    ratio[i] = t_a[i] / t_b[i]          paired: what slowed the round down divides out
+    ratio[i] = t_a[i] / t_b[i]          paired: whatever slowed the round down divides out
     ratio    = median(ratio[i])
-    interval = [ratio_(k+1), ratio_(n-k)]   order statistics of the n ratios; exact, whatever their distribution:
-    coverage = 1 - 2 P(Binomial(n, 1/2) <= k),  k the largest that keeps it at 95 % or more
+    interval = [ratio_(k+1), ratio_(n-k)]   order statistics of the n ratios; exact for any distribution:
+    coverage = 1 - 2 P(Binomial(n, 1/2) <= k),  with the largest k that keeps it at 95 % or more
 
-Fewer than six rounds cannot give 95 %: the interval is then the range, and `coverage` says how much it covers.
+Fewer than six rounds cannot reach 95 %: the interval is then the range, and `coverage` says how much it covers.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ Timer = Callable[[Function], float]  # runs the function once, returns its secon
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster b is than a: the median of the paired ratios, and an interval around it."""
+    """The speedup of b over a: the median of the paired ratios, and an interval around it."""
 
     median: float
     low: float
     high: float
     n: int  # pairs
-    coverage: float  # the probability that [low, high] covers the true median; 0.95 or more from six pairs on
+    coverage: float  # the probability that [low, high] covers the true median; at least 0.95 with six or more pairs
 
     def __str__(self) -> str:
-        """1.31x [1.24, 1.40], the interval only where it covers 95 %."""
+        """1.31x [1.24, 1.40]; the interval only if it covers 95 %."""
         interval = f"[{self.low:.2f}, {self.high:.2f}]" if self.coverage >= 0.95 else "(too few rounds)"
         return f"{self.median:.2f}x {interval}"
 
@@ -46,7 +46,7 @@ class Ratio:
 
 
 def wall_timer(clock: Callable[[], float] = time.perf_counter) -> Timer:
-    """Times a call with a clock: right wherever the work is over when the call returns, as on a CPU."""
+    """A timer that reads a clock: right wherever the work is done when the call returns, as on a CPU."""
 
     def seconds(function: Function) -> float:
         start = clock()
@@ -57,10 +57,10 @@ def wall_timer(clock: Callable[[], float] = time.perf_counter) -> Timer:
 
 
 def event_timer(device: torch.device, before: Function | None = None) -> Timer:
-    """Times a call with CUDA events on the device's current stream; from an idle GPU, so launch gaps count.
+    """A timer that uses CUDA events on the device's current stream; the GPU starts idle, so launch gaps count.
 
-    `before` is called ahead of each call, untimed: to flush the L2 cache, for one. Its work on the GPU goes on while
-    the call is being launched, so that launch gaps are hidden as far as it lasts.
+    `before` runs ahead of each call, untimed, for example to flush the L2 cache. Its work on the GPU continues while
+    the call is being launched, and hides launch gaps for as long as it lasts.
     """
 
     def seconds(function: Function) -> float:
@@ -79,7 +79,7 @@ def event_timer(device: torch.device, before: Function | None = None) -> Timer:
 
 
 def timer_for(device: torch.device | str) -> Timer:
-    """CUDA events on a GPU, the wall clock elsewhere."""
+    """A timer for the device: CUDA events on a GPU, the wall clock elsewhere."""
     device = torch.device(device)
     return event_timer(device) if device.type == "cuda" else wall_timer()
 
@@ -94,7 +94,7 @@ def interleave(
     timer: Timer | None = None,
     on_round: Callable[[int], None] | None = None,
 ) -> dict[str, list[float]]:
-    """Times the functions in interleaved rounds.
+    """Time the functions in interleaved rounds.
 
     Args:
         fns: what to time, by name. Every function is called `warmup` times first, untimed.
@@ -136,9 +136,9 @@ def interleave(
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95) -> Ratio:
-    """The speed-up of b over a, from two lists of times that `interleave` returned: above 1 where b is the faster.
+    """The speedup of b over a, from two lists of times that `interleave` returned: above 1 if b is faster.
 
-    The lists may differ in length: entry i of both belongs to round i, and the rounds that both took part in count.
+    The lists may differ in length: entry i of both belongs to round i, and only rounds that both took part in count.
 
     >>> paired_ratio([2.0, 2.2, 4.0, 2.0, 2.0, 2.0], [1.0, 1.1, 2.0, 1.0, 1.0, 1.0])
     Ratio(median=2.0, low=2.0, high=2.0, n=6, coverage=0.96875)
@@ -154,5 +154,5 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.9
 
 
 def _coverage(n: int, k: int) -> float:
-    """The probability that the k+1-th smallest and the k+1-th largest of n samples enclose the median."""
+    """The probability that the (k+1)-th smallest and the (k+1)-th largest of n samples enclose the median."""
     return 1.0 - 2.0 * sum(math.comb(n, j) for j in range(k + 1)) / 2.0**n

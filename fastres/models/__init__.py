@@ -1,4 +1,4 @@
-"""The paper's networks, built of ``fastres.nn``: ImageNet (imagenet.py) and CIFAR-10 (cifar.py)."""
+"""The paper's networks, built from ``fastres.nn``: ImageNet (imagenet.py) and CIFAR-10 (cifar.py)."""
 
 from .cifar import CifarResNet, cifar_plain, cifar_resnet
 from .counts import Counts, counts

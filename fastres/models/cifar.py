@@ -4,7 +4,7 @@
     global average pooling; fc
 
 n = 3, 5, 7, 9, 18, 200 give the 20, 32, 44, 56, 110 and 1202 layers of Table 6; the paper uses shortcut A throughout.
-The residual function of a block has two layers; one and three can be tried (section 3.2) with `layers_per_block`.
+The residual function of a block has two layers; `layers_per_block` sets it to one or three (section 3.2).
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .shortcut import (
     SingleLayerBlock,
     ThreeLayerBlock,
     Zeros,
-    initialise,
+    check_options,
+    initialize,
     make_stage,
-    one_of,
     positive,
 )
 
@@ -34,14 +34,14 @@ _BLOCKS: dict[int, Block] = {1: SingleLayerBlock, 2: BasicBlock, 3: ThreeLayerBl
 
 
 class CifarResNet(nn.Module):
-    """``x [N, in_channels, H, W] -> logits [N, num_classes]``; 32x32 in the paper, any size of at least 1x1 here.
+    """A CIFAR network: ``x [N, in_channels, H, W] -> logits [N, num_classes]``; 32x32 in the paper, any size here.
 
     Args:
         block: ``fastres.nn.BasicBlock`` or ``fastres.models.PlainBlock``.
         depth: 6n + 2 layers: 20, 32, 44, 56, 110, 1202, or any other n >= 1.
-        layers_per_block: 3x3 layers between a shortcut's ends: 2 in the paper; 1 and 3 replace ``BasicBlock`` by
-            :class:`SingleLayerBlock` and :class:`ThreeLayerBlock`, and ``depth`` is then 3n + 2 and 9n + 2 (20, 56
-            and 110 are all of these).
+        layers_per_block: 3x3 layers that a shortcut skips: 2 in the paper; 1 and 3 replace ``BasicBlock`` with
+            :class:`SingleLayerBlock` and :class:`ThreeLayerBlock`, and ``depth`` is then 3n + 2 or 9n + 2 (20, 56 and
+            110 fit all three).
         shortcut, num_classes, in_channels, zero_init_residual, zeros, init: as in :class:`fastres.models.ResNet`.
 
     Raises:
@@ -62,12 +62,9 @@ class CifarResNet(nn.Module):
         layers_per_block: int = 2,
     ) -> None:
         super().__init__()
-        one_of("shortcut", shortcut, ("A", "B", "C"))
-        one_of("zeros", zeros, ("end", "both"))
-        positive("depth", depth)
-        positive("num_classes", num_classes)
-        positive("in_channels", in_channels)
-        positive("layers_per_block", layers_per_block)
+        check_options(shortcut, zeros, init)
+        sizes = {"depth": depth, "num_classes": num_classes, "in_channels": in_channels}
+        positive(**sizes, layers_per_block=layers_per_block)
         if layers_per_block not in _BLOCKS:
             raise ValueError(f"layers_per_block: got {layers_per_block}, expected 1, 2 or 3")
         if layers_per_block != 2:
@@ -86,7 +83,7 @@ class CifarResNet(nn.Module):
         self.layer3 = make_stage(block, 32, 64, n, 2, shortcut, zeros)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, num_classes)
-        initialise(self, init, zero_init_residual)
+        initialize(self, init, zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         x = conv_norm_act(x, self.conv1, self.bn1, self.relu)  # [N, 16, H, W]

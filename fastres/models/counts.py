@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Counts:
-    """What one network costs."""
+    """The cost of one network."""
 
     parameters: int
     multiply_adds: int  # for one image
 
 
 def counts(model: nn.Module, size: int = 224, in_channels: int = 3) -> Counts:
-    """Counts `model`'s parameters and its multiply-adds for one image of size x size.
+    """Count `model`'s parameters and its multiply-adds for one image of size x size.
 
-    A copy on torch's meta device is run once: nothing is computed, and the model is left as it is.
+    Runs a copy once on torch's meta device: nothing is computed, and the model is left as it is.
 
     Args:
-        model: of convolutions and linear layers, on any device; on the meta device already, it costs no memory.
+        model: a network of convolutions and linear layers, on any device; on the meta device it takes no memory.
         size: height and width of the image. 224 for ImageNet, 32 for CIFAR-10 in the paper.
         in_channels: of the image.
 
@@ -45,16 +45,16 @@ def counts(model: nn.Module, size: int = 224, in_channels: int = 3) -> Counts:
     for argument, value in (("size", size), ("in_channels", in_channels)):
         if value < 1:
             raise ValueError(f"{argument}: got {value}, expected at least 1")
-    twin = copy.deepcopy(model).to("meta").eval()
+    copied = copy.deepcopy(model).to("meta").eval()
     total = 0
 
     def add(module: Any, _: Any, y: Tensor) -> None:
         nonlocal total
         total += y.numel() * module.weight[0].numel()
 
-    for module in twin.modules():
+    for module in copied.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(add)
     with torch.no_grad():
-        twin(torch.empty(1, in_channels, size, size, device="meta"))
+        copied(torch.empty(1, in_channels, size, size, device="meta"))
     return Counts(sum(p.numel() for p in model.parameters()), total)

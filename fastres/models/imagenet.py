@@ -6,7 +6,7 @@
     global average pooling, fc
 
 Parameter names and shapes are torchvision's: its checkpoints load unchanged into the default networks (shortcut B,
-stride in the 3x3, v1.5), and ours into its. ``stride_in_1x1=True`` is the paper's own bottleneck (v1).
+stride in the 3x3, v1.5), and the other way around. ``stride_in_1x1=True`` is the paper's own bottleneck (v1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastres.nn import BasicBlock, Bottleneck, conv_norm_act
 
-from .shortcut import Block, Init, PlainBlock, Shortcut, Zeros, initialise, make_stage, one_of, positive
+from .shortcut import Block, Init, PlainBlock, Shortcut, Zeros, check_options, initialize, make_stage, positive
 
 
 class ResNet(nn.Module):
@@ -33,7 +33,7 @@ class ResNet(nn.Module):
         stride_in_1x1: bottlenecks only: stride 2 in the first 1x1 (the paper, v1) instead of the 3x3 (v1.5).
         zero_init_residual: start every residual block as the identity (last BN weight 0).
         zeros: where shortcut A's zeros go, ``"end"`` or ``"both"``.
-        init: fan of the He initialisation, ``"fan_out"`` or ``"fan_in"``.
+        init: fan of the He initialization, ``"fan_out"`` or ``"fan_in"``.
         conv1_bias: the stem's convolution has a bias, as in the authors' Caffe ResNet-50.
         ceil_pool: the stem's pooling has no padding and rounds its size up, as in Caffe; 56x56 at 224x224 either way.
 
@@ -63,10 +63,8 @@ class ResNet(nn.Module):
         ceil_pool: bool = False,
     ) -> None:
         super().__init__()
-        one_of("shortcut", shortcut, ("A", "B", "C"))
-        one_of("zeros", zeros, ("end", "both"))
-        positive("num_classes", num_classes)
-        positive("in_channels", in_channels)
+        check_options(shortcut, zeros, init)
+        positive(num_classes=num_classes, in_channels=in_channels)
         if len(layers) != 4:
             raise ValueError(f"layers: got {len(layers)} stages, expected 4")
         if stride_in_1x1 and not issubclass(block, Bottleneck):
@@ -84,7 +82,7 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(planes, num_classes)
-        initialise(self, init, zero_init_residual)
+        initialize(self, init, zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         x = conv_norm_act(x, self.conv1, self.bn1, self.relu)  # [N, 64, H / 2, W / 2]

@@ -1,4 +1,4 @@
-"""What the ImageNet and the CIFAR networks share: shortcuts A, B and C, the plain block, the initialisation.
+"""Shared parts of the ImageNet and CIFAR networks: shortcuts A, B and C, the plain block, the initialization.
 
 He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, sections 3.3 and 4.1:
 
@@ -9,7 +9,7 @@ He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,24 +27,32 @@ def one_of(argument: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{argument}: got {value!r}, expected one of {', '.join(repr(a) for a in allowed)}")
 
 
-def positive(argument: str, value: Any) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless ``value`` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{argument}: got {value!r}, expected an integer")
-    if value < 1:
-        raise ValueError(f"{argument}: got {value}, expected at least 1")
+def check_options(shortcut: Any, zeros: Any, init: Any) -> None:
+    """Raise ValueError, naming the argument, for an unknown option."""
+    one_of("shortcut", shortcut, get_args(Shortcut))
+    one_of("zeros", zeros, get_args(Zeros))
+    one_of("init", init, get_args(Init))
+
+
+def positive(**arguments: Any) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless each is an integer of at least 1."""
+    for argument, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{argument}: got {value!r}, expected an integer")
+        if value < 1:
+            raise ValueError(f"{argument}: got {value}, expected at least 1")
 
 
 class ZeroPadShortcut(nn.Module):
-    """Shortcut A across a change of width: subsample by ``stride``, then zeros for the channels that are new.
+    """Shortcut A across a change of width: subsample by ``stride``, then add zeros for the new channels.
 
     ``x [N, in_planes, H, W] -> [N, out_planes, ceil(H / stride), ceil(W / stride)]``, any dtype, no parameters.
 
     Args:
         in_planes, out_planes: channels before and after; ``out_planes >= in_planes``.
         stride: every ``stride``-th row and column is kept (the paper's and fb.resnet.torch's 1x1 average pooling).
-        zeros: where the zeros go: ``"end"`` (fb.resnet.torch) or ``"both"`` (half before, half after; a common port).
-            The two are the same network up to a permutation of channels.
+        zeros: the position of the zeros: ``"end"`` (fb.resnet.torch) or ``"both"`` (half before, half after; a common
+            port). The two are the same network up to a permutation of channels.
 
     Raises:
         ValueError: unknown ``zeros``, or fewer channels after than before.
@@ -74,7 +82,7 @@ class ZeroPadShortcut(nn.Module):
 
 
 def make_shortcut(kind: Shortcut, in_planes: int, out_planes: int, stride: int, zeros: Zeros) -> nn.Module | None:
-    """The ``downsample`` of one block; None where the shortcut is the identity."""
+    """The ``downsample`` of one block; None if the shortcut is the identity."""
     same = stride == 1 and in_planes == out_planes
     if kind == "C" or (kind == "B" and not same):
         return nn.Sequential(nn.Conv2d(in_planes, out_planes, 1, stride, bias=False), nn.BatchNorm2d(out_planes))
@@ -82,7 +90,7 @@ def make_shortcut(kind: Shortcut, in_planes: int, out_planes: int, stride: int, 
 
 
 class PlainBlock(nn.Module):
-    """Two layers of the plain network, a basic block without shortcut: ``relu(bn2(conv2(relu(bn1(conv1(x))))))``.
+    """Two layers of the plain network, a basic block without a shortcut: ``relu(bn2(conv2(relu(bn1(conv1(x))))))``.
 
     ``x [N, inplanes, H, W] -> [N, planes, H / stride, W / stride]``. Parameter names are the basic block's.
     """
@@ -185,25 +193,20 @@ def make_stage(
     return nn.Sequential(*layers)
 
 
-def initialise(model: nn.Module, init: Init, zero_init_residual: bool) -> None:
-    """He initialisation (paper section 3.4, reference [12]): convolutions N(0, sqrt(2 / fan)), BN 1 and 0, fc bias 0.
+def initialize(model: nn.Module, init: Init, zero_init_residual: bool) -> None:
+    """He initialization (paper section 3.4, reference [12]): convolutions N(0, sqrt(2 / fan)), BN 1 and 0, fc bias 0.
 
-    ``fan_out`` is fb.resnet.torch's and torchvision's choice, ``fan_in`` the other reading of [12].
+    ``fan_out`` is the choice of fb.resnet.torch and torchvision, ``fan_in`` the other reading of [12].
     ``zero_init_residual`` sets the last BN of every residual block to 0, so that a block starts as the identity.
     """
-    one_of("init", init, ("fan_out", "fan_in"))
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode=init, nonlinearity="relu")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-    if zero_init_residual:
-        for module in model.modules():
-            if isinstance(module, BasicBlock | Bottleneck | ChainBlock):
-                last = max(name for name, _ in module.named_children() if name.startswith("bn"))
-                nn.init.zeros_(module.get_parameter(f"{last}.weight"))
+    for module in model.modules():
+        if zero_init_residual and isinstance(module, BasicBlock | Bottleneck | ChainBlock):
+            last = max(name for name, _ in module.named_children() if name.startswith("bn"))
+            nn.init.zeros_(module.get_parameter(f"{last}.weight"))

@@ -1,8 +1,8 @@
-"""BN statistics as the authors' Caffe models hold them: true averages computed after training, not moving averages.
+"""BN statistics as in the authors' Caffe models: true averages computed after training, not moving averages.
 
     mean = (1 / B) sum_b mean_b        var = (1 / B) sum_b var_b        over B batches through the finished network
 
-mean_b and var_b (unbiased) are those of batch b, each seen with the batch statistics of the layers below.
+mean_b and var_b (unbiased) are those of batch b, computed with the batch statistics of the layers below.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import update_bn
 
 
 def average_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replaces the running statistics of every BN in `model` by their true averages over `batches`.
+    """Replace the running statistics of every BN in `model` with their true averages over `batches`.
 
     Weights, momentum and modes are left as they are; only running_mean, running_var and num_batches_tracked change.
 

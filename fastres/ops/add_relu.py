@@ -189,3 +189,12 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = AUTO) -> Tensor:
             return fast
     y: Tensor = _OP(x, residual, backend)
     return y
+
+
+def _call(x: Tensor, residual: Tensor, backend: str = AUTO) -> Tensor:
+    """The operator's call in a frozen network."""
+    return add_relu(x, residual, backend=backend)
+
+
+OPERATOR.call = _call
+OPERATOR.stock = lambda x, residual, backend=AUTO: torch.relu(x + residual)

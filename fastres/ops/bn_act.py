@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
@@ -358,3 +359,39 @@ def batch_norm_arguments(bn: nn.BatchNorm2d) -> dict[str, Any]:
         "eps": bn.eps,
         "num_batches_tracked": count if training and tracks else None,
     }
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+    backend: str = AUTO,
+) -> tuple[Tensor]:
+    """The operator's call in a frozen network, which reads the first output alone."""
+    return (bn_act(x, running_mean, running_var, weight, bias, residual, act=act, eps=eps, backend=backend),)
+
+
+def _stock(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+    backend: str = AUTO,
+) -> tuple[Tensor]:
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+    y = y if residual is None else y + residual
+    return (torch.relu(y) if act == "relu" else y,)
+
+
+OPERATOR.call, OPERATOR.stock = _call, _stock

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
-from fastres.ops import _conv_backends
+from fastres._dispatch import AUTO, REFERENCE, Backend, Choices, Operator, choose, register
+from fastres.ops import _conv_backends, _conv_frozen
 from fastres.ops._autograd import any_requires_grad, is_plain_eager, register_autograd
 from fastres.ops._conv_backends import ACTS, Conv, Maybe, Pair, output_size, pair
 from fastres.ops._tensors import (
@@ -351,3 +351,30 @@ def conv_act(
         return _BEHIND[act](z)
     y: Tensor = _OP(*tensors, *where, act, backend)
     return y
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+    act: str,
+    backend: str = AUTO,
+) -> Tensor:
+    """The operator's call in a frozen network."""
+    where = tuple(stride), tuple(padding), tuple(dilation), groups
+    return conv_act(x, weight, bias, residual, scale, *where, act=act, backend=backend)
+
+
+def _bind(x: Tensor, *arguments: Any) -> Choices | None:
+    """Ways to run the call in a frozen network, once its arguments are known to fit each other."""
+    _check(x, *arguments[:9])
+    return _conv_frozen.bind(x, *arguments)
+
+
+OPERATOR.call, OPERATOR.stock, OPERATOR.bind = _call, _conv_frozen.stock, _bind

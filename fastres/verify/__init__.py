@@ -1,12 +1,12 @@
-"""The fp64 referee: is a candidate as accurate as eager PyTorch, tensor by tensor, forward and backward?
+"""The fp64 referee: judges a candidate against eager PyTorch, tensor by tensor, forward and backward.
 
-For every output, gradient and running statistic, with e(.) the error against the reference evaluated in float64:
+A tensor (output, gradient or running statistic) passes if, with e(.) the error against the reference in float64,
 
     RMS  e(candidate) <= 2 * RMS  e(eager) + RMS  floor
     max |e(candidate)| <= 4 * max |e(eager)| + max floor
 
-``referee.py`` decides what is run (``verify``), ``runs.py`` runs it, ``floor.py`` finds the floor, ``calibrate.py``
-gives randomly initialised networks statistics they can be judged with, ``verdict.py`` compares and reports.
+``referee.py`` plans the runs (``verify``), ``runs.py`` executes them, ``floor.py`` measures the floor, ``verdict.py``
+compares and reports, ``calibrate.py`` gives randomly initialized networks usable BN statistics.
 """
 
 from .calibrate import calibrate, uncalibrated

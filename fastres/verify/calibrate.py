@@ -1,7 +1,7 @@
-"""Statistics for networks that never saw data: a randomly initialised network explodes in eval mode.
+"""BN statistics for networks that never saw data: a randomly initialized network explodes in eval mode.
 
-With running mean 0 and variance 1 every BN is the identity, activations grow by a factor a block, and a comparison in
-half precision overflows before it says anything. One pass in which exactly those layers use, and keep, the batch's
+With running mean 0 and variance 1 every BN is the identity, activations grow with every block, and half precision
+overflows before a comparison can say anything. One pass in which exactly those layers use and keep the batch's
 statistics gives the network the scale that training would.
 """
 
@@ -31,17 +31,17 @@ def uncalibrated(model: nn.Module) -> list[str]:
 
 
 def calibrate(model: nn.Module, inputs: Any) -> list[str]:
-    """Give the uncalibrated BN layers of ``model`` the statistics of ``inputs``, in place; everything else stays.
+    """Give the uncalibrated BN layers of ``model`` the statistics of ``inputs``, in place; change nothing else.
 
     Args:
-        model: any module; its other layers run as they are, its parameters and flags do not change.
+        model: any module; its other layers run as they are, and its parameters and flags do not change.
         inputs: tensor, tuple or mapping for one call of the model; at least two values per channel at every layer.
 
     Returns:
-        Names of the layers calibrated; empty when there were none.
+        Names of the calibrated layers; empty if there were none.
 
     Raises:
-        ValueError: torch's, when a layer sees one value per channel; the model is unchanged.
+        ValueError: raised by torch if a layer sees one value per channel; the model is unchanged.
 
     Example:
         >>> import torch

@@ -1,23 +1,23 @@
-"""The floor below which an error is nobody's fault: how far 4 ulp in the data move the exact result.
+"""The error floor of a tensor: how far the exact result moves when the data move by 4 ulp.
 
-A result is as good as exact when it is the exact result for data that differ by rounding. The floor of a tensor is
-therefore measured: the float64 reference runs twice more with every floating input, parameter and buffer multiplied by
-``1 + 4 eps * U(-1, 1)``; its differences from the unperturbed run give the floor's RMS and maximum. To first order
+A result is as good as exact if it is the exact result for data that differ by rounding. So the floor is measured: the
+float64 reference runs twice more, with floating inputs, parameters and buffers multiplied by ``1 + 4 eps * U(-1, 1)``;
+the differences from the unperturbed run give the floor's RMS and maximum. To first order
 
     floor_i = 4 eps * sqrt(sum_j (df_i / dx_j * x_j)^2 / 3)
 
-which is the formula on the sizes of its terms, added as independent roundings add. It holds for one operator and for
-a whole network, forward and backward alike, and costs two float64 runs (one for a forward alone). What is summed into
-statistics and parameter gradients (BN, sums, means, biases) is moved by ``4 eps |x|`` all one way besides, so that
-such a sum's floor is 4 ulp of the sum of absolute values whatever cancels in it. 4 ulp of the result itself are always
-allowed, and tensors of few elements get a wider floor, ``1 + 3 / sqrt(samples)``, because two samples of one number
-say little.
+that is, the sizes of the formula's terms, added as independent roundings add up. It holds for one operator and for a
+whole network, forward and backward, and costs two float64 runs (one for a forward alone). Whatever is summed into
+statistics and parameter gradients (BN, sums, means, biases) is also moved by ``4 eps |x|`` in one direction, so that
+the floor of such a sum is 4 ulp of the sum of absolute values, no matter what cancels in it. 4 ulp of the result itself
+are always allowed, and tensors of few elements get a floor wider by ``1 + 3 / sqrt(samples)``, because two samples of
+one number say little.
 
-A ReLU whose input lies within rounding of 0 may pass its gradient or not: both are right, and a whole gradient apart.
-Where such gates are few (at most three), each is switched alone in one more run, and a result is judged against
-whichever setting of them it took; the perturbed runs hold every gate as the reference has it. Where they are many, as
-in half precision, they are part of the floor: of the two perturbed runs, one opens the nearest gates of every ReLU and
-the other closes them.
+A ReLU whose input is within rounding of 0 may pass its gradient or not: both are right, and a whole gradient apart. If
+there are at most three such gates, each is switched by itself in one more run, and a result is judged against whichever
+setting of them it took; the perturbed runs hold every gate as the reference has it. If there are more, as in half
+precision, they are part of the floor: one of the two perturbed runs opens the nearest gates of every ReLU, and the
+other closes them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _aten = torch.ops.aten
 _RELUS = (_aten.relu.default, _aten.relu_.default)
 _CLAMPS = (_aten.clamp_min.default, _aten.clamp_min_.default)
 
-# Operators that sum their n-th argument over all but a few elements, and where their training flag is.
+# Operators that sum their n-th argument over all but a few elements, and the position of their training flag.
 _SUMS = {
     "aten::sum": 0,
     "aten::sum.dim_IntList": 0,
@@ -61,7 +61,7 @@ _EVAL_MODE = {
     "aten::native_batch_norm": 5,
     "aten::cudnn_batch_norm": 5,
     "fastres::bn_act": 6,
-}  # nothing is summed there
+}  # in eval mode nothing is summed
 
 Index = tuple[Tensor, ...]
 
@@ -74,7 +74,7 @@ class Gate(NamedTuple):
 
 
 class Relus(TorchDispatchMode):
-    """Sees every ReLU, ours included, and may change its result; moves what is summed by ``shift * |x|``.
+    """Intercepts every ReLU, ours included, and may change its result; moves what is summed by ``shift * |x|``.
 
     Autograd takes a ReLU's mask from its result, so a tiny positive number there opens a gate and a 0 closes it.
     """
@@ -85,7 +85,7 @@ class Relus(TorchDispatchMode):
         self.calls = -1
 
     def result(self, z: Tensor, y: Tensor) -> None:
-        """Called with a copy of each ReLU's input ``z`` and its result ``y``, which a subclass may write to."""
+        """Hook for subclasses: gets a copy of each ReLU's input ``z``, and its result ``y``, which it may change."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -118,7 +118,7 @@ class Relus(TorchDispatchMode):
 class FindGates(Relus):
     """Finds the gates within ``width`` of 0, relative to the RMS of the ReLU's input; changes nothing.
 
-    ``found`` holds the nearest four of each call, ``count`` is how many there are, ``masks`` every gate of every call.
+    ``found`` holds the nearest four of each call, ``count`` their number, ``masks`` every gate of every call.
     """
 
     def __init__(self, width: float, shift: float = 0.0) -> None:
@@ -136,7 +136,7 @@ class FindGates(Relus):
     def near(self, z: Tensor) -> tuple[Index, Tensor]:
         """The indices of this call's nearest gates, and their distances."""
         size = z.abs().flatten()
-        size = torch.where(size == 0, torch.inf, size)  # an exact 0 is a value, not a rounding
+        size = torch.where(size == 0, torch.inf, size)  # an exact 0 is a value, not a rounding error
         width = self.width * float(z.square().mean().sqrt()) * (self.calls + 1) ** 0.5  # errors grow with depth
         self.count += int((size < width).sum())
         near, index = size.topk(min(_NEAREST, size.numel()), largest=False)
@@ -144,7 +144,7 @@ class FindGates(Relus):
 
 
 class NearestGates(FindGates):
-    """Opens, or closes, all the gates that FindGates would find."""
+    """Opens or closes all the gates that FindGates would find."""
 
     def __init__(self, width: float, opens: bool, shift: float) -> None:
         super().__init__(width, shift)
@@ -156,7 +156,7 @@ class NearestGates(FindGates):
 
 
 class HoldGates(Relus):
-    """Holds every gate as it was found, except ``switched``, which is the other way."""
+    """Holds every gate as it was found, and flips ``switched``."""
 
     def __init__(self, found: FindGates, switched: Gate | None = None, shift: float = 0.0) -> None:
         super().__init__(shift)
@@ -171,7 +171,7 @@ class HoldGates(Relus):
 
 
 def settings(exact: Tensor, switched: list[Tensor]) -> list[Tensor]:
-    """The exact result under every setting of the gates; ``switched`` has each gate alone the other way."""
+    """The exact result under every setting of the gates; ``switched`` has one gate each flipped."""
     results = [exact]
     for one in switched:
         results += [result + (one - exact) for result in results]

@@ -1,4 +1,4 @@
-"""Do a classifier's predictions agree, on the rows where rounding cannot decide them?"""
+"""Comparison of a classifier's predictions, on the rows that rounding cannot decide."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .verdict import MAX_RATIO
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of ``rows`` predictions, ``decided`` have a top-two margin above ``margin``; ``agreed`` of these agree.
+    """Counts of predictions: of ``rows``, ``decided`` have a top-two margin above ``margin``; ``agreed`` of them agree.
 
-    ``agreed_anyway`` counts agreements among the undecided rest. Truthy when every decided row agrees.
+    ``agreed_anyway`` counts agreements among the undecided rest. Truthy if every decided row agrees.
     """
 
     rows: int
@@ -39,22 +39,21 @@ class Agreement:
 def compare_predictions(
     reference: Function, candidate: Function, inputs: Tensor, *, batch_size: int = 256, margin: float | None = None
 ) -> Agreement:
-    """Compare the arg-max of ``candidate`` with that of ``reference`` in float64, where the referee is sure of it.
+    """Compare the argmax of ``candidate`` with that of ``reference`` in float64, on the rows that are decided.
 
-    A row is decided when the margin between the reference's two largest logits exceeds what two sound implementations
-    can
-    differ by: twice (one logit up, the other down) the largest error that :func:`fastres.verify` accepts in a logit,
-    4x eager's largest error over all rows plus 4 ulp of the largest logit.
+    A row is decided if the margin between the reference's two largest logits exceeds the difference two sound
+    implementations can have: twice (one logit up, the other down) the largest error that :func:`fastres.verify` accepts
+    in a logit, 4x eager's largest error over all rows plus 4 ulp of the largest logit.
 
     Args:
         reference: a module (run as a float64 copy in eval mode, and in the candidate's dtype as eager) or a function.
-        candidate: the module or function on trial; called as it is, without gradients.
-        inputs: [N, ...], cut into batches of ``batch_size``; both models take one tensor and return logits [N,
-            classes].
+        candidate: the module or function to judge; called as it is, without gradients.
+        inputs: [N, ...], split into batches of ``batch_size``; both models take one tensor and return logits
+            [N, classes].
         margin: use this margin instead of the measured one.
 
     Raises:
-        TypeError, ValueError: inputs is not a tensor of at least one row; logits are not [N, classes] with two classes.
+        TypeError, ValueError: inputs is not a tensor of at least one row; logits are not [N, at least 2 classes].
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""verify: the reference in float64, eager in the working dtype, and the candidate, on the same inputs."""
+"""verify: runs the reference in float64, eager in the working dtype, and the candidate on the same inputs."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ def verify(
     floor_ulps: float = ULPS,
     seed: int = 0,
 ) -> Verification:
-    """Is ``candidate`` as accurate as eager PyTorch? The float64 referee.
+    """Judge the accuracy of ``candidate`` against eager PyTorch's, with float64 as the truth.
 
     The reference is evaluated in float64, in the working dtype ("eager"), and the candidate in the working dtype:
-    outputs, the gradients of inputs and parameters from one fixed random cotangent, and every buffer (running
+    outputs, the gradients of inputs and parameters for one fixed random cotangent, and every buffer (running
     statistics) that a call moves. A tensor passes when the candidate's RMS error is at most 2x eager's plus the
     floor's, its largest error at most 4x eager's plus the floor's, and its NaN and infinities are where eager's are.
     See ``fastres/verify/floor.py`` for the floor. Integer and boolean tensors must be equal to eager's.
 
-    Everything runs on copies: parameters, buffers, flags, gradients and inputs of the caller's stay as they are, and so
-    does the random state. Dropout draws from the same seed in every run.
+    Everything runs on copies: the caller's parameters, buffers, flags, gradients, inputs and random state stay as they
+    are. Dropout draws from the same seed in every run.
 
     Args:
         reference: an ``nn.Module``, or a function of tensors that also works in float64.
-        candidate: the module or function on trial; parameters and outputs are matched by name.
-        inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments. Gradients are asked for the inputs
-            with ``requires_grad``; where none has it, for all floating ones.
+        candidate: the module or function to judge; parameters and outputs are matched by name.
+        inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments. Gradients are compared for the inputs
+            with ``requires_grad``, or for all floating ones if none has it.
         backward: compare gradients too.
         training: run both in training or in eval mode; None leaves both as they are.
-        dtype: working dtype; None takes the candidate's. A copy of another dtype is cast to it, as ``model.to`` does.
-            The inputs are rounded to it first, so that all three see the same numbers.
-        calibrate_bn: networks whose BN layers have their initial statistics explode in eval mode; give the copies of
-            both the statistics of ``inputs`` first. What was done, or could not be, is in ``.notes``.
-        floor_ulps: 4 by design; 0 demands errors within 2x and 4x of eager's with no floor, for results that should be
-            exact.
-        seed: of the cotangent, the perturbations and dropout.
+        dtype: working dtype; None takes the candidate's. Copies are cast to it as ``model.to`` does, and the inputs are
+            rounded to it first, so that all three see the same numbers.
+        calibrate_bn: first give BN layers with initial statistics, with which a network explodes in eval mode, the
+            statistics of ``inputs``, in both copies. ``.notes`` says whether that was done.
+        floor_ulps: 4 by design; 0 demands errors within 2x and 4x of eager's without a floor, for results that should
+            be exact.
+        seed: for the cotangent, the perturbations and dropout.
 
     Returns:
-        A :class:`Verification`: truthy when everything passed; ``print`` shows a table, ``to_dict()`` gives data.
+        A :class:`Verification`: truthy if everything passed; ``print`` shows a table, ``to_dict()`` gives data.
 
     Raises:
-        TypeError: an argument is not of the kind above, or a module cannot be copied.
+        TypeError: an argument of the wrong kind, or a module that cannot be copied.
         ValueError: no tensor in ``inputs``; an output without tensors; a flag that does not fit.
-        RuntimeError: whatever the three raise, saying which of them it was.
+        RuntimeError: an error in one of the three runs, naming the run.
 
     Source: FlashAttention's tests (error at most 2x PyTorch's against a better reference); Higham, "Accuracy and
     Stability of Numerical Algorithms", section 1.5 (a result as good as exact data perturbed by rounding).
@@ -96,7 +96,7 @@ def verify(
             notes.append(f"eager is the reference cast from {_name(own)} to {_name(cast)}")
             inputs = _rounded(inputs, cast)
         run = functools.partial(evaluate, inputs=inputs, wanted=marked, seed=seed)
-        eager = _attempt("eager reference", run, _eager(theirs, cast))  # each copy goes with its run
+        eager = _attempt("eager reference", run, _eager(theirs, cast))  # each copy is freed after its run
         if not eager.outputs:
             raise ValueError("reference: its output holds no tensor")
         mine = _attempt("candidate", run, ours, cotangents=eager.cotangents)
@@ -133,7 +133,7 @@ def _check(
 
 
 def _copy(argument: str, function: Function, training: bool | None = None) -> Any:
-    """A private copy of a module, in the mode asked for; a function is its own."""
+    """A private copy of a module, in the mode asked for; a function as it is."""
     if not isinstance(function, nn.Module):
         return function
     model = private(argument, function)
@@ -152,14 +152,14 @@ def _exact(theirs: Any) -> Any:
 
 
 def _reference(theirs: Any, run: Any, epsilons: list[float], ulps: float, backward: bool) -> Reference:
-    """The float64 run and those that the floor is made of."""
+    """The float64 run, and the runs that measure the floor."""
 
     def attempt(**options: Any) -> Run:
         return _attempt("reference in float64", run, _exact(theirs), **options)
 
     if not ulps:
         return Reference(attempt())
-    if not backward:  # gates matter to gradients alone
+    if not backward:  # gates only matter to gradients
         exact = attempt()
         return Reference(exact, perturbed={e: [attempt(mode=Relus(ulps * e), amplitude=ulps * e)] for e in epsilons})
     find = FindGates(WIDTH * ulps * max(epsilons))
@@ -178,7 +178,7 @@ def _reference(theirs: Any, run: Any, epsilons: list[float], ulps: float, backwa
 
 
 def _rounded(inputs: Any, dtype: torch.dtype) -> Any:
-    """The inputs with the floating ones cast to ``dtype``; a tensor given twice stays one."""
+    """The inputs with the floating ones cast to ``dtype``; a tensor given twice stays one tensor."""
     done: dict[int, Tensor] = {}
 
     def cast(_: str, t: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def _attempt(what: str, run: Any, function: Function, **options: Any) -> Run:
 
 
 def _calibrate(theirs: nn.Module, ours: Any, inputs: Any) -> list[str]:
-    """Calibrates both copies; what to say about it."""
+    """Calibrate both copies; return the notes about it."""
     names = uncalibrated(theirs)
     if not names:
         return []
@@ -235,7 +235,7 @@ def _dtype_of(function: Any) -> torch.dtype | None:
 
 
 def _epsilons(theirs: Any, working: torch.dtype | None, tensors: dict[str, Tensor], eager: Run) -> list[float]:
-    """The roundings to allow for: the coarsest in a network; for a function, those of its results, one by one."""
+    """The eps to allow for: the coarsest in a network; for a function, each of its results'."""
     results = [t for _, _, t in eager.tensors() if t is not None and t.is_floating_point()]
     if not isinstance(theirs, nn.Module):
         return sorted({_eps(t.dtype) for t in results})

@@ -16,9 +16,9 @@ Function = Callable[..., Any]
 
 @dataclass
 class Run:
-    """What one evaluation gave, by name.
+    """The tensors of one evaluation, by name.
 
-    ``grads`` holds None where a gradient was asked for and did not arrive. ``buffers`` are a module's after the call
+    ``grads`` holds None where a gradient was requested and did not arrive. ``buffers`` are a module's after the call,
     and the inputs without gradient; ``moved`` names those that the call wrote to.
     """
 
@@ -29,11 +29,11 @@ class Run:
     cotangents: dict[str, Tensor] = field(default_factory=dict)
 
     def get(self, kind: str, name: str) -> Tensor | None:
-        """The tensor of that kind and name, if there is one."""
+        """The tensor of that kind and name, or None."""
         return (self.outputs if kind == "output" else self.grads if kind == "grad" else self.buffers).get(name)
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor | None]]:
-        """(kind, name, tensor) of everything there is to compare."""
+        """(kind, name, tensor) of everything to compare."""
         yield from (("output", name, t) for name, t in self.outputs.items())
         yield from (("grad", name, t) for name, t in self.grads.items())
         yield from (("buffer", name, t) for name, t in self.buffers.items())
@@ -71,7 +71,7 @@ def call(function: Function, inputs: Any) -> Any:
 
 
 class _Passthrough(torch.autograd.Function):
-    """A copy with the same strides, offset and autograd history, which the model may overwrite as it likes."""
+    """A copy with the same strides, offset and autograd history, which the model may overwrite freely."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class _Passthrough(torch.autograd.Function):
 
 
 def same_strides(t: Tensor) -> Tensor:
-    """A copy of ``t``, storage and all: strides, storage offset (and so alignment) and expanded dimensions are kept."""
+    """A copy of ``t`` and its storage that keeps strides, storage offset (and so alignment) and expanded dimensions."""
     if t.layout is not torch.strided:
         return t.detach().clone()
     storage = t.detach().untyped_storage().clone()
@@ -92,12 +92,13 @@ def same_strides(t: Tensor) -> Tensor:
 
 def perturb_(t: Tensor, amplitude: float, generator: torch.Generator) -> None:
     """``t *= 1 + amplitude * U(-1, 1)``, elementwise, in place; ``t`` is float64."""
-    noise = torch.rand(t.shape, dtype=torch.float64, generator=generator).mul_(2).sub_(1)  # on the CPU: same everywhere
+    # drawn on the CPU: the same numbers for every device
+    noise = torch.rand(t.shape, dtype=torch.float64, generator=generator).mul_(2).sub_(1)
     t.mul_(noise.mul_(amplitude).add_(1).to(t.device))
 
 
 def devices_of(*trees: Any) -> list[int]:
-    """The CUDA devices (indices) of all tensors, for saving and restoring their random state."""
+    """The indices of all tensors' CUDA devices, for saving and restoring their random state."""
     found: set[int] = set()
     for tree in trees:
         tensors = list(tree.parameters()) + list(tree.buffers()) if isinstance(tree, nn.Module) else None
@@ -122,10 +123,10 @@ def evaluate(
     """Call ``function`` once and, unless ``wanted`` is None, go backward once.
 
     Args:
-        function: a callable, or a module that belongs to this evaluation alone (its buffers move).
+        function: a callable, or a module that belongs to this evaluation (its buffers move).
         inputs: tensor, tuple or mapping; copied, never written to.
-        wanted: names of the inputs whose gradient is asked for; a module's parameters that require grad are always
-            asked for as well. None for the forward alone.
+        wanted: names of the inputs whose gradient is requested; those of a module's parameters that require grad always
+            are. None for the forward only.
         cotangents: by output name; drawn from N(0, 1) when None.
         cast: dtype for the floating inputs; float64 also switches autocast off.
         amplitude: relative perturbation of every floating input, parameter and buffer; ``noise`` picks which.
@@ -137,12 +138,12 @@ def evaluate(
     seen: dict[int, Tensor] = {}
 
     def prepare(name: str, t: Tensor) -> Tensor:
-        if id(t) not in seen:  # one tensor given twice stays one tensor
+        if id(t) not in seen:  # a tensor given twice stays one tensor
             own = same_strides(t)
             if own.dtype.is_floating_point:
                 own = own if cast is None else own.to(cast)
                 if amplitude:
-                    own = own.clone()  # of its own memory, also where dimensions are expanded
+                    own = own.clone()  # with its own memory, even if dimensions are expanded
                     perturb_(own, amplitude, generator)
             if wanted is not None and name in wanted:
                 leaves[name] = own.requires_grad_()
@@ -182,7 +183,7 @@ def evaluate(
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    """NaN beside NaN is the same."""
+    """Equality in which NaN equals NaN."""
     return torch.equal(a, b) or (a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
@@ -215,7 +216,7 @@ def _backward(
 
 
 def private(argument: str, model: nn.Module) -> nn.Module:
-    """A deep copy, flags included; TypeError naming the argument when the model cannot be copied."""
+    """A deep copy, flags included; TypeError naming the argument if the model cannot be copied."""
     try:
         return copy.deepcopy(model)
     except Exception as error:

@@ -1,10 +1,10 @@
-"""Comparing three runs tensor by tensor, and the report."""
+"""The comparison of three runs, tensor by tensor, and its report."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +16,18 @@ RMS_RATIO = 2.0
 MAX_RATIO = 4.0
 
 
-class _Numbers(NamedTuple):
-    error_rms: float
-    eager_rms: float
-    error_max: float
-    eager_max: float
-    floor: float
-    floor_max: float
-
-
-_NOTHING = _Numbers(*(0.0,) * 6)
-_UNKNOWN = _Numbers(*(math.nan,) * 6)
+# Error and eager RMS, error and eager maximum, the floor's RMS and maximum: a row's numbers.
+_Numbers = tuple[float, float, float, float, float, float]
+_NOTHING: _Numbers = (0.0,) * 6
+_UNKNOWN: _Numbers = (math.nan,) * 6
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor's verdict. Errors are absolute, against float64, over the elements that are finite in all three.
+    """The verdict on one tensor. Errors are absolute, against float64, over the elements that are finite in all runs.
 
     ``ratio`` is the candidate's error over eager's, both criteria in one: at most 2 passes. Where the floor is
-    negligible it is ``max(error_rms / eager_rms, error_max / (2 * eager_max))``; ``inf`` where nothing can be compared.
+    negligible it is ``max(error_rms / eager_rms, error_max / (2 * eager_max))``; ``inf`` if nothing can be compared.
     """
 
     name: str
@@ -54,7 +47,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Verification:
-    """The referee's verdict: truthy when every row passed; ``str()`` is a table, ``to_dict()`` plain data."""
+    """The referee's verdict: truthy if every row passed; ``str()`` is a table, ``to_dict()`` plain data."""
 
     rows: tuple[Row, ...]
     dtype: str
@@ -130,19 +123,19 @@ class Verification:
 
 @dataclass
 class Reference:
-    """The float64 runs: as it is, with each undecided ReLU gate switched, and perturbed by 4 ulp of each eps."""
+    """The float64 runs: unchanged, with each undecided ReLU gate flipped, and perturbed by 4 ulp of each eps."""
 
     exact: Run
     switched: list[Run] = field(default_factory=list)
     perturbed: dict[float, list[Run]] = field(default_factory=dict)
 
     def moved(self, eps: float) -> list[Run]:
-        """The runs perturbed for this eps, or for the coarsest."""
+        """The runs perturbed for this eps, or else for the coarsest."""
         return self.perturbed.get(eps) or (self.perturbed[max(self.perturbed)] if self.perturbed else [])
 
 
 def compare(reference: Reference, eager: Run, candidate: Run, ulps: float) -> list[Row]:
-    """One row per output and gradient of ``eager``, and per buffer that it or the candidate moved."""
+    """A row for each output and gradient of ``eager``, and for each buffer that it or the candidate moved."""
     rows = []
     for kind, name, eager_t in eager.tensors():
         exact_t, ours = reference.exact.get(kind, name), candidate.get(kind, name)
@@ -158,7 +151,7 @@ def compare(reference: Reference, eager: Run, candidate: Run, ulps: float) -> li
             got, expected = list(ours.shape), list(eager_t.shape)
             rows.append(_refused(name, kind, ours, f"shape {got}, eager's is {expected}"))
         elif ours.dtype != eager_t.dtype and kind != "buffer":
-            rows.append(_refused(name, kind, ours, f"dtype {_short(ours)}, eager's is {_short(eager_t)}"))
+            rows.append(_refused(name, kind, ours, f"dtype {_dtype(ours)}, eager's is {_dtype(eager_t)}"))
         elif not eager_t.dtype.is_floating_point or exact_t is None:
             different = "" if torch.equal(ours, eager_t) else "not equal to eager's"
             rows.append(_row(name, kind, ours, _NOTHING, math.inf if different else 0.0, different))
@@ -200,7 +193,7 @@ def _judge(
     worst = _over(error_max, MAX_RATIO * eager_max + floor_max)
     ratio = RMS_RATIO * max(rms, worst)
     message = "" if ratio <= RMS_RATIO else "RMS error" if rms >= worst else "largest error"
-    numbers = _Numbers(error_rms, eager_rms, error_max, eager_max, floor_rms, floor_max)
+    numbers = (error_rms, eager_rms, error_max, eager_max, floor_rms, floor_max)
     return _row(name, kind, ours, numbers, ratio, message)
 
 
@@ -216,13 +209,13 @@ def _over(error: float, allowed: float) -> float:
     return error / allowed if allowed else math.inf
 
 
-def _short(t: Tensor) -> str:
+def _dtype(t: Tensor) -> str:
     return str(t.dtype).removeprefix("torch.")
 
 
 def _row(name: str, kind: str, t: Tensor, numbers: _Numbers, ratio: float, message: str) -> Row:
-    return Row(name, kind, tuple(t.shape), _short(t), *numbers, ratio, ratio <= RMS_RATIO, message)
+    return Row(name, kind, tuple(t.shape), _dtype(t), *numbers, ratio, ratio <= RMS_RATIO, message)
 
 
 def _refused(name: str, kind: str, t: Tensor, message: str) -> Row:
-    return Row(name, kind, tuple(t.shape), _short(t), *_UNKNOWN, math.inf, False, message)
+    return Row(name, kind, tuple(t.shape), _dtype(t), *_UNKNOWN, math.inf, False, message)

@@ -18,24 +18,18 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from cli_cases import FASTRES, one_line, started  # noqa: E402
 from fastres import cli  # noqa: E402
 from fastres.lab import demo_digits, demo_photographs  # noqa: E402
 from fastres.lab.terminal import progress  # noqa: E402
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")  # anything but newline
-FASTRES = [sys.executable, "-m", "fastres"]
+one_demo = pytest.mark.xdist_group("demo")  # one worker runs it
 
 
 def run(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
     env = {**os.environ, "COLUMNS": "80", **kwargs.pop("env", {})}
     return subprocess.run([*FASTRES, *arguments], capture_output=True, text=True, timeout=600, env=env, **kwargs)
-
-
-def one_line(capsys) -> str:
-    """What went to stderr, which must be one line from fastres; stdout must be empty."""
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("fastres: ") and err.count("\n") == 1 and err.endswith("\n")
-    return err
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
@@ -50,6 +44,7 @@ def quick(tmp_path_factory):
     return run("demo", "--quick", "--threads", "1", "--device", "cpu", "--out", str(out)), out
 
 
+@one_demo
 def test_demo_quick_runs_end_to_end(quick):
     done, out = quick
     assert done.returncode == 0, done.stderr
@@ -61,12 +56,14 @@ def test_demo_quick_runs_end_to_end(quick):
     assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png"]  # no temporary file stays
 
 
+@one_demo
 def test_demo_output_in_a_pipe_is_plain_and_narrow(quick):
     done, out = quick
     assert not CONTROL.search(done.stdout)
     assert max(len(line) for line in done.stdout.splitlines() if str(out) not in line) <= 80
 
 
+@one_demo
 def test_demo_json(quick):
     _, out = quick
     data = json.loads((out / "demo.json").read_text())
@@ -75,7 +72,7 @@ def test_demo_json(quick):
     assert data["cpu"]["model"] and data["versions"]["torch"] and "cudnn.allow_tf32" in data["flags"]
 
     learned = data["digits"]
-    assert learned["steps"] == demo_digits.QUICK_STEPS and learned["fused_blocks"] == 9
+    assert learned["steps"] == demo_digits.QUICK.iterations and learned["fused_blocks"] == 9
     assert 0 <= learned["accuracy"] <= 1 and learned["held_out"] == 360
     frozen = learned["frozen"]
     assert frozen["rows"] == 360 and frozen["decided"] == frozen["agreed"] > 300 and frozen["margin"] > 0
@@ -102,6 +99,7 @@ def test_demo_json(quick):
     assert any("random" in note and "calibrated" in note for note in table["notes"])
 
 
+@one_demo
 def test_demo_png(quick):
     data = (quick[1] / "demo.png").read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
@@ -116,21 +114,15 @@ def test_demo_reaches_its_accuracy_in_time(tmp_path):
     seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr
     data = json.loads((tmp_path / "demo.json").read_text())
-    assert data["digits"]["accuracy"] >= 0.97 and data["digits"]["steps"] == 176
+    assert data["digits"]["accuracy"] >= 0.97 and data["digits"]["steps"] == 220
     assert all(len(row["samples_ms"]) >= 6 for row in data["photographs"]["rows"])
     assert seconds < 240, f"{seconds:.0f} s on this machine, expected under 240"
 
 
 @pytest.mark.full
-def test_digits_reach_97_percent_from_any_seed(monkeypatch):
-    from dataclasses import replace
-
-    from fastres.lab.data import digits
-
-    data = digits()
+def test_digits_reach_97_percent_from_any_seed():
     for seed in (1, 2):
-        monkeypatch.setattr(demo_digits, "RECIPE", replace(demo_digits.RECIPE, seed=seed))
-        assert demo_digits.learn(data, torch.device("cpu"), quick=False).accuracy >= 0.97
+        assert demo_digits.learn(torch.device("cpu"), quick=False, seed=seed).accuracy >= 0.97
 
 
 # ---- demo: what can be wrong is found before any work ----------------------------------------------------------------
@@ -146,7 +138,7 @@ def no_work(monkeypatch):
         raise AssertionError("the demo began its work")
 
     monkeypatch.setattr(demo_digits, "learn", begun)
-    monkeypatch.setattr(demo_photographs, "compare_ways", begun)
+    monkeypatch.setattr(demo_photographs, "compare_configurations", begun)
 
 
 def test_demo_unwritable_output(no_work, tmp_path, capsys):
@@ -209,9 +201,10 @@ def test_demo_names_every_missing_package(no_work, monkeypatch, capsys, tmp_path
 def test_demo_fails_below_its_accuracy(monkeypatch, tmp_path, capsys):
     for package in ("sklearn", "torchvision", "matplotlib"):
         pytest.importorskip(package)
-    from fastres.lab.train import Trained
+    from dataclasses import replace
 
-    monkeypatch.setattr(demo_digits, "train", lambda *args, **kwargs: Trained(1, 64, 1.0, [2.3]))  # learns nothing
+    too_short = replace(demo_digits.RECIPE, iterations=2, milestones=())
+    monkeypatch.setattr(demo_digits, "RECIPE", too_short)
     assert cli.main(["demo", "--device", "cpu", "--out", str(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert re.fullmatch(r"fastres: ResNet-20 reached \d+\.\d\d% on the held-out digits, expected at least 97%\n", err)
@@ -229,15 +222,20 @@ def test_info_as_text_and_as_json(capsys):
     assert data["operators"]["cpu"]["bn_act"]["reference"] == []
 
 
-def test_help_lists_what_exists(capsys):
-    for arguments in ([], ["--help"], ["-h"]):
-        assert cli.main(arguments) == 0
+HELP = {
+    (): "demo train paper info bench freeze",
+    ("demo",): "--out --weights --quick --device --threads",
+    ("freeze",): "--report --image-size --batch --dtype --channels --weights --device --no-tune --save --json",
+    ("train",): "--recipe --bn-batch --no-swap --nchw --data-root torchrun",
+}
+
+
+@pytest.mark.parametrize("command", HELP, ids=str)
+def test_help_lists_what_exists(capsys, command):
+    for arguments in ([], ["--help"], ["-h"])[1 if command else 0 :]:
+        assert cli.main([*command, *arguments]) == 0
         text = capsys.readouterr().out
-        assert all(name in text for name in ("demo", "train", "paper", "info", "bench"))
-        assert max(map(len, text.splitlines())) <= 80
-    assert cli.main(["demo", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(option in text for option in ("--out", "--weights", "--quick", "--device", "--threads"))
+        assert all(name in text for name in HELP[command].split()) and max(map(len, text.splitlines())) <= 80
 
 
 def test_version(capsys):
@@ -279,21 +277,13 @@ def test_without_typer_or_rich(monkeypatch, capsys, package):
 def test_interrupt_is_one_line_and_130(tmp_path):
     pytest.importorskip("sklearn")
     pytest.importorskip("torchvision")
-    process = subprocess.Popen(
-        [*FASTRES, "demo", "--device", "cpu", "--out", str(tmp_path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    with started([*FASTRES, "demo", "--device", "cpu", "--out", str(tmp_path)]) as process:
         for line in process.stdout:
             if "ResNet-20 learns" in line:
                 break
         time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
+        _, err = process.communicate(timeout=100)
     assert (process.returncode, err) == (130, "fastres: interrupted\n")
 
 

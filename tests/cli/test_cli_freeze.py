@@ -1,13 +1,11 @@
-"""`fastres freeze`: every way to name a network, weights, the files it writes, every refusal as one line, Ctrl-C."""
+"""`fastres freeze`: every way to name a network, weights, the files it writes, every refusal as one line."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -18,11 +16,11 @@ pytest.importorskip("rich")
 from safetensors.torch import save_file  # noqa: E402
 
 import fastres  # noqa: E402
+from cli_cases import one_line  # noqa: E402
 from fastres import cli, models  # noqa: E402
 from fastres.lab import freeze_command, named_models  # noqa: E402
 from fastres.lab.named_models import RANDOM, build  # noqa: E402
 
-FASTRES = [sys.executable, "-m", "fastres"]
 SMALL = ["fastres:cifar_resnet8", "--image-size", "16", "--no-tune"]
 FILE = """
 import torch
@@ -59,13 +57,6 @@ def quantised():
 
 def freeze(*arguments: str) -> int:
     return cli.main(["freeze", *arguments])
-
-
-def one_line(capsys) -> str:
-    """What went to stderr, which must be one line from fastres; stdout must be empty."""
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("fastres: ") and err.count("\n") == 1 and err.endswith("\n")
-    return err
 
 
 @pytest.fixture
@@ -139,10 +130,10 @@ def test_tuning_is_on_unless_told_otherwise(capsys):
 
 def test_what_the_referee_rejects_is_shown_and_not_saved(tmp_path, capsys, monkeypatch):
     def wrong(model, images, **options):
-        frozen = fastres.freeze(model, images, **{**options, "verify": False})
+        other = copy.deepcopy(model)
         with torch.no_grad():
-            for bias in frozen.parameters():
-                bias.add_(0.1)
+            other.fc.bias.add_(0.1)
+        frozen = fastres.freeze(other, images, **{**options, "verify": False})
         frozen.report.verification = fastres.verify(model, frozen, images, backward=False, training=False)
         return frozen
 
@@ -158,25 +149,12 @@ def test_what_the_referee_rejects_is_shown_and_not_saved(tmp_path, capsys, monke
     assert json.loads((tmp_path / "x.json").read_text())["report"]["verification"]["passed"] is False
 
 
-def test_nothing_but_plain_text_reaches_a_pipe():
-    done = subprocess.run([*FASTRES, "freeze", *SMALL, "--report"], capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stderr) == (0, "") and "\x1b" not in done.stdout and "\r" not in done.stdout
-
-
 def test_a_terminal_shows_what_is_being_done(monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     assert freeze(*SMALL) == 0
     err = capsys.readouterr().err
     assert "freezing fastres:cifar_resnet8" in err
-
-
-def test_help(capsys):
-    assert freeze("--help") == 0
-    text = capsys.readouterr().out
-    options = "--report --image-size --batch --dtype --channels --weights --device --no-tune --save --json"
-    assert all(option in text for option in options.split()) and "torchvision:resnet50" in text
-    assert max(map(len, text.splitlines())) <= 80
 
 
 # ---- naming a network ------------------------------------------------------------------------------------------------
@@ -331,24 +309,24 @@ def test_a_pickle_runs_no_code(no_work, tmp_path, capsys):
         (["torchvision:resnet5"], "torchvision has no network 'resnet5'; did you mean resnet50"),
         (["timm:resnet50q"], "timm has no network 'resnet50q'; did you mean"),
         (["fastres:resnet19"], "fastres has no network 'resnet19'; did you mean resnet18"),
-        (["fastres:cifar_resnet9"], "fastres:cifar_resnet9 cannot be made: ValueError: depth: got 9, expected 6n + 2"),
+        (["fastres:cifar_resnet9"], "fastres:cifar_resnet9 cannot be built: ValueError: depth: got 9, expected 6n + 2"),
         (["hf:{tmp}/none"], "none: got no such folder, expected a local folder"),
         (["hf:{tmp}"], "got a folder without config.json"),
         (["{tmp}/none.py:make"], "got no such file {tmp}/none.py in"),
-        (["{tmp}/net.py:"], "got '', which is no name"),
+        (["{tmp}/net.py:"], "got '', which is not a name"),
         (["{tmp}/net.py:tow"], "{tmp}/net.py has no function 'tow'; did you mean two?"),
         (["{tmp}/net.py:number"], "has no function 'number'"),
         (["{tmp}/net.py:nothing"], "{tmp}/net.py:nothing gave a str, expected an nn.Module"),
-        (["{tmp}/net.py:broken"], "cannot be made: KeyError: 'no such layer' (line 24)"),
-        (["{tmp}/net.py:leaves"], "cannot be made: SystemExit: 3 (line 27)"),
+        (["{tmp}/net.py:broken"], "cannot be built: KeyError: 'no such layer' (line 24)"),
+        (["{tmp}/net.py:leaves"], "cannot be built: SystemExit: 3 (line 27)"),
         (["{tmp}/neighbour.py:f"], "{tmp}/neighbour.py has no function 'f'"),
         ([*SMALL, "--image-size", "0"], "--image-size: got '0', expected a number of pixels"),
         ([*SMALL, "--image-size", "-3"], "--image-size: got '-3'"),
         ([*SMALL, "--image-size", "8x8x8"], "--image-size: got '8x8x8'"),
         ([*SMALL, "--image-size", "9" * 9], "--image-size: got '999999999'"),
-        ([*SMALL, "--batch", "0"], "--batch: got 0, expected at least 1"),
+        ([*SMALL, "--batch", "0"], "Invalid value for '--batch'"),
         ([*SMALL, "--batch", "two"], "--batch"),
-        ([*SMALL, "--channels", "0"], "--channels: got 0, expected at least 1"),
+        ([*SMALL, "--channels", "0"], "Invalid value for '--channels'"),
         ([*SMALL, "--dtype", "int8"], "--dtype: got 'int8', expected fp32, bf16, fp16"),
         ([*SMALL, "--device", "cuda:99"], "device: got 'cuda:99', but this machine has"),
         ([*SMALL, "--device", "meta"], "device: got 'meta', expected auto"),
@@ -400,39 +378,3 @@ def test_what_freeze_refuses_is_one_line(file, capsys, monkeypatch):
     monkeypatch.setattr(freeze_command, "freeze_model", refuses)
     assert freeze(f"{file}:two", "--channels", "2") == 2
     assert f"{file}:two: model: it is quantised, expected a float model" in one_line(capsys)
-
-
-def test_bugs_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(freeze_command, "freeze_model", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        freeze(*SMALL)
-
-
-# ---- interrupts ------------------------------------------------------------------------------------------------------
-
-
-def test_interrupt_is_one_line_and_130(tmp_path):
-    (tmp_path / "slow.py").write_text(
-        "import time\nfrom torch import nn\n\ndef make():\n    open('begun', 'w').close()\n    time.sleep(60)\n"
-    )
-    command = [*FASTRES, "freeze", f"{tmp_path / 'slow.py'}:make", "--json", str(tmp_path / "x.json")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-    try:
-        end = time.monotonic() + 120
-        while not (tmp_path / "begun").exists() and time.monotonic() < end:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, out, err) == (130, "", "fastres: interrupted\n")
-    assert not list(tmp_path.glob("*.json"))
-
-
-def test_interrupt_while_it_freezes(monkeypatch, capsys):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(freeze_command, "freeze_model", interrupted)
-    assert freeze(*SMALL) == 130
-    assert one_line(capsys) == "fastres: interrupted\n"

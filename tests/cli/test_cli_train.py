@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,18 +16,14 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 pytest.importorskip("sklearn")
 
+from cli_cases import FASTRES, started  # noqa: E402
 from fastres import cli  # noqa: E402
 from fastres.lab import datasets, loop, train_command  # noqa: E402
 from fastres.lab.train_command import Request  # noqa: E402
+from own_process import own_process  # noqa: E402
+from train_runs import write_images  # noqa: E402
 
 QUICK = ["train", "resnet8", "--recipe", "digits-quick", "--device", "cpu", "--threads", "1"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def spec(*arguments, **options):
@@ -59,21 +55,18 @@ def test_without_out_the_folder_is_named_by_the_run(tmp_path, monkeypatch, capsy
 
 
 def test_ctrl_c_is_one_line_and_the_run_goes_on(tmp_path):
-    command = [sys.executable, "-m", "fastres", *QUICK, "--iterations", "400", "--out", str(tmp_path)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    try:
+    command = [*FASTRES, *QUICK, "--iterations", "400", "--out", str(tmp_path)]
+    with started(command) as process:
         assert process.stdout.readline().startswith("resnet8 on digits")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
     assert (process.returncode, err) == (130, "fastres: interrupted\n")
-    assert f"interrupted; the same command goes on from {tmp_path}" in out
+    assert f"interrupted; run the same command again to resume from {tmp_path}" in out
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["progress"]["iteration"]
     assert 1 <= done < 400
-    rest = subprocess.run([*command, "--stop-after", str(done + 1)], capture_output=True, text=True, env=env)
-    assert rest.returncode == 0 and f"{done + 1} of 400 iterations" in rest.stdout
+    with started([*command, "--stop-after", str(done + 1)]) as rest:
+        out, err = rest.communicate(timeout=120)
+    assert rest.returncode == 0 and f"{done + 1} of 400 iterations" in out, err
 
 
 def test_options_become_the_spec():
@@ -122,16 +115,16 @@ def test_every_data_set_has_a_recipe():
         (["resnet8", "--option", "shortcut"], "--option: got 'shortcut', expected name=value"),
         (["resnet8", "--option", "shortcut=D"], "shortcut: got 'D', expected one of 'A', 'B', 'C'"),
         (["resnet8", "--option", "width=2"], "got 'width', expected"),
-        (["resnet8", "--iterations", "0"], "--iterations: got 0"),
+        (["resnet8", "--iterations", "0"], "Invalid value for '--iterations'"),
         (["resnet8", "--batch-size", "0"], "batch_size: got 0"),
         (["resnet8", "--bn-batch", "48"], "bn_batch: got 48, expected a divisor of batch_size, 64"),
         (["resnet8", "--lr", "nan"], "lr: got nan"),
         (["resnet8", "--decay", "bn"], "decay: got 'bn', expected one of all, convolutions"),
         (["resnet8", "--dtype", "fp8"], "dtype: got 'fp8', expected fp32, bf16, fp16"),
         (["resnet8", "--device", "tpu"], "device: got 'tpu'"),
-        (["resnet8", "--seed", "-1"], "--seed: got -1"),
-        (["resnet8", "--stop-after", "0"], "--stop-after: got 0"),
-        (["resnet8", "--workers", "-1"], "--workers: got -1"),
+        (["resnet8", "--seed", "-1"], "Invalid value for '--seed'"),
+        (["resnet8", "--stop-after", "0"], "Invalid value for '--stop-after'"),
+        (["resnet8", "--workers", "-1"], "Invalid value for '--workers'"),
         (["resnet8", "--threads", "0"], "--threads"),
         (["resnet8", "--fast"], "--fast"),
     ],
@@ -144,59 +137,38 @@ def test_bad_arguments_are_one_line_before_any_work(arguments, message, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_fits_and_names_the_options(capsys):
-    assert cli.main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 80 and "torchrun --nproc-per-node 2 -m fastres train" in text
-    assert all(option in text for option in ("--recipe", "--bn-batch", "--no-swap", "--nchw", "--data-root"))
-
-
 # ---- images in folders, with worker processes ------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folders_run(tmp_path):
     """The command of a run on a few JPEG files, without its folder."""
-    pytest.importorskip("torchvision")
-    image = pytest.importorskip("PIL.Image")
-    for part in ("train", "val"):
-        for label in range(2):
-            folder = tmp_path / "data" / part / str(label)
-            folder.mkdir(parents=True)
-            for i in range(3):
-                pixels = torch.randint(0, 256, (230, 250, 3), generator=torch.Generator().manual_seed(i)).byte()
-                image.fromarray(pixels.numpy()).save(folder / f"{i}.JPEG")
+    write_images(tmp_path / "data", {"train": 3, "val": 3}, (230, 250))
     options = ["--data", "imagenet", "--data-root", str(tmp_path / "data"), "--workers", "1", "--batch-size", "4"]
     return ["train", "resnet8", *options, "--device", "cpu", "--threads", "1"]
 
 
-def test_images_in_folders_resume_exactly(folders_run, tmp_path, capsys):
+@own_process  # it forks decoders
+def test_images_in_folders_resume_exactly(folders_run, tmp_path):
     command = [*folders_run, "--iterations", "5"]
     assert cli.main([*command, "--out", str(tmp_path / "a")]) == 0
     assert cli.main([*command, "--out", str(tmp_path / "b"), "--stop-after", "2"]) == 0
     assert cli.main([*command, "--out", str(tmp_path / "b")]) == 0
     a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"] for name in "ab")
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
-    (tmp_path / "data/val/1/2.JPEG").write_bytes(b"\xff\xd8\xff\xe0 no more")
-    capsys.readouterr()
-    assert cli.main([*command, "--out", str(tmp_path / "c")]) == 2
-    err = capsys.readouterr().err
-    assert f"data file {tmp_path / 'data/val/1/2.JPEG'}: cannot be decoded" in err and err.count("\n") == 1
+    (tmp_path / "data/val/b/2.JPEG").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        assert cli.main([*command, "--out", str(tmp_path / "c")]) == 2
+    said = err.getvalue()
+    assert f"data file {tmp_path / 'data/val/b/2.JPEG'}: cannot be decoded" in said and said.count("\n") == 1
 
 
 def test_ctrl_c_with_worker_processes(folders_run, tmp_path):
     """A terminal sends it to all of them: the workers stay till the loop has ended its iteration."""
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "fastres", *folders_run, "--iterations", "500", "--out", str(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
-    )
-    try:
+    with started([*FASTRES, *folders_run, "--iterations", "500", "--out", str(out)], start_new_session=True) as process:
         assert process.stdout.readline().startswith("resnet8 on imagenet")
         os.killpg(process.pid, signal.SIGINT)
         _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
     assert (process.returncode, err) == (130, "fastres: interrupted\n")
     assert torch.load(out / "checkpoint.pt", weights_only=True)["progress"]["iteration"] >= 1

@@ -108,7 +108,7 @@ def test_info_names_hidden_gpus_and_cpu_builds(monkeypatch):
     assert fastres.info()["cuda"]["reason"] == "none: this torch is built without CUDA"
 
 
-@pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA is initialised, so torch names the GPUs itself")
+@pytest.mark.skipif(torch.cuda.is_initialized(), reason="CUDA is initialized, so torch names the GPUs itself")
 def test_info_names_gpus_without_touching_them(monkeypatch, tmp_path):
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771, 9.0'\n")
@@ -121,7 +121,7 @@ def test_info_names_gpus_without_touching_them(monkeypatch, tmp_path):
     assert "NVIDIA H200, 140 GiB, compute capability 9.0" in str(found)
     assert list(found["operators"]) == ["cpu"] and not torch.cuda.is_initialized()
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # nvidia-smi lists one: no guess which
-    assert [gpu["name"] for gpu in fastres.info()["gpus"]] == ["unknown until CUDA is initialised"] * 2
+    assert [gpu["name"] for gpu in fastres.info()["gpus"]] == ["unknown until CUDA is initialized"] * 2
 
 
 @pytest.mark.parametrize(

@@ -3,51 +3,22 @@ the C++ compiler. What CUTLASS writes as PTX is C++ in native/emulator80; the ty
 """
 
 import ctypes
-import importlib.util
 import os
 import re
-import shutil
-import subprocess
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
-import pytest
 import torch
 
 import emulation
-from emulation import ROOT, pointer
+from emulation import LAUNCHER, ROOT, cutlass_headers, pointer, toolkit_headers
 
 SOURCES = [
     ROOT / "tests/emulation/native/emulated80.cpp",
     *(ROOT / "csrc/cuda" / name for name in ("conv_tiles.cu", "conv_sm80_64x64.cu", "conv_sm80_128x128.cu")),
 ]
 DTYPES = {code: dtype for dtype, code in emulation.TYPES.items()}
-LAUNCHER = "cutlass/conv/device/implicit_gemm_convolution.h"
-
-
-def toolkit_headers():
-    """The folders of the CUDA toolkit's headers and of its C++ standard library, or None."""
-    nvcc = shutil.which("nvcc")
-    found = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1]]
-    for root in filter(None, [*found, "/usr/local/cuda"]):
-        folder = Path(root, "include")
-        standard = [place for place in (folder, folder / "cccl") if (place / "cuda/std/utility").exists()]
-        if standard and (folder / "cuda_runtime_api.h").exists():
-            return folder, standard[0]
-    return None
-
-
-def cutlass_headers():
-    """CUTLASS's folder, where setup.py looks for it (a wheel is unpacked there), or None."""
-    given, spec = os.environ.get("FASTRES_CUTLASS"), importlib.util.find_spec("cutlass_library")
-    if given:
-        roots = Path(given), ROOT / "build" / Path(given).stem
-    else:
-        roots = [Path(spec.origin).parents[1]] if spec and spec.origin else []
-    found = [source / "include" for root in roots for source in (root, root / "cutlass_library/source")]
-    return next((folder for folder in found if (folder / LAUNCHER).exists()), None)
 
 
 def without_launch(cutlass):
@@ -67,11 +38,8 @@ def without_launch(cutlass):
 @cache
 def library():
     """tests/emulation/native/emulated80.cpp, compiled."""
-    toolkit, cutlass, command = toolkit_headers(), cutlass_headers(), emulation.compiler()
-    if toolkit is None or cutlass is None:
-        pytest.skip("no headers of the CUDA toolkit" if toolkit is None else "no headers of CUTLASS")
-    if command is None or "clang" in subprocess.run([*command, "--version"], capture_output=True, text=True).stdout:
-        pytest.skip("no g++: CUTLASS's host code is tried with no other compiler")
+    emulation.need_gcc()
+    toolkit, cutlass = toolkit_headers(), cutlass_headers()
     folders = ROOT / "tests/emulation/native/emulator80", without_launch(cutlass), *toolkit, cutlass
     # Permissive: a few of CUTLASS's type names change their meaning in a class. Then, all symbols the library's own:
     # torch brings CUDA's runtime, and tests/emulation/native/emulated.cpp threads of the same names.

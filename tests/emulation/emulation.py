@@ -5,6 +5,7 @@ register, on CPU tensors; `library()` is everything that tests/emulation/native/
 
 import ctypes
 import hashlib
+import importlib.util
 import os
 import shlex
 import shutil
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*ROOT.glob("csrc/**/*.*"), *ROOT.glob("tests/emulation/native/**/*.*")])
 KERNELS = [ROOT / "csrc/cuda" / name for name in ("add_relu_flat.cu", "bn_act_forward.cu", "bn_act_backward.cu")]
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-shared", "-w", f"-I{ROOT}/csrc"]
+LAUNCHER = "cutlass/conv/device/implicit_gemm_convolution.h"
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 EDGE = 32
 MULTIPROCESSORS = 3  # few: each block has several row tiles, and there are several blocks to a tile
@@ -27,6 +29,38 @@ MULTIPROCESSORS = 3  # few: each block has several row tiles, and there are seve
 def compiler():
     command = shlex.split(os.environ.get("CXX", "c++"))
     return command if shutil.which(command[0]) else None
+
+
+def toolkit_headers():
+    """The folders of the CUDA toolkit's headers and of its C++ standard library, or None."""
+    nvcc = shutil.which("nvcc")
+    found = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parents[1]]
+    for root in filter(None, [*found, "/usr/local/cuda"]):
+        folder = Path(root, "include")
+        standard = [place for place in (folder, folder / "cccl") if (place / "cuda/std/utility").exists()]
+        if standard and (folder / "cuda_runtime_api.h").exists():
+            return folder, standard[0]
+    return None
+
+
+def cutlass_headers():
+    """CUTLASS's folder, where setup.py looks for it (a wheel is unpacked there), or None."""
+    given, spec = os.environ.get("FASTRES_CUTLASS"), importlib.util.find_spec("cutlass_library")
+    if given:
+        roots = Path(given), ROOT / "build" / Path(given).stem
+    else:
+        roots = [Path(spec.origin).parents[1]] if spec and spec.origin else []
+    found = [source / "include" for root in roots for source in (root, root / "cutlass_library/source")]
+    return next((folder for folder in found if (folder / LAUNCHER).exists()), None)
+
+
+def need_gcc():
+    """Skip where there is no g++ or no CUTLASS: its host code is tried with no other compiler."""
+    command = compiler()
+    if toolkit_headers() is None or cutlass_headers() is None or not (ROOT / "csrc").exists():
+        pytest.skip("no headers of the CUDA toolkit or of CUTLASS, or no sources")
+    if command is None or "clang" in subprocess.run([*command, "--version"], capture_output=True, text=True).stdout:
+        pytest.skip("no g++: CUTLASS's kernels compile for a CPU with no other compiler")
 
 
 def compiled(name, sources, flags, about=""):

@@ -21,6 +21,9 @@ import time
 
 import pytest
 import torch
+from fastres.inference.conv import FrozenConv
+from fastres.inference.json_values import FrozenFileError
+from fastres.inference.leaves import FrozenNorm, PoolLinear
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import fx, nn
@@ -28,9 +31,6 @@ from torch.utils._pytree import tree_structure, tree_unflatten
 
 import fastres
 from fastres.inference import json_model, json_ops, json_specs, json_values, store
-from fastres.inference.conv import FrozenConv
-from fastres.inference.json_values import FrozenFileError
-from fastres.inference.leaves import FrozenNorm, PoolLinear
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport, FreezeRow
 from fastres.verify.verdict import Row, Verification

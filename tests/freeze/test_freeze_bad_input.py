@@ -1,228 +1,31 @@
-"""freeze on what nobody adapted: a clear error, or a fallback that the report names; the source never changes."""
+"""freeze on what it cannot take: a clear error by the argument's name; on what is unusual: an answer, and a note."""
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections import namedtuple
 
 import pytest
 import torch
 from torch import nn
 
-import fastres
-from fastres.inference import freeze
-from fastres.verify.runs import call
-from freeze_cases import state, unchanged
-
-
-def conv_bn(cin=3, cout=4):
-    bn = nn.BatchNorm2d(cout)
-    nn.init.normal_(bn.running_mean)
-    nn.init.uniform_(bn.running_var, 0.5, 2.0)
-    return nn.Conv2d(cin, cout, 3, padding=1), bn
+from fastres.graph.constants import Constants
+from fastres.inference import FrozenModel
+from freeze_cases import agree, cifar, compare, conv_bn, freeze, images, notes, state, unchanged
 
 
 def plain():
     return nn.Sequential(*conv_bn(), nn.ReLU()).eval()
 
 
-def images(batch=2):
-    return torch.randn(batch, 3, 8, 8)
-
-
-def frozen_of(model, example, **options):
-    """Frozen, with the source, the example and the random state found unchanged to the bit."""
-    with unchanged(model, example):
-        return freeze(model, example, **{"tune": False, **options})
-
-
 def refused(error, message, model, example, **options):
+    """Before anything is changed, in one line."""
     with unchanged(model, example), pytest.raises(error, match=message) as caught:
         freeze(model, example, **{"tune": False, **options})
     assert "\n" not in str(caught.value)
 
 
-def agrees(fast, model, inputs):
-    """The frozen answers are the source's in eval mode, structure, types and NaN included."""
-    flags = {m: m.training for m in model.modules()}
-    with torch.no_grad():
-        want = call(model.eval(), inputs)
-    for m, flag in flags.items():
-        m.training = flag
-    got = call(fast, inputs)
-    leaves, tree = torch.utils._pytree.tree_flatten(got)
-    theirs, wanted = torch.utils._pytree.tree_flatten(want)
-    assert str(tree) == str(wanted)
-    for mine, their in zip(leaves, theirs, strict=True):
-        if isinstance(their, torch.Tensor):
-            torch.testing.assert_close(mine, their, rtol=1e-4, atol=1e-5, equal_nan=True)
-        else:
-            assert type(mine) is type(their) and mine == their
-
-
-def notes(fast):
-    return "; ".join(fast.report.notes)
-
-
-# ---- training mode ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("where", ["all of it", "a layer", "a layer frozen in eval mode"])
-@pytest.mark.parametrize("tune", [False, True])
-def test_training_mode_is_frozen_as_eval_mode_and_said(where, tune):
-    model = nn.Sequential(*conv_bn(), nn.ReLU(), nn.Dropout(0.5))
-    if where == "a layer":
-        model.eval()[1].train()
-    elif where == "a layer frozen in eval mode":
-        model.train()[1].eval()
-    fast = frozen_of(model, images(), tune=tune)
-    assert "the model is in training mode; frozen as in eval mode" in notes(fast)
-    assert fast.report.folded == 1 and fast.report.verification
-    agrees(fast, model, images(3))
-
-
-def test_a_model_with_gradients_and_hooks_of_its_own_stays_as_it_is():
-    model = nn.Sequential(*conv_bn(), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
-    model(images()).sum().backward()
-    model[0].weight.requires_grad_(False)
-    model[0].weight.note = "mine"
-    model[2].register_forward_hook(lambda m, a, y: y + 1)
-    model.register_buffer("spare", None)
-    fast = frozen_of(model, images())
-    assert fast.report.capture == "modules" and "hooks" in notes(fast)
-    agrees(fast, model, images(3))
-
-
-# ---- control flow that depends on data -------------------------------------------------------------------------------
-
-
-class Branch(nn.Module):
-    """Its first BN runs for bright images alone; the second pair always."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = conv_bn(3, 3)
-        self.rest = nn.Sequential(*conv_bn(3, 4), nn.ReLU())
-
-    def forward(self, x):
-        y = self.conv(x)
-        if x.mean() > 0:
-            y = self.bn(y)
-        return self.rest(y)
-
-
-class Loop(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.step = nn.Sequential(*conv_bn(3, 3), nn.ReLU())
-
-    def forward(self, x):
-        for _ in range(int(x.abs().max() * 2)):
-            x = self.step(x)
-        return x
-
-
-@pytest.mark.parametrize("tune", [False, True])
-@pytest.mark.parametrize("example", [1.0, -1.0], ids=["bright", "dark"])
-def test_both_branches_are_right_whichever_the_example_took(example, tune):
-    model = Branch().eval()
-    fast = frozen_of(model, images().abs() * example, tune=tune)
-    assert fast.report.capture == "modules" and "data-dependent" in notes(fast)
-    assert fast.report.verification
-    for sign in (1.0, -1.0, 1.0):
-        for batch in (1, 3, 3, 3):  # modules, then a recording, then a program if there is one
-            agrees(fast, model, images(batch).abs() * sign)
-
-
-def test_a_loop_whose_length_the_input_decides():
-    model = Loop().eval()
-    fast = frozen_of(model, images().clamp(-1, 1))
-    assert fast.report.capture == "modules" and fast.report.verification
-    for largest in (0.2, 0.6, 1.2, 2.1):
-        x = images(3).clamp(-1, 1)
-        x[0, 0, 0, 0] = largest
-        agrees(fast, model, x)
-
-
-def test_a_graph_that_is_insisted_on_and_not_there():
-    message = "capture: got 'graph', and Branch has none: torch.export: .*data-dependent"
-    refused(ValueError, message, Branch().eval(), images(), capture="graph")
-
-
-# ---- several inputs and outputs --------------------------------------------------------------------------------------
-
-Pair = namedtuple("Pair", "first second")
-
-
-class Many(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = conv_bn()
-
-    def forward(self, x, others=(), mask=None, *, scale=1.0, names=("a", None)):
-        y = self.bn(self.conv(x)) * scale
-        for other in others:
-            y = y + other["t"]
-        if mask is not None:
-            y = torch.where(mask, y, 0)
-        return {"y": y, "pair": Pair(y.mean(), [y.sum(1), names]), "shape": (y.shape[1], None, 2.5, True)}
-
-
-@pytest.mark.parametrize(
-    "example",
-    [
-        lambda: images(),
-        lambda: (images(), [{"t": torch.randn(2, 4, 8, 8)}, {"t": torch.ones(4, 8, 8)}]),
-        lambda: {"x": images(), "mask": torch.rand(2, 1, 8, 8) > 0.5, "scale": 2.0},
-        lambda: {"names": ("b", "c"), "x": images()},
-    ],
-    ids=["one", "nested", "mask", "words"],
-)
-def test_several_inputs_and_outputs(example):
-    model = Many().eval()
-    given = example()
-    fast = frozen_of(model, given)
-    assert fast.report.folded == 1 and fast.report.verification and fast.report.capture == "graph"
-    agrees(fast, model, given)
-    agrees(fast, model, example())
-    agrees(fast, model, (images(), (), torch.ones(2, 1, 8, 8, dtype=torch.bool)))  # unlike the example: captured anew
-    agrees(fast, model, {"x": images(3), "scale": -1.5})
-
-
-def test_wrong_calls_of_a_frozen_model_raise_as_the_source_s():
-    model = Many().eval()
-    fast = frozen_of(model, images())
-    for args, kwargs in (((), {}), ((images(), (), None, 1), {}), ((images(),), {"x": 1}), ((images(),), {"size": 2})):
-        with pytest.raises(TypeError):
-            model(*args, **kwargs)
-        with pytest.raises(TypeError):
-            fast(*args, **kwargs)
-
-
-# ---- other networks --------------------------------------------------------------------------------------------------
-
-
-class Classifier(nn.Module):
-    """Tokens to a class, by convolutions."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.conv, self.bn = nn.Embedding(10, 4), nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6)
-        nn.init.uniform_(self.bn.running_var, 0.5, 2.0)
-
-    def forward(self, tokens):
-        return self.bn(self.conv(self.embed(tokens).transpose(1, 2))).relu().amax(-1)
-
-
-class Camera(nn.Module):
-    """Bytes to features."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = conv_bn()
-
-    def forward(self, x):
-        return self.bn(self.conv(x.float() / 255))
+# ---- unusual networks ------------------------------------------------------------------------------------------------
 
 
 def encoder():
@@ -241,107 +44,99 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_networks_without_convolutions_run_as_they_are(name):
     make, example = OTHERS[name]
-    model = make().eval()
-    fast = frozen_of(model, example(2))
-    assert fast.report.verification and str(fast.report).startswith(f"{type(model).__name__}: 0 of 0 conv")
+    net = make().eval()
+    frozen = agree(net, example(2), sizes=(), capture="auto")
+    assert str(frozen.report).startswith(f"{type(net).__name__}: 0 of 0 conv")
+    assert {row.kind for row in frozen.report.rows} <= {"other"} and frozen.report.memory_format == "contiguous"
     for n in (2, 1, 3):
-        agrees(fast, model, example(n))
+        compare(net, frozen, example(n))
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_integers_alone_take_any_batch(batch):
-    model = Classifier().eval()
-    fast = frozen_of(model, torch.randint(10, (batch, 7)))
-    assert fast.report.capture == "graph" and fast.report.folded == 1 and fast.report.verification
-    for n in (1, 2, 5):
-        agrees(fast, model, torch.randint(10, (n, 7)))
-    assert not fast._variants.found and "batch" not in notes(fast)
+@pytest.mark.parametrize("where", ["all of it", "a layer", "a layer frozen in eval mode"])
+def test_training_mode_is_frozen_as_eval_mode_and_said(where):
+    net = nn.Sequential(*conv_bn(), nn.ReLU(), nn.Dropout(0.5))
+    if where == "a layer":
+        net.eval()[1].train()
+    elif where == "a layer frozen in eval mode":
+        net.train()[1].eval()
+    frozen = agree(net, folded=1, batches=())
+    assert "the model is in training mode; frozen as in eval mode" in notes(frozen)
+    compare(net.eval(), frozen, images(3))
 
 
-def test_bytes_are_judged_beside_eager_where_float64_does_not_run():
-    model = Camera().eval()
-    fast = frozen_of(model, torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8))
-    assert fast.report.folded == 1 and fast.report.verification is None
-    assert "not verified, the model does not run in float64" in notes(fast) and "its answers are eager's to" in notes(
-        fast
-    )
-    agrees(fast, model, torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8))
+def test_a_model_with_gradients_and_hooks_of_its_own_stays_as_it_is():
+    net = nn.Sequential(*conv_bn(), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3))
+    net(images()).sum().backward()
+    net[0].weight.requires_grad_(False)
+    net[0].weight.note = "mine"
+    net[2].register_forward_hook(lambda m, a, y: y + 1)
+    net.register_buffer("spare", None)
+    assert "hooks" in notes(agree(net.eval(), capture="auto"))
+
+
+class Camera(nn.Module):
+    """Bytes to features."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = conv_bn()
+
+    def forward(self, x):
+        return self.bn(self.conv(x.float() / 255))
+
+
+def photos(batch):
+    return torch.randint(256, (batch, 3, 8, 8), dtype=torch.uint8)
+
+
+def test_bytes_are_judged_by_eager_where_float64_does_not_run():
+    net = Camera().eval()
+    frozen = agree(net, photos(2), verify=False, sizes=(), folded=1)
+    frozen = freeze(net, photos(2), tune=False)
+    assert frozen.report.verification is None and "its answers are eager's to" in notes(frozen)
+    assert "not verified, the model does not run in float64" in notes(frozen)
+    compare(net, frozen, photos(3))
 
 
 def test_a_wrong_answer_is_found_without_float64_too(monkeypatch):
-    from fastres.inference.constants import Constants
-
-    rounded = Constants.rounded
+    rounded = Constants.rounded  # a fault is planted, and what finds it first is put out of action
     monkeypatch.setattr(Constants, "rounded", lambda self, *args: rounded(self, *args) * 1.5)
-    # which finds it first, and takes the modules instead
-    monkeypatch.setattr("fastres.inference.making._why_not_any_batch", lambda *args: "")
-    model = nn.Sequential(Camera(), nn.Conv2d(4, 2, 1)).eval()
-    refused(
-        RuntimeError,
-        "output of the frozen Sequential is not the source's",
-        model,
-        torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8),
-    )
+    monkeypatch.setattr(sys.modules["fastres.inference.freeze"], "_why_not_any_batch", lambda *args: "")
+    net = nn.Sequential(Camera(), nn.Conv2d(4, 2, 1)).eval()
+    refused(RuntimeError, "output of the frozen Sequential is not the source's", net, photos(2))
 
 
-# ---- empty -----------------------------------------------------------------------------------------------------------
+def test_03_no_images_at_all():
+    net = plain()
+    refused(ValueError, r"example_inputs: got float32 \[0, 3, 8, 8\] without an element", net, images(0))
+    frozen = agree(net, batches=(0, 0, 2))
+    assert frozen(images(0)).dtype == torch.float32 and frozen(images(0)).shape == (0, 4, 8, 8)
 
 
-def test_no_images_at_all():
-    model = plain()
-    refused(ValueError, r"example_inputs: got float32 \[0, 3, 8, 8\] without an element", model, images(0))
-    fast = frozen_of(model, images())
-    for _ in range(3):
-        empty = fast(images(0))
-        assert empty.shape == (0, 4, 8, 8) and empty.dtype == torch.float32
-    agrees(fast, model, images(2))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_an_example_in_another_floating_dtype_is_cast(dtype):
+    net, x = plain(), images(3)
+    frozen = agree(net, images().to(dtype))
+    assert frozen.report.dtype == "float32"
+    torch.testing.assert_close(frozen(x.double()), net(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-# ---- numbers that are not finite, weights that are not there ---------------------------------------------------------
-
-BROKEN = {
-    "convolution": lambda m: m[0].weight.data[0].fill_(float("nan")),
-    "running mean": lambda m: m[1].running_mean[:1].fill_(float("nan")),
-    "running variance": lambda m: m[1].running_var[:1].fill_(float("nan")),
-    "BN weight": lambda m: m[1].weight.data[:1].fill_(float("nan")),
-    "linear": lambda m: m[4].weight.data[0, 0].fill_(float("-inf")),
-}
-
-
-@pytest.mark.parametrize("where", BROKEN)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nan_and_infinity_in_weights_are_reported_and_pass_as_in_eager(where, dtype):
-    model = nn.Sequential(*conv_bn(), nn.ReLU(), nn.Flatten(), nn.Linear(256, 3)).eval()
-    BROKEN[where](model)
-    fast = frozen_of(model, images(), dtype=dtype)
-    assert "not finite" in notes(fast) and fast.report.verification
-    x = images(3)
-    with torch.no_grad():
-        want = model(x)
-    assert not want.isfinite().all()
-    for _ in range(3):
-        got = fast(x)
-        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
-        if dtype is torch.float32:
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+@pytest.mark.parametrize("wrap", [lambda net: torch.compile(net, backend="eager"), nn.DataParallel])
+def test_a_compiled_model_and_one_for_several_gpus_are_frozen_by_their_graph(wrap):
+    net = wrap(plain()).eval()
+    frozen = freeze(net, images(), tune=False)
+    assert frozen.report.folded == 1 and frozen.report.verification
+    compare(net, frozen, images(3))
+    with pytest.raises(TypeError, match="model: got a FrozenModel"):
+        freeze(torch.compile(frozen), images())
 
 
-def test_weights_on_meta():
-    message = "model: it is on the meta device and has no weights to fold"
-    refused(ValueError, message, plain().to("meta"), images())
-    model = plain()
-    model[1].to("meta")
-    refused(ValueError, message, model, images())
+# ---- refusals: models ------------------------------------------------------------------------------------------------
 
 
-def test_weights_of_a_lazy_module_have_no_shape_yet():
-    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
-    refused(ValueError, "model: 0.weight has no shape yet: run the model once", model, images())
-    model(images())
-    agrees(frozen_of(model, images()), model, images(3))
-
-
-# ---- models that are no float networks -------------------------------------------------------------------------------
+class Locked(nn.Conv2d):
+    def __deepcopy__(self, memo):
+        raise RuntimeError("holds a lock")
 
 
 def quantised(how):
@@ -351,62 +146,71 @@ def quantised(how):
         warnings.simplefilter("ignore")
         if how == "dynamic":
             net = nn.Sequential(*conv_bn(), nn.Flatten(), nn.Linear(256, 3)).eval()
-            return q.quantize_dynamic(net, {nn.Linear}), "3 is a quantised Linear"
+            return q.quantize_dynamic(net, {nn.Linear})
         net = nn.Sequential(q.QuantStub(), nn.Conv2d(3, 4, 3), nn.ReLU(), q.DeQuantStub()).eval()
         net.qconfig = q.get_default_qconfig("x86" if "x86" in torch.backends.quantized.supported_engines else "fbgemm")
         prepared = q.prepare(q.fuse_modules(net, ["1", "2"]))
         prepared(images())
-        return q.convert(prepared), "0 is a quantised Quantize"
+        return q.convert(prepared)
 
 
-@pytest.mark.parametrize("how", ["dynamic", "static"])
-def test_a_quantised_model_is_refused_by_the_layer_s_name(how):
-    model, layer = quantised(how)
-    before = {name: id(m) for name, m in model.named_modules()}
-    with pytest.raises(
-        TypeError, match=rf"model: {layer} \(torch.ao.nn.*expected float weights: freeze the model that"
-    ):
-        freeze(model, images(), tune=False)
-    assert {name: id(m) for name, m in model.named_modules()} == before
-
-
-@pytest.mark.parametrize(
-    "how", [torch.jit.script, lambda model: torch.jit.trace(model, images())], ids=["script", "trace"]
-)
-def test_torchscript_is_refused(how):
+def scripted(how):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = how(plain())
-    with pytest.raises(TypeError, match="model: got a .*Module, expected the nn.Module that it was made of"):
-        freeze(model, images())
+        return torch.jit.script(plain()) if how == "script" else torch.jit.trace(plain(), images())
 
 
-def test_a_compiled_model_and_one_for_several_gpus_run():
-    for model in (torch.compile(plain(), backend="eager"), nn.DataParallel(plain()).eval()):
-        fast = freeze(model, images(), tune=False)
-        assert fast.report.folded == 1 and fast.report.verification
-        agrees(fast, model, images(3))
-
-
-def test_weights_of_another_tensor_class_are_refused():
+def two_tensors():
     from torch.testing._internal.two_tensor import TwoTensor
 
-    model = plain()
-    weight = model[0].weight.detach()
-    model[0].weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
-    with pytest.raises(TypeError, match="model: 0.weight is a TwoTensor, expected a tensor"):
-        freeze(model, images())
+    net = plain()
+    weight = net[0].weight.detach()
+    net[0].weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    return net
 
 
-# ---- wrong examples --------------------------------------------------------------------------------------------------
+def partly_meta():
+    net = plain()
+    net[1].to("meta")
+    return net
 
+
+FLOAT = r"is a quantised {} \(torch.ao.nn.*expected float weights: freeze the model that"
+SCRIPT = "model: got a .*Module, expected the nn.Module that it was made of"
+META = "model: it is on the meta device and has no weights to fold"
+LAZY = "model: 0.weight has no shape yet: run the model once"
+MODELS = {
+    "a number": (lambda: 3, TypeError, "model: got int"),
+    "no copy": (lambda: Locked(3, 3, 1), TypeError, "model: Locked cannot be deep-copied: holds a lock"),
+    "meta": (lambda: plain().to("meta"), ValueError, META),
+    "partly meta": (partly_meta, ValueError, META),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()), ValueError, LAZY),
+    "dynamic int8": (lambda: quantised("dynamic"), TypeError, "model: 3 " + FLOAT.format("Linear")),
+    "static int8": (lambda: quantised("static"), TypeError, "model: 0 " + FLOAT.format("Quantize")),
+    "script": (lambda: scripted("script"), TypeError, SCRIPT),
+    "trace": (lambda: scripted("trace"), TypeError, SCRIPT),
+    "tensor class": (two_tensors, TypeError, "model: 0.weight is a TwoTensor, expected a tensor"),
+    "frozen": (lambda: freeze(plain(), images(), tune=False), TypeError, "model: got a FrozenModel"),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_models_that_are_refused(case):
+    make, error, message = MODELS[case]
+    model = make()
+    before = [(name, id(m)) for name, m in model.named_modules()] if isinstance(model, nn.Module) else []
+    with pytest.raises(error, match=message) as caught:
+        freeze(model, images(), tune=False)
+    assert "\n" not in str(caught.value)
+    assert before == ([(name, id(m)) for name, m in model.named_modules()] if isinstance(model, nn.Module) else [])
+
+
+# ---- refusals: examples and options ----------------------------------------------------------------------------------
+
+DOES_NOT_RUN = r"does not run on {}: RuntimeError: "
 WRONG = {
-    "channels": (
-        torch.zeros(2, 1, 8, 8),
-        ValueError,
-        r"does not run on float32 \[2, 1, 8, 8\]: RuntimeError: Given gr",
-    ),
-    "too few sizes": (torch.zeros(2, 3), ValueError, r"does not run on float32 \[2, 3\]: RuntimeError: Expected 3D"),
+    "channels": (torch.zeros(2, 1, 8, 8), ValueError, DOES_NOT_RUN.format(r"float32 \[2, 1, 8, 8\]") + "Given gr"),
+    "too few sizes": (torch.zeros(2, 3), ValueError, DOES_NOT_RUN.format(r"float32 \[2, 3\]") + "Expected 3D"),
     "integers": (torch.zeros(2, 3, 8, 8, dtype=torch.int64), ValueError, r"does not run on int64 \[2, 3, 8, 8\]: "),
     "complex": (torch.zeros(2, 3, 8, 8, dtype=torch.complex64), ValueError, "does not run on complex64"),
     "sparse": (torch.zeros(2, 3, 8, 8).to_sparse(), ValueError, "does not run on float32"),
@@ -423,111 +227,34 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 @pytest.mark.parametrize("capture", ["auto", "modules"])
-def test_wrong_examples_are_named(case, capture):
+def test_50_wrong_examples_are_named(case, capture):
     example, error, message = WRONG[case]
     if capture == "modules" and error is TypeError and isinstance(example, tuple | dict):
         error, message = ValueError, "does not run on"  # the model itself says so
     refused(error, "^example_inputs: " + ".*" + message, plain(), example, capture=capture)
 
 
-def test_an_example_in_another_floating_dtype_is_cast():
-    for dtype in (torch.float64, torch.float16):
-        model = plain()
-        fast = frozen_of(model, images().to(dtype))
-        assert fast.report.verification and fast.report.dtype == "float32"
-        x = images(3)
-        torch.testing.assert_close(fast(x.double()), model(x).detach(), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    ("option", "value", "error", "message"),
+    [
+        ("dtype", torch.int8, TypeError, "dtype: got torch.int8, expected one of float32"),
+        ("tune", "fast", TypeError, "tune: got 'fast', expected True, False or 'auto'"),
+        ("verify", "maybe", TypeError, "verify: got 'maybe', expected True, False or 'warn'"),
+        ("cuda_graph", 1.5, TypeError, "cuda_graph: got 1.5"),
+        ("cuda_graph", True, ValueError, "cuda_graph: got True for a model on cpu"),
+    ],
+)
+def test_50_wrong_options_are_named(option, value, error, message):
+    refused(error, message, plain(), images(), **{option: value, "device": "cpu"})
 
 
-# ---- forwards with side effects --------------------------------------------------------------------------------------
-
-
-class Counting(nn.Module):
-    """Its answer depends on how often it ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn = conv_bn()
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        self.calls += 1
-        return self.bn(self.conv(x)) + self.calls
-
-
-@pytest.mark.parametrize("tune", [False, True])
-def test_state_that_the_forward_keeps_begins_where_the_source_s_is(tune):
-    model = Counting().eval()
-    model.calls.fill_(5)
-    fast = frozen_of(model, images(), tune=tune)
-    assert "its forward writes to calls" in notes(fast) and fast.report.verification
-    for _ in range(4):
-        agrees(fast, model, images(3))  # each counts for itself
-    assert float(model.calls) == 9
-
-
-class Renormed(nn.Conv2d):
-    """The max-norm constraint of EEGNet, taken in forward."""
-
-    def forward(self, x):
-        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.5)
-        return super().forward(x)
-
-
-class Halved(nn.Conv2d):
-    def forward(self, x):
-        with torch.no_grad():
-            self.weight.mul_(0.5)
-        return super().forward(x)
-
-
-@pytest.mark.parametrize("layer", [Renormed, Halved])
-@pytest.mark.parametrize("tune", [False, True])
-def test_a_forward_that_writes_to_its_parameters_writes_to_copies(layer, tune):
-    model = nn.Sequential(layer(3, 4, 3), nn.ReLU()).eval()
-    fast = frozen_of(model, images(), tune=tune)
-    assert fast.report.capture == "modules" and fast.report.verification
-    for _ in range(3):
-        agrees(fast, model, images(3))
-
-
-@pytest.mark.parametrize("capture", ["auto", "modules"])
-@pytest.mark.parametrize("tune", [False, True])
-def test_a_network_that_writes_to_its_input_leaves_the_example_alone(capture, tune):
-    class Doubled(nn.Sequential):
-        def forward(self, x):
-            return super().forward(x.mul_(2))
-
-    model = Doubled(*conv_bn(), nn.ReLU()).eval()
-    example = images()
-    with unchanged(model, example):
-        fast = freeze(model, example, tune=tune, capture=capture)
-    assert fast.report.folded == 1 and fast.report.verification
-    x = images(3)
-    got = fast(x.clone())
-    with torch.no_grad():
-        torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
-
-
-def test_outputs_that_are_no_tensors_are_not_verified_and_that_is_said():
-    class Result:
-        def __init__(self, y):
-            self.y = y
-
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = plain()
-
-        def forward(self, x):
-            return Result(self.net(x))
-
-    model = Wrapped().eval()
-    fast = frozen_of(model, images())
-    assert fast.report.capture == "modules" and fast.report.verification is None
-    assert "not verified, its output holds no tensor" in notes(fast) and "not verified" in str(fast.report)
-    x = images(3)
-    torch.testing.assert_close(fast(x).y, model(x).y.detach(), rtol=1e-4, atol=1e-5)
+def test_39_train_raises_and_eval_does_not():
+    frozen = freeze(cifar(), images(2, 16), tune=False, verify=False)
+    assert isinstance(frozen, FrozenModel) and frozen.eval() is frozen and not frozen.training
+    for model in (frozen, nn.ModuleList([frozen])):
+        with pytest.raises(RuntimeError, match="snapshot for inference"):
+            model.train()
+    assert not any(m.training for m in frozen.modules())
 
 
 # ---- the comparison itself -------------------------------------------------------------------------------------------
@@ -562,7 +289,3 @@ def test_the_comparison_sees_an_example_and_the_random_state():
         x[0, 0, 0, 0] += 1
     with pytest.raises(AssertionError, match="the random state moved"), unchanged(None):
         torch.rand(1)
-
-
-def test_public_names():
-    assert fastres.freeze is freeze

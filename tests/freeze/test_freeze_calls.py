@@ -1,106 +1,47 @@
-"""A frozen graph is called as its source: arguments, outputs, batches, other image sizes, and where they cannot be."""
+"""A frozen network is called as its source: outputs and arguments of every kind."""
 
-import copy
-import gc
+import inspect
 from collections import OrderedDict, namedtuple
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import fastres
-from fastres import models
-from fastres.inference import freeze
-from fastres.inference.signature import Signature
+from fastres.graph.signature import Signature
+from freeze_cases import Net, agree, cifar, compare, freeze, images
 
 Pair = namedtuple("Pair", "features logits")
 
-
-def sample():
-    net = models.cifar_resnet(8, num_classes=5)
-    net.train()(torch.randn(8, 3, 16, 16))
-    return net.eval()
-
-
-def frozen_of(net, inputs, **how):
-    frozen = freeze(net, inputs, tune=False, capture="graph", **how)
-    assert frozen.report.capture == "graph"
-    return frozen
-
-
-def same(got, want):
-    if isinstance(want, torch.Tensor):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-        return
-    assert type(got) is type(want)
-    if isinstance(want, dict):
-        assert list(got) == list(want)
-        for key in want:
-            same(got[key], want[key])
-    elif isinstance(want, tuple | list):
-        assert len(got) == len(want)
-        for g, w in zip(got, want, strict=True):
-            same(g, w)
-    else:
-        assert got == want
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
-        self.bn.running_mean.normal_()
-        self.eval()
-
-    def head(self, x):
-        y = F.relu(self.bn(self.conv(x)))
-        return y, self.fc(y.mean((2, 3)))
-
-
-# ---- outputs -----------------------------------------------------------------------------------------------------
+# ---- outputs ---------------------------------------------------------------------------------------------------------
 
 OUTPUTS = {
-    "tensor": lambda y, z: z,
-    "tuple": lambda y, z: (y, z),
-    "list": lambda y, z: [z, [y]],
-    "dict": lambda y, z: {"features": y, "logits": z},
-    "ordered": lambda y, z: OrderedDict(out=z, aux=y),
-    "named": lambda y, z: Pair(y, z),
-    "nested": lambda y, z: {"a": (y, {"b": z}), "none": None, "number": 3},
-    "twice": lambda y, z: (z, z),
-    "size": lambda y, z: (z, z.shape[0]),
+    "tensor": lambda x, y, z: z,
+    "tuple": lambda x, y, z: (y, z),
+    "list": lambda x, y, z: [z, [y]],
+    "dict": lambda x, y, z: {"features": y, "logits": z},
+    "ordered": lambda x, y, z: OrderedDict(out=z, aux=y),
+    "named": lambda x, y, z: Pair(y, z),
+    "nested": lambda x, y, z: {"a": (y, {"b": z}), "none": None, "number": 3, "shape": (y.shape[1], 2.5, True)},
+    "twice": lambda x, y, z: (z, z),
+    "size": lambda x, y, z: (z, z.shape[0]),
+    "split": lambda x, y, z: y.split(1, 1),
+    "strided": lambda x, y, z: y.view(-1)[::2],
+    "infinite": lambda x, y, z: y.where(y > 0.5, float("-inf")),
+    "input": lambda x, y, z: (x, z),
 }
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
 def test_outputs_of_every_kind(kind):
-    class Out(Net):
-        def forward(self, x):
-            return OUTPUTS[kind](*self.head(x))
-
-    net = Out()
-    frozen = frozen_of(net, torch.randn(2, 3, 8, 8))
-    for batch in (2, 1, 5):
-        x = torch.randn(batch, 3, 8, 8)
-        with torch.no_grad():
-            same(frozen(x), net(x))
-            same(frozen(x), net(x))  # by its program
+    agree(Net(lambda net, x: OUTPUTS[kind](x, *net.head(x))), batches=(2, 1, 5), verify=kind != "infinite")
 
 
-def test_an_output_that_is_the_input_and_one_that_is_a_weight():
-    class Out(Net):
-        def forward(self, x):
-            return x, self.fc.weight, self.head(x)[1]
-
-    net = Out()
-    frozen = frozen_of(net, torch.randn(2, 3, 8, 8))
-    x = torch.randn(3, 3, 8, 8)
-    with torch.no_grad():
-        same(frozen(x), net(x))
+def test_an_output_that_is_a_weight():
+    agree(Net(lambda net, x: (net.fc.weight, net.head(x)[1])))
 
 
-# ---- arguments -----------------------------------------------------------------------------------------------------
+# ---- arguments -------------------------------------------------------------------------------------------------------
 
 
 class Arguments(Net):
@@ -120,80 +61,108 @@ CALLS = [
 ]
 
 
-def fill(call, x, mask):
-    args, kwargs = call
-    tensors = {0: x, 1: mask}
-
-    def value(v):
-        return tensors[v] if type(v) is int else v
-
-    return tuple(map(value, args)), {name: value(v) for name, v in kwargs.items()}
+def fill(call, batch):
+    tensors = images(batch), torch.rand(batch, 5)
+    args, kwargs = torch.utils._pytree.tree_map(lambda v: tensors[v] if type(v) is int else v, call)
+    return args, kwargs
 
 
-@pytest.mark.parametrize("first", CALLS)
+@pytest.mark.parametrize("first", CALLS[::2])
 def test_arguments_by_place_by_name_and_by_default(first):
-    net = Arguments()
-    x, mask = torch.randn(2, 3, 8, 8), torch.rand(2, 2)
-    args, kwargs = fill(first, x, mask)
-    example = kwargs if not args else args
-    frozen = frozen_of(net, example)
+    net = Arguments(None)
+    args, kwargs = fill(first, 2)
+    frozen = freeze(net, args or kwargs, tune=False)
     for other in CALLS:  # another kind of call is captured when it comes
-        args, kwargs = fill(other, torch.randn(3, 3, 8, 8), torch.rand(3, 2))
-        with torch.no_grad():
-            same(frozen(*args, **kwargs), net(*args, **kwargs))
-    with pytest.raises(TypeError, match="unexpected keyword"):
-        frozen(x, wrong=1)
-    with pytest.raises(TypeError, match="missing"):
-        frozen()
+        args, kwargs = fill(other, 3)
+        compare(net, frozen, *args, **kwargs)
+    for args, kwargs, message in (
+        ((), {}, "missing"),
+        ((images(),), {"wrong": 1}, "unexpected keyword"),
+        ((images(), 1.0, None), {}, "too many positional"),
+        ((images(),), {"x": 1}, "multiple values"),
+    ):
+        with pytest.raises(TypeError):
+            net(*args, **kwargs)
+        with pytest.raises(TypeError, match=message):
+            frozen(*args, **kwargs)
 
 
-def test_several_tensors_lists_and_dictionaries_of_them():
-    class Many(Net):
-        def forward(self, images, extra):
-            y, z = self.head(images["left"])
-            return z + self.head(images["right"])[1] + extra[0] * extra[1]
-
-    net = Many()
-
-    def example(n):
-        images = {"left": torch.randn(n, 3, 8, 8), "right": torch.randn(n, 3, 8, 8)}
-        return images, [torch.randn(n, 2), torch.randn(n, 1)]
-
-    frozen = frozen_of(net, example(2))
-    for batch in (1, 2, 4):
-        given = example(batch)
-        with torch.no_grad():
-            same(frozen(*given), net(*given))
+def test_plain_arguments_are_part_of_the_signature():
+    net = Arguments(None)
+    frozen = freeze(net, images(), tune=False)
+    for scale in (1, 2, 2, 3, True, 2.0):
+        compare(net, frozen, images(), scale)
 
 
-def test_integers_pass_and_are_not_cast():
-    class Embedded(Net):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Embedding(10, 3)
+class Many(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Net(lambda net, x: net.first(x))
 
-        def forward(self, tokens):  # [N, 8, 8]
-            return self.head(self.table(tokens).permute(0, 3, 1, 2))[1]
+    def forward(self, x, others=(), mask=None, *, scale=1.0, names=("a", None)):
+        y = self.net(x) * scale
+        for other in others:
+            y = y + other["t"]
+        if mask is not None:
+            y = torch.where(mask, y, 0)
+        return {"y": y, "pair": Pair(y.mean(), [y.sum(1), names])}
 
-    net = Embedded()
-    frozen = frozen_of(net, torch.randint(0, 10, (2, 8, 8)))
-    tokens = torch.randint(0, 10, (5, 8, 8))
-    with torch.no_grad():
-        same(frozen(tokens), net(tokens))
-        half = freeze(net, tokens, dtype=torch.bfloat16, tune=False, capture="graph")
-        assert half(tokens).dtype == torch.bfloat16
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        lambda n: {"x": images(n), "others": [{"t": torch.randn(n, 4, 8, 8)}, {"t": torch.ones(4, 8, 8)}]},
+        lambda n: {"x": images(n), "mask": torch.rand(n, 1, 8, 8) > 0.5, "scale": 2.0},
+        lambda n: {"names": ("b", "c"), "x": images(n)},
+    ],
+    ids=["nested", "mask", "words"],
+)
+def test_lists_dictionaries_and_words(example):
+    net = Many().eval()
+    frozen = agree(net, example(2), folded=1)
+    for n in (2, 1, 3):
+        compare(net, frozen, **example(n))
+    compare(net, frozen, images(), (), torch.ones(2, 1, 8, 8, dtype=torch.bool))  # unlike the example: captured anew
 
 
 def test_the_same_tensor_twice():
-    class Twice(Net):
-        def forward(self, a, b):
-            return self.head(a)[1] - self.head(b)[1] * 2
+    net, x = Net(lambda net, a, b: net.head(a)[1] - net.head(b)[1] * 2), images()
+    compare(net, agree(net, (x, x)), images(), images())
 
-    net, x = Twice(), torch.randn(2, 3, 8, 8)
-    frozen = frozen_of(net, (x, x))
-    a, b = torch.randn(2, 2, 3, 8, 8)
-    with torch.no_grad():
-        same(frozen(a, b), net(a, b))
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.net = nn.Embedding(10, 3), Net(lambda net, x: net.head(x)[1])
+
+    def forward(self, tokens):  # [N, 8, 8]
+        return self.net(self.table(tokens).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_integers_alone_take_any_batch_and_are_not_cast(batch):
+    net = Tokens().eval()
+    frozen = agree(net, torch.randint(10, (batch, 8, 8)), sizes=(), folded=1)
+    for n in (1, 2, 5):
+        compare(net, frozen, torch.randint(10, (n, 8, 8)))
+    assert not frozen._variants and "batch" not in " ".join(frozen.report.notes)
+    half = freeze(net, torch.randint(10, (batch, 8, 8)), dtype=torch.bfloat16, tune=False)
+    assert half(torch.randint(10, (2, 8, 8))).dtype == torch.bfloat16
+
+
+def test_18_dtypes_and_gradients():
+    def forward(net, x, scale, index=None, flag=False):
+        y = net.first(x) * scale
+        return {"y": y, "index": index, "rest": [y.sum(), flag]}
+
+    net, index = Net(forward), torch.tensor([1, 2])
+    example = (images(), torch.tensor(2.0), index, True)
+    frozen = freeze(net, example, dtype=torch.bfloat16, tune=False)
+    for _ in range(2):
+        out = frozen(images(3).requires_grad_(), 0.5, index, True)
+        assert out["y"].dtype == torch.bfloat16 and not out["y"].requires_grad and out["index"].dtype == torch.int64
+        assert out["rest"][1] is True and out["y"].shape[0] == 3
+    assert not any(t.requires_grad for t in frozen.state_dict(keep_vars=True).values())
 
 
 def test_signatures_tell_calls_apart():
@@ -208,96 +177,14 @@ def test_signatures_tell_calls_apart():
     assert args[1] is None and len(args) == 3 and set(kwargs) == {"flag", "z"}
 
 
-# ---- batches and image sizes -----------------------------------------------------------------------------------------
-
-
-def test_any_batch_by_one_capture():
-    net = sample()
-    frozen = frozen_of(net, torch.randn(1, 3, 16, 16))
-    for batch in (0, 1, 2, 7):
-        x = torch.randn(batch, 3, 16, 16)
-        with torch.no_grad():
-            same(frozen(x), net(x))
-    assert not frozen._variants.found
-
-
-def test_other_image_sizes_are_captured_on_their_first_call_and_share_the_weights():
-    net = sample()
-    frozen = frozen_of(net, torch.randn(2, 3, 16, 16))
-    before = sum(t.numel() for t in frozen.state_dict().values())
-    for size in (24, 8, 24, 16):
-        x = torch.randn(3, 3, size, size)
-        with torch.no_grad():
-            same(frozen(x), net(x))
-    assert len(frozen._variants.found) == 2 and sum(t.numel() for t in frozen.state_dict().values()) == before
-    mine = {t.data_ptr() for t in frozen.module.parameters()}
-    for variant in frozen._variants.found:
-        assert {t.data_ptr() for t in variant.module.parameters()} <= mine
-    with torch.no_grad():
-        net.fc.bias.add_(1)
-    assert not torch.equal(frozen(x), net(x))  # a snapshot, at every size
-    with pytest.raises(
-        RuntimeError, match=r"got \[2, 3, 32, 32\]; .* captured for \[N, 3, 16, 16\].*refresh\(\) first"
-    ):
-        frozen(torch.randn(2, 3, 32, 32))
-    frozen.refresh()
-    for size in (16, 24, 32):
-        x = torch.randn(3, 3, size, size)
-        with torch.no_grad():
-            same(frozen(x), net(x))
-
-
-def test_other_image_sizes_need_the_source():
-    net = sample()
-    frozen = frozen_of(net, torch.randn(2, 3, 16, 16))
-    copied = copy.deepcopy(frozen)
-    assert copied(torch.randn(1, 3, 24, 24)).shape == (1, 5)
-    del net
-    gc.collect()
-    with pytest.raises(RuntimeError, match=r"input: got \[1, 3, 24, 24\].*for \[N, 3, 16, 16\].*source.*is gone"):
-        frozen(torch.randn(1, 3, 24, 24))
-    assert frozen(torch.randn(1, 3, 16, 16)).shape == (1, 5)
-
-
-@pytest.mark.parametrize(
-    "x",
-    [torch.randn(2, 4, 16, 16), torch.randn(3, 16), torch.randn(2, 3, 16, 16, 1)],
-    ids=["channels", "dimensions", "more dimensions"],
-)
-def test_inputs_that_the_source_does_not_take(x):
-    frozen = frozen_of(sample(), torch.randn(2, 3, 16, 16))
-    keep = sample()
-    frozen = frozen_of(keep, torch.randn(2, 3, 16, 16))
-    with pytest.raises(ValueError, match=r"input: got \[.*captured for \[N, 3, 16, 16\], and it cannot be for this"):
-        frozen(x)
-    assert frozen(torch.randn(2, 3, 16, 16)).shape == (2, 5)
-
-
-def test_a_network_that_fixes_its_batch_is_captured_for_each():
-    class Fixed(Net):
-        def forward(self, x):
-            return self.head(x)[1].view(2, -1) if x.shape[0] == 2 else self.head(x)[1]
-
-    net = Fixed()
-    frozen = freeze(net, torch.randn(2, 3, 8, 8), tune=False)
-    for batch in (2, 1, 3):
-        x = torch.randn(batch, 3, 8, 8)
-        with torch.no_grad():
-            same(frozen(x), net(x))
-
-
-def test_no_autograd_on_its_path():
-    frozen = frozen_of(sample(), torch.randn(2, 3, 16, 16))
-    x = torch.randn(2, 3, 16, 16, requires_grad=True)
-    assert not frozen(x).requires_grad and not any(p.requires_grad for p in frozen.parameters())
-    with torch.inference_mode():
-        y = frozen(x)
-    assert torch.equal(y, frozen(x))
-
-
-def test_state_dict_has_the_sources_names():
-    net = sample()
-    frozen = frozen_of(net, torch.randn(2, 3, 16, 16))
-    names = {name.removeprefix("module.") for name in frozen.state_dict()}
-    assert {"conv1.weight", "conv1.bias", "layer1.0.conv1.weight", "fc.weight", "fc.bias"} <= names
-    assert not any("bn" in name for name in names) and fastres.FrozenModel is type(frozen)
+def test_it_looks_as_its_source_and_has_no_modules():
+    frozen = freeze(cifar(), images(2, 16), tune=False, verify=False)
+    names = {name.removeprefix("weights.") for name in frozen.state_dict()}
+    layers = ("conv1", *(f"layer{i}.0.conv{j}" for i in (1, 2, 3) for j in (1, 2)), "fc")
+    assert names == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    assert list(inspect.signature(frozen.forward).parameters) == ["x"] and type(frozen) is fastres.FrozenModel
+    with pytest.raises(AttributeError, match=r"no attribute 'module': it runs a list of steps \(.graph\)"):
+        frozen.module.conv1  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'conv1'"):
+        frozen.conv1  # noqa: B018
+    assert not hasattr(frozen, "module")

@@ -5,6 +5,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -14,7 +15,8 @@ from torch.export import Dim
 from torch.utils._pytree import tree_leaves
 
 import fastres
-from fastres.inference import FrozenModel, freeze
+from fastres.inference import FrozenModel
+from freeze_cases import freeze, images, settle
 
 BATCHES = (5, 2, 1)
 
@@ -42,29 +44,19 @@ class Features(Net):
         return {"logits": logits, "others": (logits * scale, logits.argmax(-1))}
 
 
-def settled(net):
-    torch.manual_seed(0)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    return net.eval()
+def frozen(net, dtype=None):
+    return freeze(net, images(2, 16), capture="graph", tune=False, verify=False, dtype=dtype)
 
 
-def frozen(net, capture, dtype=None):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return freeze(net, torch.randn(2, 3, 16, 16), capture=capture, tune=False, dtype=dtype)
-
-
-@pytest.fixture(params=["graph", "modules", "loaded"])
+@pytest.fixture(params=["run", "loaded"])
 def pair(request, tmp_path):
-    """(a function that makes (source, frozen) of a class, ...): by both captures, and from a file."""
+    """A function that makes (source, frozen) of a class: after calls that have left plans, and fresh from a file."""
 
     def make(cls=Net, dtype=None):
-        net = settled(cls())
-        fast = frozen(net, "modules" if request.param == "modules" else "graph", dtype)
+        net = settle(cls())
+        fast = frozen(net, dtype)
+        if request.param == "run":
+            fast(images(2, 16)), fast(images(2, 16))
         if request.param == "loaded":
             fast.save(tmp_path / "net.fastres")
             fast = fastres.load(tmp_path / "net.fastres")
@@ -97,9 +89,7 @@ def stock(graph):
 @pytest.mark.parametrize("cls", [Net, Features])
 def test_export_gives_stock_operators_for_any_batch(pair, cls, strict):
     net, fast = pair(cls)
-    program = torch.export.export(
-        fast, (torch.randn(2, 3, 16, 16),), dynamic_shapes=({0: Dim("batch")},), strict=strict
-    )
+    program = torch.export.export(fast, (images(2, 16),), dynamic_shapes=({0: Dim("batch")},), strict=strict)
     assert stock(program.graph)
     agree(program.module(), net)
     agree(fast, net)
@@ -108,13 +98,13 @@ def test_export_gives_stock_operators_for_any_batch(pair, cls, strict):
 def test_export_names_inputs_as_the_source_does(pair):
     net, fast = pair(Features)
     assert list(inspect.signature(fast.forward).parameters) == ["images", "scale"]
-    x = torch.randn(2, 3, 16, 16)
+    x = images(2, 16)
     program = torch.export.export(fast, (), {"images": x}, dynamic_shapes={"images": {0: Dim("batch")}})
     agree(lambda images: program.module()(images=images), net)
 
 
 def test_copies_have_the_signature_too():
-    fast = frozen(settled(Features()), "graph")
+    fast = frozen(settle(Features()))
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert inspect.signature(other.forward) == inspect.signature(fast.forward)
     assert isinstance(FrozenModel.forward, object) and fast.forward(torch.ones(1, 3, 16, 16))["logits"].shape == (1, 5)
@@ -122,33 +112,53 @@ def test_copies_have_the_signature_too():
 
 def test_bf16(pair):
     net, fast = pair(Net, torch.bfloat16)
-    x = torch.randn(2, 3, 16, 16)
+    x = images(2, 16)
     program = torch.export.export(fast, (x,), dynamic_shapes=({0: Dim("batch")},))
     assert stock(program.graph)
     agree(program.module(), net, tolerance=0.1)
 
 
-def test_another_image_size_is_called_first(pair):
-    net, fast = pair()
-    if not isinstance(fast._recipe, fastres.inference.recipe.GraphRecipe) or fast._source.model is None:
-        pytest.skip("takes any size, or none but its own")
-    x = torch.randn(2, 3, 20, 20)
-    with pytest.raises(Exception, match="call it on such an input once"):
+def test_another_image_size_is_captured_first():
+    net = settle(Net())
+    fast, x = frozen(net), images(2, 20)
+    with pytest.raises(Exception, match=r"capture\(example\) it before it is exported"):
         torch.export.export(fast, (x,))
-    fast(x)
+    fast.capture(x)
     program = torch.export.export(fast, (x,), dynamic_shapes=({0: Dim("batch")},))
     agree(program.module(), net, (20, 20))
+
+
+def test_an_export_in_another_thread_changes_no_answer():
+    """`torch.export` patches the whole process; a call must not take what it sees for its own tracing."""
+    net = settle(Net())
+    fast, x, done = frozen(net), images(3, 16), threading.Event()
+    want, seen = fast(x), []
+
+    def export():
+        try:
+            for size in (12, 14, 18, 20):
+                torch.export.export(net, (images(2, size),))
+                freeze(net, images(2, size), tune=False, verify=False)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=export)
+    thread.start()
+    while not done.is_set():
+        seen.append(torch.equal(fast(x), want))
+    thread.join()
+    assert len(seen) > 10 and all(seen)
 
 
 def test_hugging_face_outputs():
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
-    net = settled(transformers.ResNetForImageClassification(config))
-    fast = freeze(net, torch.randn(2, 3, 32, 32), tune=False)
+    net = settle(transformers.ResNetForImageClassification(config))
+    fast = freeze(net, images(2, 32), tune=False)
     shapes = {"pixel_values": {0: Dim("batch")}}
-    program = torch.export.export(fast, (), {"pixel_values": torch.randn(2, 3, 32, 32)}, dynamic_shapes=shapes)
+    program = torch.export.export(fast, (), {"pixel_values": images(2, 32)}, dynamic_shapes=shapes)
     assert stock(program.graph)
-    x = torch.randn(3, 3, 32, 32)
+    x = images(3, 32)
     with torch.no_grad():
         got, want = program.module()(pixel_values=x), net(x)
     assert type(got) is type(want)
@@ -157,8 +167,8 @@ def test_hugging_face_outputs():
 
 @pytest.mark.full
 def test_an_exported_program_runs_where_there_is_no_fastres(tmp_path):
-    net = settled(Net())
-    fast, x = frozen(net, "graph"), torch.randn(3, 3, 16, 16)
+    net = settle(Net())
+    fast, x = frozen(net), images(3, 16)
     program = torch.export.export(fast, (x[:2],), dynamic_shapes=({0: Dim("batch")},))
     torch.export.save(program, tmp_path / "net.pt2")
     torch.save((x, net(x).detach()), tmp_path / "answer.pt")
@@ -185,7 +195,7 @@ def test_onnx_runtime_gives_the_same_answers(pair, cls, tmp_path):
         warnings.simplefilter("ignore")
         torch.onnx.export(
             fast,
-            (torch.randn(2, 3, 16, 16),),
+            (images(2, 16),),
             path,
             dynamo=True,
             verbose=False,
@@ -208,7 +218,7 @@ def test_a_traced_network_is_stock_torchscript(pair):
     net, fast = pair()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        script = torch.jit.trace(fast, torch.randn(2, 3, 16, 16))
+        script = torch.jit.trace(fast, images(2, 16))
     kinds = {node.kind() for node in script.inlined_graph.nodes()}
     assert {kind.split("::")[0] for kind in kinds} <= {"aten", "prim"}
     agree(script, net)
@@ -218,7 +228,7 @@ def test_a_traced_network_is_stock_torchscript(pair):
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.full)])
-@pytest.mark.parametrize("cls", [Net, Features])
+@pytest.mark.parametrize("cls", [Net, pytest.param(Features, marks=pytest.mark.full)])
 def test_compiled(pair, cls, inner):
     torch._dynamo.reset()
     net, fast = pair(cls)

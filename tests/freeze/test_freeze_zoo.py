@@ -45,7 +45,7 @@ def test_network(name, monkeypatch):
     assert all(row.message for row in report.rows if row.reason)
     assert sum("scale" in row.took for row in report.rows) == zoo.scales
     assert_nothing_is_lost(net, frozen, images(zoo.size))
-    monkeypatch.setattr("fastres.inference.frozen.capture_for", None)  # one capture serves every batch size
+    monkeypatch.setattr("fastres.inference.network.capture_for", None)  # one capture serves every batch size
     for batch in (1, 3):
         x = images(zoo.size, batch)
         verdict = fastres.verify(net, frozen, x, training=False, backward=False)
@@ -92,11 +92,11 @@ def assert_nothing_is_lost(net, frozen, x):
 
 
 def still_called(frozen):
-    """The operators that are nodes of their own, by name."""
+    """The operators that are steps of their own, by name."""
     return Counter(
-        node.target._schema.name.removeprefix("aten::")
-        for node in frozen.module.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
+        step.operator._schema.name.removeprefix("aten::")
+        for step in frozen.graph.steps
+        if isinstance(step.operator, torch._ops.OpOverload)
     )
 
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fastres
-from fastres._dispatch import BackendError
 from fastres.functional import conv_act
 from gpu_conv import (
     ACTS,
@@ -25,9 +23,8 @@ from gpu_conv import (
     pairs,
     random,
     refusal,
-    shifted,
 )
-from gpu_device import DEVICE, DRY, needs_device, on_gpu_alone
+from gpu_device import DEVICE, DRY, needs_device, on_gpu_alone, shifted
 from referee import assert_as_good
 
 if not (
@@ -250,37 +247,6 @@ def test_views_and_other_layouts_are_copied_and_right(dtype):
     ):
         y = conv_act(x_, weight_, bias_, residual_, stride=1, padding=1, backend=BACKEND)
         assert torch.equal(y, wanted) and y.is_contiguous(memory_format=LAST)
-
-
-@on_gpu_alone
-def test_refusals_are_sentences():
-    kernels_for(torch.float16)
-    x, weight = random((2, 32, 8, 8), torch.float16), random((48, 32, 3, 3), torch.float16)
-    assert fastres.explain("conv_act", x, weight).refusals["cuda"] == []
-    odd = random((2, 3, 8, 8), torch.float16), random((64, 3, 7, 7), torch.float16)
-    wrong = [
-        ("x has 3 channels: must be a multiple of 8, 16 bytes", odd, {"padding": 3}),
-        ("y has 12 channels: must be a multiple of 8", (x, weight[:12]), {}),
-        ("2 groups: the kernels have 1", (x, weight[:, :16]), {"groups": 2}),
-        ("NCHW: the kernels read channels_last", (x.contiguous(), weight.contiguous()), {}),
-        ("act is 'silu': the kernels have relu, none, relu6", (x, weight), {"act": "silu"}),
-        ("an empty tensor", (x[:0], weight), {}),
-        ("float64", (x.double(), weight.double()), {}),
-    ]
-    for says, tensors, more in wrong:
-        with pytest.raises(BackendError, match=f"backend 'cuda' refuses: .*{says}"):
-            conv_act(*tensors, backend="cuda", **more)
-        assert fastres.explain("conv_act", *tensors, **more).chosen != "cuda"
-
-
-@on_gpu_alone
-def test_float32_where_tf32_is_forbidden(monkeypatch):
-    kernels_for(torch.float32)
-    x, weight = random((2, 32, 8, 8), torch.float32), random((48, 32, 3, 3), torch.float32)
-    conv_act(x, weight, backend="cuda")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    with pytest.raises(BackendError, match="TF32, which torch.backends.cudnn forbids"):
-        conv_act(x, weight, backend="cuda")
 
 
 @on_gpu_alone

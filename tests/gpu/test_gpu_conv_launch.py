@@ -19,13 +19,12 @@ from gpu_conv import (
     integers,
     kernels_for,
     launch,
-    memory_for,
     need,
     pairs,
     random,
     refusal,
 )
-from gpu_device import DEVICE, DRY, needs_device, needs_gpus, on_gpu_alone
+from gpu_device import DEVICE, DRY, captured, late_on_another_stream, memory_for, needs_device, needs_gpus, on_gpu_alone
 
 pytestmark = [pytest.mark.gpu, needs_device]
 DTYPES = pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
@@ -49,7 +48,7 @@ def problem(dtype, n, c, k, size, r, residual=True):
 
 
 @each_kernel
-def test_twenty_repeats_are_bitwise_equal(kernel):
+def test_row45_twenty_repeats_are_bitwise_equal(kernel):
     need(kernel)
     for size in SIZES:
         tensors, how = problem(getattr(torch, kernel.element), *size)
@@ -59,32 +58,14 @@ def test_twenty_repeats_are_bitwise_equal(kernel):
             assert torch.equal(launch(kernel, *tensors, how, "relu"), first), size
 
 
-def captured(call, **how):
-    """A graph of the call, which has run before on a stream of its own."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph(**how)
-    with torch.cuda.graph(graph):
-        call()
-    return graph
-
-
 @on_gpu_alone
 @each_kernel
-def test_a_graph_captures_it_and_replays_see_new_inputs(kernel):
+def test_row27_a_graph_captures_it_and_replays_see_new_inputs(kernel):
     need(kernel)
     for size in SIZES:
         tensors, how = problem(getattr(torch, kernel.element), *size)
-        c, outputs = size[1], []
-
-        def call(tensors=tensors, how=how, outputs=outputs):
-            outputs[:] = [launch(kernel, *tensors, how, "relu")]
-
-        graph = captured(call)
-        (y,) = outputs
+        c = size[1]
+        graph, y = captured(lambda tensors=tensors, how=how: launch(kernel, *tensors, how, "relu"))
         for seed in range(4):
             for t in tensors:
                 t.normal_(0, 1 + seed).mul_(c**-0.5 if t is tensors[1] else 1)
@@ -99,13 +80,7 @@ def test_a_graph_captures_it_and_replays_see_new_inputs(kernel):
 def test_a_graph_of_the_backend(dtype):
     kernels_for(dtype)
     tensors, how = problem(dtype, *SIZES[1])
-    outputs = []
-
-    def call():
-        outputs[:] = [conv_act(*tensors, **how, backend=BACKEND)]
-
-    graph = captured(call)
-    (y,) = outputs
+    graph, y = captured(lambda: conv_act(*tensors, **how, backend=BACKEND))
     for _ in range(3):
         for t in tensors[2:]:
             t.normal_()
@@ -115,18 +90,11 @@ def test_a_graph_of_the_backend(dtype):
 
 @on_gpu_alone
 @each_kernel
-def test_the_current_stream_is_used(kernel):
-    """Behind a long wait on a side stream, a kernel that ran anywhere else would read zeros."""
+def test_row30_the_current_stream_is_used(kernel):
     need(kernel)
     tensors, how = problem(getattr(torch, kernel.element), *SIZES[1])
-    wanted, late = launch(kernel, *tensors, how, "relu"), torch.zeros_like(tensors[0])
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)
-        late.copy_(tensors[0])
-        y = launch(kernel, late, *tensors[1:], how, "relu")
-    stream.synchronize()
+    wanted = launch(kernel, *tensors, how, "relu")
+    y = late_on_another_stream(tensors[0], lambda late: launch(kernel, late, *tensors[1:], how, "relu"))
     assert torch.equal(y, wanted)
 
 
@@ -148,7 +116,7 @@ def test_two_streams_at_once_do_not_share_a_workspace(kernel):
 
 @needs_gpus(2)
 @each_kernel
-def test_the_tensors_own_device_is_used(kernel):
+def test_row28_the_tensors_own_device_is_used(kernel):
     need(kernel)
     if not kernel.runs_on(torch.cuda.get_device_capability(1)):
         pytest.skip(f"needs compute capability {kernel.architecture / 10} of the second GPU")
@@ -172,7 +140,7 @@ NODES = {0: "kernel", 1: "copy", 2: "memset"}  # CUgraphNodeType
 
 def launches(call):
     """What a call puts into a stream, by kind: the nodes of its graph, as the driver lists them."""
-    driver, graph = ctypes.CDLL("libcuda.so.1"), captured(call, keep_graph=True)
+    driver, (graph, _) = ctypes.CDLL("libcuda.so.1"), captured(call, keep_graph=True)
     handle, count = ctypes.c_void_p(graph.raw_cuda_graph()), ctypes.c_size_t()
     assert driver.cuGraphGetNodes(handle, None, ctypes.byref(count)) == 0
     nodes = (ctypes.c_void_p * count.value)()

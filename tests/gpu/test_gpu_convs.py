@@ -22,7 +22,7 @@ import report  # noqa: E402
 import roofline  # noqa: E402
 from fastres.lab.timing import wall_timer  # noqa: E402
 from fastres.ops import _conv_backends, _conv_tiles  # noqa: E402
-from gpu_run import bench, convs, fastest, files, keep, layers, needs, phases, tests  # noqa: E402
+from gpu_run import bench, convs, fastest, files, import_results, layers, needs, phases, tests  # noqa: E402
 from gpu_run.run import FAILED, PASSED, SKIPPED, Ended, Run  # noqa: E402
 from peers import DTYPES  # noqa: E402
 from shapes import BLOCK_END, CONVS, INNER, Conv  # noqa: E402
@@ -204,9 +204,8 @@ def test_what_is_not_reached_is_not_there(stand_ins):
     assert [len(entries) for entries, _, _ in saved] == [0, 0, 1, 2]
 
 
-def test_processes_that_cannot_compile_do_not_break_the_run(monkeypatch):
+def test_processes_that_cannot_compile_do_not_break_the_run():
     """Each raises here: there is no GPU."""
-    monkeypatch.setattr(convs, "memory", lambda device: 80 << 30)
     convs.compile_all([SMALL, OTHER], CPU, time.monotonic() + 60)
     convs.compile_all([SMALL], CPU, time.monotonic() - 1)
 
@@ -322,10 +321,10 @@ def test_tests_without_cutlass_are_skipped_for_a_reason_that_counts(run):
 
 def test_benchmarks_time_the_convolution_alone_beside_conv_act():
     """Of other values than conv_act's: it is timed, not judged, and nothing is compared with it."""
-    peers = {c: bench.operator(bench.ConvAct(c, "fp16", 8)).peers for c in (FIRST, END)}
+    peers = {c: bench.operator(bench.ConvActCase(c, "fp16", 8)).peers for c in (FIRST, END)}
     assert peers[FIRST] == ("eager", "fastres", "cudnn", "triton", "cuda", "conv_bias")
     assert peers[END] == (*peers[FIRST], "conv_bias_read")
-    case = bench.ConvAct(SMALL.conv, "fp32", 2)
+    case = bench.ConvActCase(SMALL.conv, "fp32", 2)
     result = measure.measure(case, CPU, measure.TINY, ("eager", "fastres", "conv_bias", "conv_bias_read"))
     assert set(result.samples) == {"eager", "fastres", "conv_bias", "conv_bias_read"}
     assert set(result.verdicts) == {"fastres"} and result.verdicts["fastres"].passed
@@ -343,7 +342,7 @@ def test_an_imported_table_decides(tmp_path, monkeypatch):
     gpu = {"name": H100.name, "capability": "9.0", "cudnn": 91002}
     where = {"gpu": gpu, "commit": "c" * 40, "time": "2026-12-01", "versions": {"torch": "2.11.0"}}
     data = {"schema": _conv_tiles.SCHEMA, "schema_version": _conv_tiles.VERSION, "environment": where}
-    path, table = tmp_path / "conv_measured.json", next(t for t in keep.TABLES if t.file == files.CONVS)
+    path, table = tmp_path / "conv_measured.json", next(t for t in import_results.TABLES if t.file == files.CONVS)
     assert _conv_tiles.load(path) == {}
     older = ENTRIES[0] | {"ms": {"cudnn": 9.0}}
     path.write_text(table.merged(data | {"entries": [older]}, path))
@@ -367,5 +366,7 @@ def test_the_table_is_shipped_and_whole():
     tomllib = pytest.importorskip("tomllib")
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["fastres"]
     assert str(_conv_tiles.PATH.relative_to(_conv_tiles.PATH.parents[1])) in data
-    assert next(t.path for t in keep.TABLES if t.file == files.CONVS) == f"fastres/ops/{_conv_tiles.PATH.name}"
+    assert (
+        next(t.path for t in import_results.TABLES if t.file == files.CONVS) == f"fastres/ops/{_conv_tiles.PATH.name}"
+    )
     assert _conv_tiles.load(_conv_tiles.PATH) == _conv_tiles.MEASURED

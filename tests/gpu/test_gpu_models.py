@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastres
-from gpu_device import DEVICE, DRY, needs_device, needs_gpus, on_gpu_alone
+from gpu_device import DEVICE, DRY, captured, late_on_another_stream, needs_device, needs_gpus, on_gpu_alone
 from measure import Meter
 from swap_cases import fused_calls, hugging_face_resnet, scramble, torchvision
 
@@ -191,13 +191,7 @@ def test_memory_min_is_the_default_in_less_memory(name, layout):
 def test_row30_a_block_runs_on_the_current_stream():
     block, x = swapped(bottleneck()).eval(), torch.randn(32, 64, 28, 28, device=DEVICE)
     with torch.no_grad():
-        wanted, late, stream = block(x), torch.zeros_like(x), torch.cuda.Stream()
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(200_000_000)
-            late.copy_(x)
-            y = block(late)
-        stream.synchronize()
+        wanted, y = block(x), late_on_another_stream(x, block)
     torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -208,7 +202,7 @@ def test_a_whole_training_step_is_captured_and_replayed_a_hundred_times(memory):
     stock = build("torchvision-basic")
     batches = [(images(8), torch.randint(7, (8,), device=DEVICE)) for _ in range(4)]
     losses = []
-    for captured in (True, False):
+    for in_a_graph in (True, False):
         net = swapped(stock, memory).train()
         optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
         x, labels = (t.clone() for t in batches[0])
@@ -220,21 +214,15 @@ def test_a_whole_training_step_is_captured_and_replayed_a_hundred_times(memory):
             optimizer.step()
             return loss.detach()
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(side)
-        if captured:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                loss = step()
+        if in_a_graph:
+            graph, loss = captured(step, warm_up=3)
+        else:
+            _ = [step() for _ in range(3)]
         run = []
         for i in range(100):
             x.copy_(batches[i % 4][0])
             labels.copy_(batches[i % 4][1])
-            if captured:
+            if in_a_graph:
                 graph.replay()
             else:
                 loss = step()
@@ -250,7 +238,7 @@ def test_a_whole_training_step_is_captured_and_replayed_a_hundred_times(memory):
 
 
 @needs_gpus(2)
-def test_row30_a_tensor_on_another_gpu_than_the_current_one():
+def test_row28_a_tensor_on_another_gpu_than_the_current_one():
     block = bottleneck().to("cuda:1")
     x = torch.randn(4, 64, 14, 14, device="cuda:1")
     with torch.cuda.device(0), torch.no_grad():

@@ -9,6 +9,7 @@ from torch import nn
 import fastres
 from fastres import _dispatch, _extension
 from fastres.functional import add_relu, bn_act
+from gpu_device import captured
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,15 +78,9 @@ def test_row27_running_statistics_advance_with_every_replay(layout):
             num_batches_tracked=bn.num_batches_tracked, backend="cuda",
         )  # fmt: skip
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side), torch.no_grad():
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    reference(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), torch.no_grad():
-        y = run()
+    with torch.no_grad():
+        graph, y = captured(run)
+        reference(x)
     for i in range(10):
         x.normal_(i, 1 + i)
         graph.replay()

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 import fastres.ops  # noqa: F401  (declares the operators that fastres._C_cuda implements)
 from fastres import _dispatch
-from referee import assert_as_good
+from gpu_device import captured, late_on_another_stream, memory_for, shifted
+from referee import assert_as_good, backward64, forward64, statistics64
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,12 +53,6 @@ def random(shape, dtype, layout, scale=1.0, shift=0.0):
     return (torch.randn(shape, device="cuda") * scale + shift).to(dtype).contiguous(memory_format=layout)
 
 
-def shifted(t, offset):
-    """The same values and strides, `offset` elements off an aligned address."""
-    flat = torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)
-    return flat.as_strided(t.shape, t.stride(), offset).copy_(t)
-
-
 def how(layout, training, act="relu"):
     return {"channels_last": layout is torch.channels_last, "training": training, "eps": EPS, "act": act}
 
@@ -86,10 +81,6 @@ def eager(x, weight, bias, residual, mean, var, dy):
     return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
 
-def double(*tensors):
-    return [None if t is None else t.double() for t in tensors]
-
-
 @pytest.mark.parametrize("training", (True, False))
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("nhwc", "nchw"))
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,30 +92,19 @@ def test_bn_act_is_as_good_as_eager(shape, dtype, layout, training):
     stats = (None, None) if training else (torch.randn(c, device="cuda"), torch.rand(c, device="cuda") + 0.1)
     y, mean, var = forward(x, weight, bias, residual, *stats, layout=layout)
     eager_y, *eager_grads = eager(x, weight, bias, residual, *stats, dy)
-    exact_y, *_ = eager(*double(x, weight, bias, residual, *stats, dy))
-
-    x64, w64 = x.double(), weight.double().abs().view(1, -1, 1, 1)
+    exact = statistics64(x) if training else stats
     if training:
-        var64, mean64 = torch.var_mean(x64, (0, 2, 3), correction=0)
-        assert (mean - mean64).abs().max() <= 1e-6 * (mean64.abs() + var64.sqrt()).max()
-        assert ((var - var64).abs() <= 2e-6 * var64).all()
-    rstd = (var.double() + EPS).rsqrt().view(1, -1, 1, 1)
-    x_hat = (x64 - mean.double().view(1, -1, 1, 1)).mul(rstd)
-    size = w64 * x_hat.abs() + bias.double().abs().view(1, -1, 1, 1) + residual.double().abs()
-    assert_as_good(y, eager_y, exact_y, size, "y")
+        assert (mean - exact[0]).abs().max() <= 1e-6 * (exact[0].abs() + exact[1].sqrt()).max()
+        assert ((var - exact[1]).abs() <= 2e-6 * exact[1]).all()
+    assert_as_good(y, eager_y, *forward64(x, weight, bias, residual, *exact, EPS, "relu"), "y")
 
     # Gradients: all three take the mask from our y, so that an element at the threshold does not decide.
     ours = backward(dy, x, y, weight, mean, var, training, layout)
-    g = torch.where(y <= 0, torch.zeros_like(dy), dy)
     open_gate = torch.full_like(residual, 1e4)  # relu passes everything: eager's backward of g
-    _, *exact = eager(*double(x, weight, bias, open_gate, *stats, g))
-    _, *eager_grads = eager(x, weight, bias, open_gate, *stats, g)
-    axes, n, g64 = (0, 2, 3), x.numel() // c, g.double().abs()
-    sums = [(g64 * x_hat.abs()).sum(axes), g64.sum(axes)]
-    spread = (x_hat.abs() * sums[0].view(1, -1, 1, 1) + sums[1].view(1, -1, 1, 1)) / n if training else 0.0
-    sizes = [w64 * rstd * (g64 + spread), *sums, torch.zeros_like(g64)]
-    for name, *values in zip(("dx", "dweight", "dbias", "dresidual"), ours, eager_grads, exact, sizes, strict=True):
-        assert_as_good(*values, name)
+    _, *eager_grads = eager(x, weight, bias, open_gate, *stats, torch.where(y <= 0, torch.zeros_like(dy), dy))
+    wanted = backward64(dy, x, y, weight, *exact, training, EPS, "relu")
+    for got, theirs, (name, (gradient, size)) in zip(ours, eager_grads, wanted.items(), strict=True):
+        assert_as_good(got, theirs, gradient, size, name)
 
 
 @pytest.mark.parametrize("offset", (0, 1))
@@ -178,19 +158,15 @@ def test_row9_any_number_of_channels_and_misaligned_tensors(c, layout):
         x, residual, dy = (shifted(random(shape, dtype, layout), offset) for _ in range(3))
         weight, bias = torch.randn(2, c, device="cuda")
         y, mean, var = forward(x, weight, bias, residual, layout=layout)
-        want, *_ = eager(*double(x, weight, bias, residual, None, None, dy))
+        want, _ = forward64(x, weight, bias, residual, *statistics64(x), EPS, "relu")
         ulps = 32 if dtype is torch.float32 else 4  # as in native_case.check
         assert (y - want).abs().max() <= ulps * torch.finfo(dtype).eps * want.abs().max()
         dx, dweight, dbias, dresidual = backward(dy, x, y, weight, mean, var, True, layout)
-        g = torch.where(y <= 0, 0, dy).double()
-        assert torch.equal(dresidual, g.to(dtype))
-        torch.testing.assert_close(dbias.double(), g.sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
-        rstd = (var.double() + EPS).rsqrt().view(1, -1, 1, 1)
-        x_hat = (x.double() - mean.double().view(1, -1, 1, 1)) * rstd
-        torch.testing.assert_close(dweight.double(), (g * x_hat).sum((0, 2, 3)), rtol=1e-5, atol=1e-4)
-        centred = g - g.mean((0, 2, 3), keepdim=True) - x_hat * (g * x_hat).mean((0, 2, 3), keepdim=True)
-        want = centred * rstd * weight.double().view(1, -1, 1, 1)
-        assert (dx - want).abs().max() <= ulps * torch.finfo(dtype).eps * want.abs().max()
+        exact = {n: t for n, (t, _) in backward64(dy, x, y, weight, mean, var, True, EPS, "relu").items()}
+        assert torch.equal(dresidual, exact["dresidual"].to(dtype))
+        torch.testing.assert_close(dbias.double(), exact["dbias"], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(dweight.double(), exact["dweight"], rtol=1e-5, atol=1e-4)
+        assert (dx - exact["dx"]).abs().max() <= ulps * torch.finfo(dtype).eps * exact["dx"].abs().max()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("nhwc", "nchw"))
@@ -202,21 +178,14 @@ def test_row27_graph_capture_and_replay(layout):
         y, mean, var = forward(x, weight, weight, residual, layout=layout)
         return [y, mean, var, *backward(dy, x, y, weight, mean, var, True, layout)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # what is compiled and loaded on the first call
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, found = captured(step)
     for seed in range(5):
         torch.manual_seed(seed)
         x.normal_(seed)
         dy.normal_()
         graph.replay()
         torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found, step(), strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=("nhwc", "nchw"))
@@ -234,21 +203,7 @@ def test_row45_twenty_repeats_are_bitwise_equal(layout):
 def test_row30_current_stream():
     x = random((64, 256, 56, 56), torch.float16, torch.channels_last)
     want, *_ = forward(x, None, None, None)
-    stream = torch.cuda.Stream()
-    late = torch.zeros_like(x)
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
-        late.copy_(x)
-        y, *_ = forward(late, None, None, None)
-    stream.synchronize()
-    assert torch.equal(y, want)
-
-
-def memory_for(gigabytes):
-    free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GiB of GPU memory, {free:.0f} are free")
+    assert torch.equal(late_on_another_stream(x, lambda late: forward(late, None, None, None)[0]), want)
 
 
 @pytest.mark.full

@@ -1,13 +1,187 @@
-"""Bit-for-bit comparison of a model with itself before: what freeze must never change."""
+"""What freeze's tests share: a network with the test's own forward, comparison with eager, states bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fastres import models
+from fastres.inference import FrozenModel, freeze
+
+
+def images(batch: int = 2, size: int = 8) -> Tensor:
+    return torch.randn(batch, 3, size, size)
+
+
+def settle(net: nn.Module) -> nn.Module:
+    """Eval mode; norms have parameters and statistics away from the initial ones, the same in every run."""
+    generator = torch.Generator().manual_seed(1)
+    for module in net.modules():
+        if "Norm" not in type(module).__name__:
+            continue
+        for name, low, high in (("weight", 0.5, 1.5), ("running_var", 0.5, 2.0)):
+            t = getattr(module, name, None)
+            if t is not None:
+                t.data.copy_(torch.rand(t.shape, generator=generator) * (high - low) + low)
+        for name in ("bias", "running_mean"):
+            t = getattr(module, name, None)
+            if t is not None:
+                t.data.copy_(torch.randn(t.shape, generator=generator))
+    return net.eval()
+
+
+def conv_bn(cin: int = 3, cout: int = 4) -> tuple[nn.Conv2d, nn.Module]:
+    return nn.Conv2d(cin, cout, 3, padding=1), settle(nn.BatchNorm2d(cout))
+
+
+def cifar() -> nn.Module:
+    """A ResNet of 7 convolutions and 3 blocks, for any image of 3 channels: 5 classes."""
+    return settle(models.cifar_resnet(8, num_classes=5))
+
+
+class Net(nn.Module):
+    """Convolutions 3 -> 4 -> 4, their norms, a classifier 4 -> 5; the forward is a function of the net and its input.
+
+    Args:
+        prepare: changes the layers before the norms are settled.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        prepare: Callable[[Any], Any] | None = None,
+        bias: bool = False,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1, bias=bias), norm(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1, bias=bias), norm(4)
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(4, 5)
+        if prepare is not None:
+            prepare(self)
+        self.function = forward
+        settle(self)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+    def first(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))  # type: ignore[no-any-return]
+
+    def second(self, y: Tensor) -> Tensor:
+        return self.bn2(self.conv2(y))  # type: ignore[no-any-return]
+
+    def head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.relu(self.first(x))
+        return y, self.fc(y.mean((2, 3)))
+
+
+# ---- comparison with eager -------------------------------------------------------------------------------------------
+
+
+def same(got: Any, want: Any, tol: float = 1e-4, dtypes: bool = True) -> None:
+    """One structure, equal leaves: tensors to rounding, NaN as NaN, everything else exactly."""
+    (gots, tree), (wants, wanted) = tree_flatten(got), tree_flatten(want)
+    assert type(got) is type(want) and str(tree) == str(wanted)
+    for g, w in zip(gots, wants, strict=True):
+        assert type(g) is type(w) or isinstance(w, Tensor), (g, w)
+        if isinstance(w, Tensor):
+            assert g.shape == w.shape and (g.dtype == w.dtype or not dtypes)
+            torch.testing.assert_close(g.to(w.dtype), w, rtol=tol, atol=tol, equal_nan=True)
+        else:
+            assert g == w
+
+
+def compare(net: nn.Module, frozen: Any, *args: Any, tol: float = 1e-4, dtypes: bool = True, **kwargs: Any) -> None:
+    """Three calls of one signature: the first lowers the network, the others run its plan. The input stays as it is."""
+
+    def copies() -> Any:
+        keep = {"memory_format": torch.preserve_format}
+        return tree_map(lambda t: t.clone(**keep) if isinstance(t, Tensor) else t, (args, kwargs))
+
+    given, named = copies()
+    with torch.no_grad():
+        want = net(*given, **named)
+    for _ in range(3):
+        given, named = copies()
+        same(frozen(*given, **named), want, tol, dtypes)
+        same((given, named), (args, kwargs), 0)
+
+
+def agree(
+    net: nn.Module,
+    example: Any = None,
+    *,
+    batches: tuple[int, ...] = (1, 3, 0),
+    sizes: tuple[int, ...] = (8,),
+    tol: float = 1e-4,
+    capture: str = "graph",
+    tune: bool = False,
+    verify: bool = True,
+    dtype: torch.dtype | None = None,
+    **counts: int,
+) -> FrozenModel:
+    """Freeze, which changes nothing of the source; the referee passes, other batches and sizes are answered as eager's.
+
+    Args:
+        example: None: images of the first of `sizes`.
+        counts: some of the report's.
+    """
+    example = images(2, sizes[0]) if example is None else example
+    with unchanged(net, example):
+        frozen = freeze(net, example, capture=capture, tune=tune, verify=verify, dtype=dtype)  # type: ignore[arg-type]
+    report = frozen.report
+    assert report.capture == capture or capture == "auto"
+    assert bool(report.verification) == verify, report
+    assert {name: report.counts[name] for name in counts} == counts, report
+    for batch, size in itertools.product(batches, (*sizes,) if isinstance(example, Tensor) else ()):
+        given = [size] * 2 if example.ndim == 4 and len(sizes) > 1 else example.shape[2:]
+        x = torch.randn(batch, example.shape[1], *given)
+        if batch or runs(net, x):
+            compare(net, frozen, x, tol=tol, dtypes=dtype is None)
+    return frozen
+
+
+def runs(net: nn.Module, x: Tensor) -> bool:
+    """Whether the source takes this: some views do not exist of no image."""
+    try:
+        with torch.no_grad():
+            net(x.clone())
+    except RuntimeError:
+        return False
+    return True
+
+
+def rows(frozen: FrozenModel, kind: str = "") -> dict[str, str]:
+    """Why each layer of the report did not become more, by name."""
+    return {row.name: row.reason for row in frozen.report.rows if row.reason and kind in ("", row.kind)}
+
+
+def others(frozen: FrozenModel) -> list[str]:
+    """The operators that stay."""
+    return [row.name for row in frozen.report.rows if row.kind == "other"]
+
+
+def notes(frozen: FrozenModel) -> str:
+    return "; ".join(frozen.report.notes)
+
+
+def operators(function: Callable[..., Any], *args: Any) -> dict[str, int]:
+    """How often each operator is called, by the profiler."""
+    with profile(activities=[ProfilerActivity.CPU], acc_events=True) as seen:
+        function(*args)
+    return {event.key: event.count for event in seen.key_averages()}
+
+
+# ---- the same to the bit ---------------------------------------------------------------------------------------------
 
 _TABLES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict)]
 

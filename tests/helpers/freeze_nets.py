@@ -4,8 +4,6 @@ Counts are FreezeReport.counts without the zeros, read off the architectures: co
 a residual and an activation in, and what is left for steps of its own. Comments say why where a number is not obvious.
 """
 
-import os
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 from fastres.verify import calibrate
+from nets import randomize_bn, transformers_module
 
 torchvision = pytest.importorskip("torchvision")
 models = torchvision.models
@@ -42,13 +41,9 @@ def prepared(zoo: Net) -> nn.Module:
     """The network in eval mode with BN that do something: random parameters, the statistics of random images."""
     torch.manual_seed(1)
     net, x = zoo.make().eval(), torch.randn(4, 3, zoo.size, zoo.size)
-    norms = [m for m in net.modules() if getattr(m, "running_var", None) is not None]
+    frozen = [m for m in randomize_bn(net, statistics=False).modules() if "FrozenBatchNorm" in type(m).__name__]
+    hooks = [m.register_forward_pre_hook(_take_statistics) for m in frozen]
     with torch.no_grad():
-        for norm in norms:
-            for t, low, high in ((norm.weight, 0.5, 1.5), (norm.bias, -0.5, 0.5)):
-                if t is not None:
-                    t.uniform_(low, high)
-        hooks = [m.register_forward_pre_hook(_take_statistics) for m in norms if "Frozen" in type(m).__name__]
         net(x)
     for hook in hooks:
         hook.remove()
@@ -82,14 +77,11 @@ def timm(name: str, frozen: bool = False, scales: int = 0, options: Any = None, 
 
 
 def hf(kind: str, size: int = 64, family: str = "ResNetConfig", options: Any = None, **counts: int) -> Net:
-    """A class of transformers, which probes for a package `kernels`: this checkout's folder of that name is not it."""
+    """A class of transformers."""
 
     def make() -> nn.Module:
-        with pytest.MonkeyPatch.context() as patch:
-            path = [p for p in sys.path if not os.path.isfile(os.path.join(p, "kernels", "bn_act.py"))]
-            patch.setattr(sys, "path", path)
-            library = pytest.importorskip("transformers")
-            net: nn.Module = getattr(library, kind)(getattr(library, family)(**(options or {})))
+        library = transformers_module()
+        net: nn.Module = getattr(library, kind)(getattr(library, family)(**(options or {})))
         return net
 
     return Net(make, counts, size)

@@ -118,15 +118,3 @@ def integers(shape, dtype, most=2):
 
 def random(shape, dtype, scale=1.0):
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype).contiguous(memory_format=LAST)
-
-
-def shifted(t, offset=1):
-    """The same values and strides, `offset` elements off an aligned address."""
-    flat = torch.empty(t.numel() + offset, dtype=t.dtype, device=t.device)
-    return flat.as_strided(t.shape, t.stride(), offset).copy_(t)
-
-
-def memory_for(gigabytes):
-    free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else 0
-    if free < gigabytes:
-        pytest.skip(f"needs {gigabytes} GiB of GPU memory, {free:.0f} are free")

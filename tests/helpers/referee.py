@@ -46,3 +46,47 @@ def layout(x, kind):
 
 
 LAYOUTS = ("nchw", "channels_last", "every_second", "transposed", "offset")
+
+
+# ---- bn_act in fp64 --------------------------------------------------------------------------------------------------
+
+
+def per_channel(vector):
+    return vector.double().view(1, -1, 1, 1)
+
+
+def statistics64(x):
+    return x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), unbiased=False)
+
+
+def forward64(x, weight, bias, residual, mean, var, eps, act):
+    """-> y and the sum of the absolute values of its terms, in fp64."""
+    x_hat = (x.double() - per_channel(mean)) / (per_channel(var) + eps).sqrt()
+    z = x_hat if weight is None else x_hat * per_channel(weight)
+    magnitude = z.abs()
+    for term in (None if bias is None else per_channel(bias), None if residual is None else residual.double()):
+        if term is not None:
+            z, magnitude = z + term, magnitude + term.abs()
+    return torch.where(z < 0, 0.0, z) if act == "relu" else z, magnitude
+
+
+def backward64(dy, x, y, weight, mean, var, training, eps, act):
+    """-> {name: (gradient, sum of the absolute values of its terms)}, in fp64."""
+    rstd = 1 / (per_channel(var) + eps).sqrt()
+    x_hat = (x.double() - per_channel(mean)) * rstd
+    g = torch.where(y.double() <= 0, 0.0, dy.double()) if act == "relu" else dy.double()
+    scale = rstd if weight is None else rstd * per_channel(weight)
+    axes, n = (0, 2, 3), x.numel() // x.shape[1]
+    dbias, dweight = g.sum(axes), (g * x_hat).sum(axes)
+    dbias_magnitude, dweight_magnitude = g.abs().sum(axes), (g * x_hat).abs().sum(axes)
+    dx, dx_magnitude = scale * g, (scale * g).abs()
+    if training:
+        dx = scale * (g - per_channel(dbias) / n - x_hat * per_channel(dweight) / n)
+        spread = per_channel(dbias_magnitude) / n + x_hat.abs() * per_channel(dweight_magnitude) / n
+        dx_magnitude = dx_magnitude + scale.abs() * spread
+    return {
+        "dx": (dx, dx_magnitude),
+        "dweight": (dweight, dweight_magnitude),
+        "dbias": (dbias, dbias_magnitude),
+        "dresidual": (g, torch.zeros_like(g)),  # moved, never computed: exact
+    }

@@ -1,8 +1,6 @@
 """What the swap tests share: small networks, what operators a call runs, equality of two models' steps."""
 
 import copy
-import os
-import sys
 from collections import Counter
 from collections import OrderedDict as Named
 
@@ -10,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from nets import randomize_bn as scramble
+from nets import transformers_module
 
 torchvision = pytest.importorskip("torchvision")
 
@@ -42,21 +43,6 @@ def tiny(dtype=torch.float64):
 
 TINY_BLOCKS = ("stem", "layer1.0", "layer1.1", "layer1.1.downsample", "layer2.0", "layer2.1", "layer2.1.downsample")
 TINY_CALLS = 1 + 2 * 2 + 1 + 3 * 2 + 1  # BN layers, each one operator
-
-
-def scramble(net):
-    """BN parameters and statistics away from 1 and 0, so that none can be left out unseen."""
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            for t, low, high in (
-                (module.weight, 0.5, 1.5),
-                (module.bias, -0.5, 0.5),
-                (module.running_mean, -0.5, 0.5),
-                (module.running_var, 0.5, 1.5),
-            ):
-                if t is not None:
-                    nn.init.uniform_(t, low, high)
-    return net
 
 
 def images(n=4, size=16, dtype=torch.float64):
@@ -119,10 +105,8 @@ def assert_same_steps(net, stock, *inputs, modes=(True, False), tolerance=1e-10)
 
 
 def hugging_face_resnet():
-    """transformers' ResNet module. Transformers probes for a package `kernels`, which this checkout's folder is not."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [p for p in sys.path if not os.path.isfile(os.path.join(p, "kernels", "bn_act.py"))])
-        return pytest.importorskip("transformers.models.resnet.modeling_resnet")
+    """transformers' ResNet module."""
+    return transformers_module("transformers.models.resnet.modeling_resnet")
 
 
 def pair(build=tiny):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from fastres.lab.loop import RunSpec
@@ -25,3 +26,18 @@ def assert_equal(found, wanted):
 def timeless(result):
     data = result.to_dict()
     return {**data, "seconds": 0, "history": [{**point, "seconds": 0} for point in data["history"]]}
+
+
+def write_images(root, parts, size):
+    """JPEG files of noise in root/part/label, `parts[part]` of each of two labels; those of b are brighter."""
+    pytest.importorskip("torchvision")
+    image = pytest.importorskip("PIL.Image")
+    for part, count in parts.items():
+        for label, name in enumerate("ab"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                rng = torch.Generator().manual_seed(i)
+                noise = torch.randint(0, 56, (size[0] + 40 * i, size[1], 3), dtype=torch.uint8, generator=rng)
+                image.fromarray((noise + 150 * label).numpy()).save(folder / f"{i}.JPEG", quality=95)
+    return root

@@ -1,5 +1,7 @@
-"""What the Triton launchers would launch, recorded on meta tensors of real shapes, and the entry of the table that each
-launch is for."""
+"""The launches of the Triton kernels, recorded: the launchers run on meta tensors of real shapes.
+
+`recorded(arch)` records as for that architecture; `launch_everything` and CONVS are the calls of all kernels.
+"""
 
 import os
 from contextlib import contextmanager
@@ -8,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", reason="Triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("TRITON_INTERPRET=1: nothing is compiled in this process", allow_module_level=True)
 
@@ -17,14 +19,6 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 TYPES = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 DTYPES = tuple(TYPES)
-WRITTEN = {
-    "add_relu_forward_kernel": ("y_ptr",),
-    "bn_act_forward_kernel": ("y_ptr",),
-    **dict.fromkeys(
-        ("add_relu_backward_kernel", "bn_act_backward_sums_kernel", "bn_act_backward_kernel"),
-        ("dx_ptr", "dresidual_ptr"),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -198,34 +192,3 @@ CONVS = [
     Conv(256, 128, 28, 128, kernel=3, y_format=NCHW, residual=True),
     Conv(16384, 128, 56, 128, kernel=3, residual=True, act="hardswish"),  # more than 2^31 elements
 ]
-
-
-def all_launches():
-    found = {}
-    for arch in configs.ARCHITECTURES:
-        for dtype in DTYPES:
-            with recorded(arch) as launches:
-                for shape, channels_last in SHAPES:
-                    launch_everything(shape, channels_last, dtype)
-                for conv in CONVS:
-                    for tf32 in {False, dtype == torch.float32}:
-                        conv.launch(dtype, tf32)
-            found.update(dict.fromkeys(launches))
-    return list(found)
-
-
-def one_for_each_entry(launches):
-    """The launch with most tensors of every entry, the dtypes in turn."""
-    chosen = {}
-    for launch in launches:
-        chosen.setdefault(launch.entry, []).append(launch)
-    for i, (entry, choices) in enumerate(sorted(chosen.items())):
-        wanted = TYPES[DTYPES[i % 3]]
-        of_type = [c for c in choices if c.element_type == wanted] or choices
-        chosen[entry] = max(of_type, key=lambda c: sum(t[0] == "*" for _, t in c.signature))
-    return list(chosen.values())
-
-
-ALL = all_launches()
-FAST = one_for_each_entry(ALL)
-REST = [x for x in ALL if x not in set(FAST)]

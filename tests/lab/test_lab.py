@@ -1,4 +1,4 @@
-"""fastres.lab: timing statistics, data, checkpoints, devices, result files, the chart, the training loop."""
+"""fastres.lab: timing statistics, data, checkpoints, devices, result files, the chart."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_digits_split_is_stratified_disjoint_and_fixed():
     assert not torch.equal(data.digits(seed=1).test_labels, a.test_labels)
 
 
-def test_photographs_are_the_two_real_ones_normalised():
+def test_photographs_are_the_two_real_ones_normalized():
     pytest.importorskip("sklearn")
     pytest.importorskip("torchvision")
     from fastres.lab.data import photographs
@@ -344,76 +344,3 @@ def test_throughput_chart_refuses(tmp_path):
         throughput_chart([], tmp_path / "chart.png", "title")
     with pytest.raises(OutputError, match="cannot be written"):
         throughput_chart([Bar("a", 1, "", True)], tmp_path / "no" / "chart.png", "title")
-
-
-# ---- training loop ---------------------------------------------------------------------------------------------------
-
-
-def toy_problem():
-    rng = torch.Generator().manual_seed(0)
-    labels = torch.arange(64) % 2
-    images = torch.randn(64, 1, 4, 4, generator=rng) + labels[:, None, None, None] * 3.0
-    return images, labels
-
-
-def toy_net() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
-
-
-def test_train_learns_reports_and_repeats():
-    from fastres.lab.train import Recipe, accuracy, predict, train
-
-    images, labels = toy_problem()
-    runs = []
-    for _ in range(2):
-        net, steps = toy_net(), []
-        result = train(net, images, labels, Recipe(epochs=4, batch_size=16), on_step=steps.append)
-        assert [s.step for s in steps] == list(range(1, 17)) and steps[-1].epoch == 4 and steps[-1].images == 256
-        assert result.steps == 16 and len(result.losses) == 4 and result.losses[-1] < result.losses[0]
-        assert net.training
-        logits = predict(net, images)
-        assert net.training and accuracy(logits, labels) > 0.95
-        runs.append(logits)
-    assert torch.equal(*runs)  # same seed, same network, to the last bit
-
-
-def test_train_schedule_warms_up_and_ends_at_zero():
-    from fastres.lab.train import _lr_factor
-
-    factors = [_lr_factor(t, 4, 20) for t in range(1, 21)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[-1] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(factors[3:], factors[4:], strict=False))
-
-
-def test_shifted_moves_whole_images_by_at_most_the_shift():
-    from fastres.lab.train import _shifted
-
-    images = torch.zeros(200, 1, 7, 7)
-    images[:, 0, 3, 3] = 1.0
-    moved = _shifted(images, 1, torch.Generator().manual_seed(0))
-    where = moved.flatten(1).argmax(1)
-    rows, columns = where // 7 - 3, where % 7 - 3
-    assert torch.equal(moved.sum((1, 2, 3)), torch.ones(200))
-    assert set(rows.tolist()) == {-1, 0, 1} == set(columns.tolist())
-    assert torch.equal(_shifted(images, 0, torch.Generator()), images)
-
-
-def test_train_stops_at_max_steps_and_refuses():
-    from fastres.lab.train import Recipe, train
-
-    images, labels = toy_problem()
-    assert train(toy_net(), images, labels, Recipe(batch_size=16), max_steps=3).steps == 3
-    with pytest.raises(ValueError, match="labels: got 63"):
-        train(toy_net(), images, labels[:-1], Recipe())
-    with pytest.raises(ValueError, match="batch_size: got 65"):
-        train(toy_net(), images, labels, Recipe(batch_size=65))
-
-
-def test_decay_spares_biases_and_norms():
-    from fastres.lab.train import _parameter_groups
-
-    decayed, plain = _parameter_groups(toy_net(), 5e-4)
-    assert {p.dim() for p in decayed["params"]} == {2, 4} and {p.dim() for p in plain["params"]} == {1}
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (5e-4, 0.0)

@@ -13,6 +13,8 @@ from fastres.lab import recipes
 from fastres.lab.augment import DEVIATION, MEAN, augmented, draw, multi_scale, ten_crops
 from fastres.lab.datasets import InMemory, Part, load, order, stream
 from fastres.lab.errors import DataError, LabError, RecipeError
+from own_process import own_process
+from train_runs import write_images
 
 CPU = torch.device("cpu")
 
@@ -143,7 +145,7 @@ def test_digits_move_by_a_pixel_and_are_never_mirrored():
     assert not draw("digits", 300, generator())[:, 2].any()
 
 
-def test_colour_moves_along_the_axes_of_rgb():
+def test_color_moves_along_the_axes_of_rgb():
     images = torch.zeros(2000, 3, 2, 2)
     found = augmented(images, "imagenet", draw("imagenet", 2000, generator()))
     shifts = found[:, :, 0, 0] * torch.tensor(DEVIATION)  # in 0..1
@@ -220,21 +222,17 @@ def test_missing_and_corrupt_cifar10_is_one_clear_line(cifar, tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Six training and four test images of two classes; the pixels of class b are brighter."""
-    pytest.importorskip("torchvision")
-    image = pytest.importorskip("PIL.Image")
-    for part, count in (("train", 3), ("val", 2)):
-        for label, name in enumerate(("a", "b")):
-            folder = tmp_path / part / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                noise = torch.randint(0, 56, (300 + 40 * i, 400, 3), dtype=torch.uint8, generator=generator(i))
-                image.fromarray((noise + 150 * label).numpy()).save(folder / f"{i}.JPEG", quality=95)
-    return tmp_path
+    """Six training and four test images of two classes."""
+    return write_images(tmp_path, {"train": 3, "val": 2}, (300, 400))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_folders_give_the_papers_crops_reproducibly(folders, workers):
+@own_process  # it forks decoders
+def test_folders_give_the_papers_crops_reproducibly(folders):
+    for workers in (0, 2):
+        check_crops(folders, workers)
+
+
+def check_crops(folders, workers):
     data = load("imagenet", folders, workers)
     assert (data.train_size, data.test_size, data.classes, data.size) == (6, 4, 2, 224)
     recipe = small("imagenet", batch_size=4, iterations=3)
@@ -294,15 +292,16 @@ def test_other_views_need_folders():
             test_errors(net, set_of(torch.zeros(5, 1, 2, 2)), views)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_image_is_named(folders, workers):
+@own_process  # it forks decoders
+def test_a_corrupt_image_is_named(folders):
     path = folders / "train" / "b" / "1.JPEG"
     path.write_bytes(path.read_bytes()[:3000])
-    data = load("imagenet", folders, workers)
-    with pytest.raises(DataError) as caught:
-        list(data.batches(small("imagenet", 6, 1), 0, 0, Part(), CPU))
-    text = str(caught.value)
-    assert text.startswith(f"data file {path}: cannot be decoded: ") and "\n" not in text
+    for workers in (0, 1):
+        data = load("imagenet", folders, workers)
+        with pytest.raises(DataError) as caught:
+            list(data.batches(small("imagenet", 6, 1), 0, 0, Part(), CPU))
+        text = str(caught.value)
+        assert text.startswith(f"data file {path}: cannot be decoded: ") and "\n" not in text
 
 
 def test_missing_folders_are_one_clear_line(folders, tmp_path):
@@ -318,7 +317,7 @@ def test_missing_folders_are_one_clear_line(folders, tmp_path):
         assert "ILSVRC2012_img_train.tar" in str(caught.value) and "\n" not in str(caught.value)
     (folders / "train" / "c").rmdir()
     (folders / "val" / "b").rename(folders / "val" / "z")
-    with pytest.raises(DataError, match="other classes, such as 'b'"):
+    with pytest.raises(DataError, match="different classes, such as 'b'"):
         load("imagenet", folders)
     with pytest.raises(DataError, match="data: got 'mnist', expected one of digits, digits8, cifar10, imagenet"):
         load("mnist")

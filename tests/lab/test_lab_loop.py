@@ -21,21 +21,7 @@ from fastres.lab.loop import Point, RunResult, RunSpec, run, trained  # noqa: E4
 from fastres.lab.recipes import TrainRecipe, recipe  # noqa: E402
 from train_runs import QUICK, SPEC, assert_equal, timeless, weights  # noqa: E402
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """SPEC run without a break: (result, folder, steps)."""
-    folder, steps = tmp_path_factory.mktemp("whole") / "new" / "run", []
-    torch.set_num_threads(1)
-    return run(SPEC, folder, device="cpu", on_step=steps.append), folder, steps
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- one run ---------------------------------------------------------------------------------------------------------
@@ -202,7 +188,7 @@ def refused(error, message, spec=SPEC, folder=None, **settings):
 def test_another_run_in_the_folder(whole, tmp_path):
     folder = whole[1]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    refused(RunError, "holds another run: seed 0, not 1; give another", replace(SPEC, seed=1), folder)
+    refused(RunError, "holds another run: seed 0, not 1; use another", replace(SPEC, seed=1), folder)
     other = replace(SPEC, network="plain8", options=(("init", "fan_in"),), recipe=replace(QUICK, lr=0.2))
     refused(RunError, "network resnet8, not plain8; recipe.lr 0.1, not 0.2; options.init None, not", other, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -231,17 +217,17 @@ def _momentum(path):
 
 BAD = {
     "optimizer": (_changed(optimizer={"state": {}, "param_groups": []}), "got loaded state dict"),
-    "momentum": (_momentum, r"got a momentum of shape \[3\], expected the states"),
+    "momentum": (_momentum, r"got a momentum of shape \[3\], expected"),
     "cut off": (lambda path: path.write_bytes(path.read_bytes()[:500]), "cannot be read"),
     "text": (lambda path: path.write_text("hello"), "cannot be read"),
     "whole module": (lambda path: torch.save(nn.ReLU(), path), "cannot be read"),
     "tensor": (lambda path: torch.save(torch.zeros(1), path), "got 'Tensor', expected the schema"),
     "schema": (_changed(schema="fastres.checkpoint/9"), "got 'fastres.checkpoint/9', expected the schema"),
-    "part missing": (_changed(optimizer=None), "got no or other 'optimizer'"),
-    "progress": (_changed(progress={"iteration": 1, "epoch": 2}), "got no or other"),
-    "iteration": (_changed(progress={"iteration": 99}), "got other tensors or counts"),
-    "shape": (_model, "got other tensors or counts, expected those of resnet8"),
-    "another run": (_changed(spec=replace(SPEC, seed=3).to_dict()), "is of another run: seed 3, not 0"),
+    "part missing": (_changed(optimizer=None), "got 'optimizer', expected"),
+    "progress": (_changed(progress={"iteration": 1, "epoch": 2}), "got .*unexpected keyword argument 'epoch'"),
+    "iteration": (_changed(progress={"iteration": 99}), "got iteration 99 and 3 sums"),
+    "shape": (_model, "got .*size mismatch for fc.bias.*expected a checkpoint of resnet8"),
+    "another run": (_changed(spec=replace(SPEC, seed=3).to_dict()), "got another run's: seed 3, not 0"),
 }
 
 
@@ -255,17 +241,14 @@ def test_a_bad_checkpoint_is_one_clear_line(tmp_path, case):
     assert (tmp_path / "checkpoint.pt").read_bytes() == damaged
 
 
-@pytest.mark.parametrize("damage", ["short", "header", "cell", "gone"])
-def test_a_bad_log_is_one_clear_line(tmp_path, damage):
-    run(SPEC, tmp_path, device="cpu", stop_after=4)
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_a_damaged_log_is_written_again_from_the_checkpoint(whole, tmp_path, damage):
+    run(SPEC, tmp_path, device="cpu", stop_after=7)
     log = tmp_path / "log.csv"
-    text = log.read_text()
-    if damage == "gone":
-        log.unlink()
-    else:
-        changed = {"short": text[:40], "header": text.replace("lr", "rl"), "cell": text.replace("0.1,", "x.1,", 1)}
-        log.write_text(changed[damage])
-    refused(CheckpointError, "log .*log.csv: ", folder=tmp_path)
+    log.unlink() if damage == "gone" else log.write_text(log.read_text()[:40])
+    assert timeless(run(SPEC, tmp_path, device="cpu")) == timeless(whole[0])
+    rows, wanted = ([row.rpartition(",")[0] for row in open(folder / "log.csv")] for folder in (tmp_path, whole[1]))
+    assert rows == wanted
 
 
 @pytest.mark.parametrize("name", ["spec.json", "result.json"])
@@ -317,7 +300,7 @@ def test_spec_and_result_go_through_json():
     assert dataclasses.asdict(result)["history"][0]["lr"] == 0.1
 
 
-@pytest.mark.parametrize("module", ["recipes", "augment", "datasets", "evaluation", "loop", "loop_state"])
+@pytest.mark.parametrize("module", ["recipes", "augment", "batches", "datasets", "evaluation", "loop", "loop_state"])
 def test_the_docstrings_examples_run(module):
     import doctest
     import importlib

@@ -20,6 +20,8 @@ from fastres.lab.paper.presets import PRESETS, PaperError, preset
 from fastres.lab.paper.published import CLAIMS, PARAMETERS, PUBLISHED, find
 from fastres.lab.paper.runs import Place
 from fastres.lab.paper.tables import Comparison, Curve, Outcome, Panel, Table, spread
+from nets import randomize_bn
+from train_runs import write_images
 
 CI = preset("ci")
 
@@ -130,11 +132,7 @@ def trained_net(make):
     net = make(8)
     for _ in range(3):
         net(torch.randn(8, 3, 8, 8) * 2 + 1)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-    return net.double()
+    return randomize_bn(net, statistics=False).double()
 
 
 def test_responses_are_what_an_unfused_network_has():
@@ -316,15 +314,8 @@ def test_1202_layers_take_a_step():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A data set of ImageNet's layout: two classes, two images each."""
-    image = pytest.importorskip("PIL.Image")
-    pytest.importorskip("torchvision")
-    root = tmp_path_factory.mktemp("imagenet")
-    for part in ("train", "val"):
-        for label, colour in enumerate(((200, 30, 30), (30, 30, 200))):
-            (root / part / f"class{label}").mkdir(parents=True)
-            image.new("RGB", (300, 260), colour).save(root / part / f"class{label}" / "0.JPEG")
-    return root
+    """A data set of ImageNet's layout: two classes, an image each."""
+    return write_images(tmp_path_factory.mktemp("imagenet"), {"train": 1, "val": 1}, (260, 300))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -356,10 +347,11 @@ def test_imagenet_knows_what_to_compare_with():
 # ---- tables, plots, report -------------------------------------------------------------------------------------------
 
 
-def test_table_escapes():
+def test_table_escapes(tmp_path):
     table = Table("a < b", ("x|y", "z"), (("1|2", "<b>"),), ("note & more",))
     assert "| 1\\|2 | <b> |" in table.markdown()
-    assert "&lt;b&gt;" in table.html() and "a &lt; b" in table.html() and "note &amp; more" in table.html()
+    page = report._html(table.markdown(), tmp_path)
+    assert "<td>1|2</td>" in page and "&lt;b&gt;" in page and "a &lt; b" in page and "note &amp; more" in page
     assert Table.from_dict(json.loads(json.dumps(Outcome((table,), ()).to_dict()))["tables"][0]) == table
 
 

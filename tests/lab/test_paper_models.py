@@ -128,7 +128,7 @@ def test_names_of_two_networks():
     [
         ("resnet51", {}, "network resnet51: depth: got 51, expected 6n"),
         ("vgg16", {}, "network: got 'vgg16', expected one of resnet18"),
-        ("resnet5o", {}, "near: .*resnet50"),
+        ("resnet5o", {}, "did you mean .*resnet50"),
         ("", {}, "network: got ''"),
         ("resnet20", {"shortcuts": "A"}, "options of resnet20: got 'shortcuts', expected shortcut"),
         ("resnet20", {"shortcut": "D"}, "network resnet20: shortcut: got 'D'"),

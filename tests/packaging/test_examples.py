@@ -63,6 +63,7 @@ def test_plain(example, capsys):
     assert "12 of 12 blocks swapped" in capsys.readouterr().out
 
 
+@pytest.mark.full  # by default test_swap_training.py has DDP in two processes
 def test_ddp(tmp_path):
     """Two processes of torchrun, as a user starts them; DDP itself compares the parameters' shapes."""
     saved = tmp_path / "model.pt"

@@ -1,4 +1,5 @@
-"""The house: imports run one way, `import fastres` stays light, a library never prints, an operator has all its files.
+"""The house: imports run one way and in no circle, `import fastres` stays light, a library never prints, an operator
+has all its files and is named nowhere else, no file is long without a reason.
 
 Everything here reads the sources and runs none of them, but for `import fastres` in a fresh process.
 """
@@ -18,15 +19,16 @@ if not (ROOT / "setup.py").exists():
     pytest.skip("the tests lie outside a source tree", allow_module_level=True)
 
 # A module may import modules of a higher number and those of its own folder, nothing else of fastres:
-# cli -> lab, inference, swap -> models -> nn -> ops -> {kernels, _extension, _dispatch}
+# cli -> lab, compile, inference, swap -> graph, models -> nn -> ops -> {kernels, _extension, _dispatch}
 RANK = {
     "__main__": 0,
     "cli": 1,
     "lab": 2,
-    "compile": 2,  # beside lab
+    "compile": 2,
     "inference": 3,
     "swap": 4,
-    "verify": 5,  # beside swap and inference, which may use it
+    "verify": 5,  # lab, inference and swap use it
+    "graph": 6,
     "models": 6,
     "nn": 7,
     "functional": 8,
@@ -36,7 +38,9 @@ RANK = {
     "_extension": 10,
     "_C": 10,
     "_dispatch": 10,
+    "_files": 11,
     "_log": 11,
+    "_stamp": 11,
 }
 NEVER_AT_IMPORT = ("triton", "torchvision", "timm", "transformers", "sklearn", "matplotlib", "rich", "typer")
 OPERATORS = sorted(path.stem for path in (ROOT / "fastres/ops").glob("[!_]*.py"))
@@ -52,6 +56,7 @@ def module_name(path):
 
 FILES = [path for folder in ("fastres", "kernels") for path in sorted((ROOT / folder).rglob("*.py"))]
 SOURCES = {module_name(path): path for path in FILES}
+TEXTS = {name: path.read_text() for name, path in SOURCES.items()}
 
 
 def imports(name, source):
@@ -97,13 +102,52 @@ def violations(name, source):
     return wrong
 
 
+def circles(edges):
+    """The groups of modules each of which reaches all others of its group; `edges`: {module: modules it imports}."""
+
+    def reached(module):
+        found, front = set(), list(edges[module])
+        while front:
+            at = front.pop()
+            if at not in found:
+                found.add(at)
+                front += edges[at]
+        return found
+
+    reach = {module: reached(module) for module in edges}
+    groups = {frozenset({m, *(n for n in reach[m] if m in reach[n])}) for m in edges if m in reach[m]}
+    return sorted(sorted(group) for group in groups)
+
+
+def within_folders(sources):
+    """{module: modules of its own folder that it imports}, of {module: source text}."""
+    edges = {}
+    for name, text in sources.items():
+        found = {module for _, imported in imports(name, text) for module in (imported, f"{imported}.__init__")}
+        edges[name] = {m for m in found & sources.keys() - {name} if folder(m) == folder(name)}
+    return edges
+
+
 def test_every_module_has_a_place():
     assert {folder(name) for name in SOURCES} - {""} <= set(RANK)
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_imports_run_one_way(name):
-    assert violations(name, SOURCES[name].read_text()) == []
+def test_imports_run_one_way():
+    wrong = [line for name, text in TEXTS.items() for line in violations(name, text)]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_imports_inside_a_folder_make_no_circle():
+    """Those inside functions count too: they hide a circle and do not open it."""
+    found = circles(within_folders(TEXTS))
+    assert not found, "\n".join(" <-> ".join(group) for group in found)
+
+
+def test_a_circle_is_found():
+    texts = {"a": "import fastres.nn.b", "b": "def f():\n    from fastres.nn.c import x", "c": "from .a import x"}
+    texts["d"] = texts["c"]  # it leads into the circle and is not of it
+    sources = {f"fastres.nn.{name}": text for name, text in texts.items()}
+    assert circles(within_folders(sources)) == [[f"fastres.nn.{name}" for name in "abc"]]
 
 
 @pytest.mark.parametrize(
@@ -126,9 +170,9 @@ def test_an_import_that_goes_up_is_found(name, source):
     assert len(violations(name, source)) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if folder(name) == "kernels"])
-def test_kernels_import_torch_and_triton_alone(name):
-    roots = {imported.split(".")[0] for _, imported in imports(name, SOURCES[name].read_text())}
+def test_kernels_import_torch_and_triton_alone():
+    kernels = {name: text for name, text in TEXTS.items() if folder(name) == "kernels"}
+    roots = {imported.split(".")[0] for name, text in kernels.items() for _, imported in imports(name, text)}
     assert roots - set(sys.stdlib_module_names) <= {"torch", "triton", "fastres"}
 
 
@@ -143,19 +187,23 @@ def test_csrc_includes_the_stable_abi_alone():
     assert not [path for path in files if path.name == "math.h"], "a header called math.h shadows the system's"
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if folder(name) != "cli"])
-def test_a_library_never_prints(name):
-    calls = [node for node in ast.walk(ast.parse(SOURCES[name].read_text())) if isinstance(node, ast.Call)]
-    assert [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"] == []
+def test_a_library_never_prints_and_is_python_3_10():
+    for name, text in TEXTS.items():
+        calls = [n for n in ast.walk(ast.parse(text, feature_version=(3, 10))) if isinstance(n, ast.Call)]
+        printed = [n.lineno for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
+        assert folder(name) == "cli" or printed == [], name
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_sources_are_python_3_10(name):
-    ast.parse(SOURCES[name].read_text(), feature_version=(3, 10))
+def test_no_file_is_long_without_a_reason():
+    """Above 400 lines one of the first 15 says why ("Longer than 400 lines: ...")."""
+    folders, suffixes = ("fastres", "kernels", "csrc", "benchmarks", "tests"), (".py", ".cpp", ".h", ".cu", ".cuh")
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.suffix in suffixes]
+    long = {path: lines for path in files if len(lines := path.read_text().splitlines()) > 400}
+    bare = [path for path, lines in long.items() if "400 lines" not in " ".join(lines[:15])]
+    assert not bare, "\n".join(f"{path.relative_to(ROOT)}: {len(long[path])} lines" for path in bare)
 
 
-def test_known_operators():
-    assert {"add_relu", "bn_act", "conv_act"} <= set(OPERATORS)
+# ---- operators -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("op", OPERATORS)
@@ -168,15 +216,60 @@ def test_an_operator_has_one_name_in_every_folder(op):
     assert [file for file in files if not (ROOT / file).exists()] == []
 
 
-@pytest.mark.parametrize("op", OPERATORS)
-def test_no_operator_is_named_in_the_dispatch(op):
-    """Adding an operator edits no central table: only docstrings of _dispatch and _extension may mention one."""
-    for file in ("fastres/_dispatch.py", "fastres/_extension.py"):
-        tree = ast.parse((ROOT / file).read_text())
-        documented = [node for node in ast.walk(tree) if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)]
-        docs = {ast.get_docstring(node, clean=False) for node in documented}
-        strings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)} - docs
-        assert not [text for text in strings if isinstance(text, str) and op in text], file
+def code_lines(path):
+    """A source file's lines without comments and docstrings."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S).splitlines()
+    lines = [re.sub(r"(^|\s)#.*", "", line) for line in text.splitlines()]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node, clean=False):
+            first = node.body[0]
+            lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
+    return lines
+
+
+# Where an operator stands outside its own files: how many lines of code at most, and why. A new operator adds a line to
+# the registry and to the public names; a new fusion none.
+NAMED = {
+    "fastres/ops/__init__.py": (4, "the registry"),
+    "fastres/functional.py": (2, "the public names"),
+    "fastres/nn/steps.py": (8, "the modules' calls"),
+    "fastres/nn/conv_steps.py": (2, "the modules' calls"),
+    "fastres/verify/floor.py": (5, "how exact an operator is"),
+    "fastres/ops/_conv_backends.py": (2, "conv_act's ReLU after a convolution of its own"),
+    "fastres/ops/conv_act.py": (1, "its ReLU's gradient is add_relu's"),
+    "kernels/configs.py": (7, "tile sizes by kernel"),
+    "csrc/module.cpp": (2, "docstrings of the list of conv_act's kernels"),
+    "csrc/cuda/kernels.cu": (1, "the list of conv_act's kernels"),
+    "csrc/cuda/bn_act_backward.cu": (2, "a ReLU's gradient alone is add_relu's"),
+    "fastres/graph/normalize.py": (3, "an operator's call, read"),
+    "fastres/compile.py": (2, "which convolutions it has written"),
+    "fastres/inference/report.py": (3, "counts by kind"),
+}
+
+
+def own(op, path):
+    """The files of one operator: by its name, and the parts of a convolution by conv_."""
+    stem = path.stem.removeprefix("_")
+    return stem.startswith(op) or stem.startswith("conv_" if op == "conv_act" else f"{op.split('_')[0]}_")
+
+
+def test_an_operator_is_named_in_few_places():
+    files = [path for folder in ("fastres", "kernels", "csrc") for path in sorted((ROOT / folder).rglob("*.*"))]
+    found = {}
+    for path in files:
+        name = str(path.relative_to(ROOT))
+        if path.suffix not in (".py", ".cpp", ".h", ".cu", ".cuh") or name.startswith("fastres/graph/fusions/"):
+            continue
+        foreign = [op for op in OPERATORS if not own(op, path)]
+        pattern = re.compile(rf"(?<![A-Za-z0-9_])_?({'|'.join(foreign)})") if foreign else None
+        count = sum(bool(pattern.search(line)) for line in code_lines(path)) if pattern else 0
+        if count:
+            found[name] = count
+    more = [f"{name}: {count} lines" for name, count in found.items() if count > NAMED.get(name, (0,))[0]]
+    assert not more, "\n".join(more)
+    assert NAMED.keys() - found.keys() == set(), "no longer needed in the list above"
 
 
 def test_importing_fastres_is_light():

@@ -39,6 +39,7 @@ def test_blocks_import_what_they_use():
         assert max(map(len, block.splitlines())) <= 120
 
 
+@pytest.mark.full
 def test_the_pipeline(capsys):
     (block,) = [block for block in BLOCKS if "pipeline(" in block]
     assert len(block.strip().splitlines()) <= 10

@@ -1,6 +1,6 @@
 """verify's inputs, what it leaves alone, randomly initialised networks, its report and its refusals.
 
-`test_44_...` carries its row of the table of known faults: verification on randomly initialised networks.
+`test_row44_...` carries its row of tests/faults.md: verification on randomly initialised networks.
 """
 
 import copy
@@ -135,7 +135,7 @@ def test_half_precision_candidate_is_compared_with_the_reference_cast():
 # ---- randomly initialised networks --------------------------------------------------------------------------------
 
 
-def test_44_random_networks_are_calibrated_on_copies():
+def test_row44_random_networks_are_calibrated_on_copies():
     net = models.cifar_resnet(20).eval()
     x = torch.randn(4, 3, 16, 16)
     assert len(uncalibrated(net)) == 19
@@ -148,7 +148,7 @@ def test_44_random_networks_are_calibrated_on_copies():
     assert not verify(net, fault, x, backward=False)
 
 
-def test_44_what_cannot_be_calibrated_is_said():
+def test_row44_what_cannot_be_calibrated_is_said():
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).eval()
     verdict = verify(net, net[0], torch.randn(2, 3, 4, 4), backward=False)
     assert any("no such layers to calibrate" in note for note in verdict.notes)

@@ -1,4 +1,4 @@
-"""Experiment 4, depth (Table 6): residual networks of 20 to 110 layers, and 1202 for one step, with its memory."""
+"""Experiment 4, depth (Table 6): residual networks of 20 to 110 layers, and one step of 1202, with its memory."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from fastres.lab import networks
 from fastres.lab.devices import channels_last, pick_device
 from fastres.lab.loop_state import RunSpec
-from fastres.lab.paper import curves
+from fastres.lab.paper.curves import columns, curve, error_panel, over_seeds, test_errors, train_errors
 from fastres.lab.paper.experiment import Context, Experiment
 from fastres.lab.paper.presets import Preset
 from fastres.lab.paper.published import PARAMETERS, find
-from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table, percent, spread
+from fastres.lab.paper.tables import Comparison, Outcome, Table, percent
 
 
 def specs(preset: Preset) -> list[RunSpec]:
@@ -29,9 +29,9 @@ def specs(preset: Preset) -> list[RunSpec]:
 
 
 def one_step(network: str, preset: Preset, device_name: str) -> dict[str, Any]:
-    """Builds a network, takes one training step of a whole batch on random images, and measures time and memory.
+    """Build a network, take one training step of a whole batch on random images, and measure time and memory.
 
-    On a CPU the memory is the growth of the process's highest resident set, so this runs in a process of its own.
+    On a CPU the memory is the growth of the process's peak resident set, so this runs in a process of its own.
 
     Example:
         >>> from fastres.lab.paper.presets import preset
@@ -68,97 +68,82 @@ def _step(network: str, preset: Preset, device_name: str) -> dict[str, Any]:
 
 
 def _peak(device: torch.device, reset: bool = False) -> int:
-    """The most bytes in use since the last reset: allocated on a GPU, of the process on a CPU."""
+    """The peak bytes in use since the last reset: allocated on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if not status.exists():  # elsewhere than on Linux: the highest since the process began
+    if not status.exists():  # not on Linux: the peak since the process started
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if reset:
-        with contextlib.suppress(OSError):  # not allowed in some containers: then it counts from the process's begin
+        with contextlib.suppress(OSError):  # not allowed in some containers: then since the process started
             Path("/proc/self/clear_refs").write_text("5")
     return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
 
 def outcome(context: Context) -> Outcome:
-    """Table 6 beside what was measured here, and the deepest network's step."""
+    """Table 6 next to the errors measured here, and the deepest network's step."""
     preset = context.preset
     found = {depth: context.of(f"resnet{depth}") for depth in preset.more_depths}
-    rows = []
-    for depth, results in found.items():
-        paper = find(f"resnet{depth}", source="Table 6")
-        others = find(f"resnet{depth}", data="cifar10")[len(paper) :]
-        rows.append(
-            (
-                f"resnet-{depth}",
-                f"{results[0].parameters:,}",
-                f"{PARAMETERS[f'resnet{depth}'][0]:,}" if f"resnet{depth}" in PARAMETERS else "-",
-                spread(curves.train_errors(results)),
-                spread(curves.test_errors(results)),
-                percent(paper[0].top1) + (f" ({paper[0].note})" if paper[0].note else "") if paper else "-",
-                ", ".join(percent(each.top1) for each in others) or "-",
-            )
-        )
-    head = ("network", "parameters here", "with 3 channels (paper)", "training error %", "test error %")
-    table = Table(
+    errors = {depth: test_errors(results) for depth, results in found.items()}
+    table = Table.of(
         f"Residual networks by depth: {preset.title}",
-        (*head, "Table 6, CIFAR-10 test error %", "other reproductions %"),
-        tuple(rows),
-        (f"Mean ± sample deviation of {len(preset.seeds)} seeds at the end of the runs, not the best of them.",),
+        {
+            "network": lambda depth: f"resnet-{depth}",
+            "parameters here": lambda depth: f"{found[depth][0].parameters:,}",
+            "with 3 channels (paper)": _paper_parameters,
+            **columns(found, "training error %", "test error %"),
+            "Table 6, CIFAR-10 test error %": lambda depth: _published(depth, True),
+            "other reproductions %": lambda depth: _published(depth, False),
+        },
+        found,
+        preset.seeds_note(" at the end of the runs, not the best of them."),
     )
     deepest = f"resnet{preset.deepest}"
     context.tell(f"one step of {deepest}")
     step = one_step(deepest, preset, context.place.device)
-    memory = Table(
-        f"One training step of {deepest}",
-        ("network", "parameters", "batch", "image", "seconds", "memory MiB", "loss"),
-        (
-            (
-                deepest,
-                f"{step['parameters']:,}",
-                str(step["batch"]),
-                f"{preset.size}x{preset.size}x{preset.channels}",
-                f"{step['seconds']:.1f}",
-                f"{step['memory_bytes'] / 2**20:,.0f}",
-                f"{step['loss']:.3f}",
-            ),
-        ),
-        (
-            "Memory: the highest allocated on a GPU; on a CPU the growth of the process during the step, its weights "
-            "already there. Its first step, so seconds include the first call of every operator.",
-        ),
+    mib = f"{step['memory_bytes'] / 2**20:,.0f}"
+    cells = {
+        "network": deepest,
+        "parameters": f"{step['parameters']:,}",
+        "batch": str(step["batch"]),
+        "image": f"{preset.size}x{preset.size}x{preset.channels}",
+        "seconds": f"{step['seconds']:.1f}",
+        "memory MiB": mib,
+        "loss": f"{step['loss']:.3f}",
+    }
+    note = (
+        "Memory: the most allocated on a GPU; on a CPU the growth of the process during the step, its weights already"
+        " there. This is the first step, so seconds include the first call of every operator."
     )
-    depths = list(found)
-    values = [curves.test_errors(found[depth]) for depth in depths]
-    ends = Comparison(f"resnet-{depths[0]}", values[0], f"resnet-{depths[-1]}", values[-1])
-    lines = [
-        f"test error falls with depth - {ends.holds(False)}: {ends}",
-        f"{deepest} builds and takes a step: loss {step['loss']:.3f}, {step['memory_bytes'] / 2**20:,.0f} MiB",
-    ]
+    memory = Table(f"One training step of {deepest}", tuple(cells), (tuple(cells.values()),), (note,))
+    first, last = preset.more_depths[0], preset.more_depths[-1]
+    ends = Comparison(f"resnet-{first}", errors[first], f"resnet-{last}", errors[last])
+    lines = (
+        ends.finding("test error falls with depth", higher=False),
+        f"{deepest} builds and takes a step: loss {step['loss']:.3f}, {mib} MiB",
+    )
+    train = ((depth, train_errors(results)) for depth, results in found.items())
     panels = (
-        Panel(
-            "at the end",
-            "layers",
-            "error %",
-            (
-                curves.by_depth(list(zip(depths, values, strict=True)), "test", 0),
-                curves.by_depth([(d, curves.train_errors(found[d])) for d in depths], "train", 0, "dashed"),
-            ),
-            percent=True,
-            points=True,
+        error_panel(
+            "at the end", (curve(errors.items(), "test", 0), curve(train, "train", 0, "dashed")), by_depth=True
         ),
-        Panel(
+        error_panel(
             "test error",
-            "iteration",
-            "error %",
-            tuple(curves.over_seeds(found[d], "test_error", f"resnet-{d}", i) for i, d in enumerate(depths)),
-            percent=True,
+            (over_seeds(each, "test_error", f"resnet-{d}", i) for i, (d, each) in enumerate(found.items())),
         ),
     )
-    return Outcome(
-        (table, memory), tuple(lines), panels, {"step": step, "test_error": dict(zip(depths, values, strict=True))}
-    )
+    return Outcome((table, memory), lines, panels, {"step": step, "test_error": errors})
+
+
+def _paper_parameters(depth: int) -> str:
+    known = PARAMETERS.get(f"resnet{depth}")
+    return f"{known[0]:,}" if known else "-"
+
+
+def _published(depth: int, paper: bool) -> str:
+    found = [each for each in find(f"resnet{depth}", data="cifar10") if (each.source == "Table 6") == paper]
+    return ", ".join(percent(each.top1) + (f" ({each.note})" if each.note else "") for each in found) or "-"
 
 
 EXPERIMENT = Experiment(4, "depth", "Depth", "Table 6", specs, outcome)

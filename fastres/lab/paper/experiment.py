@@ -1,4 +1,4 @@
-"""What an experiment is: the runs that it needs, and what it makes of their results."""
+"""An experiment: the runs it needs, and the function that turns their results into tables and a plot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastres.lab.paper.tables import Outcome
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What experiment 6 evaluates, and how."""
+    """The network, weights and views of experiment 6."""
 
     network: str | None = None
     weights: Path | None = None
@@ -24,7 +24,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Context:
-    """What an experiment is given once its runs are made."""
+    """The input of an experiment's `outcome`: its preset and its finished runs."""
 
     preset: Preset
     place: Place
@@ -33,20 +33,21 @@ class Context:
     tell: Callable[[str], None] = lambda text: None
 
     def of(self, network: str, **options: object) -> list[RunResult]:
-        """The results of one network, seed by seed."""
+        """The results of one network, one per seed."""
         return [self.results[self.preset.spec(network, seed, **options)] for seed in self.preset.seeds]
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment.
+    """One experiment of the paper.
 
     Args:
         number, name, title: "1", "degradation", ...
         source: tables and figures of the paper.
         specs: the runs it needs under a preset; none for experiments that train nothing.
-        outcome: tables and plot of the results.
-        presets: those that it can be run with.
+        outcome: makes tables and plot of the results.
+        presets: the presets it can run with.
+        note: on its cost, for the list.
     """
 
     number: int

@@ -1,15 +1,16 @@
-"""Experiment 6, ImageNet (Tables 2 to 4): a checkpoint's errors in the paper's three evaluations beside the published.
+"""Experiment 6, ImageNet (Tables 2 to 4): a checkpoint's errors in the paper's three evaluations.
 
-    1-crop       shorter side 256, the middle 224
-    10-crop      four corners, the middle, and their mirror images; the mean of the softmax (Tables 2, 3)
+    1-crop       shorter side 256, the center 224
+    10-crop      four corners, the center, and their mirror images; the mean of the softmax (Tables 2, 3)
     multi-scale  the whole image, shorter side 224, 256, 384, 480, 640, and mirrored; the network is fully
-                 convolutional: its last pooling averages over whatever size arrives (Table 4)
+                 convolutional: its last pooling averages over any size (Table 4)
 
 The checkpoint may be torchvision's (shortcut B; v1.5 is resnet50, v1 resnet50-v1), or any state_dict of the network.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastres.lab import datasets, networks
@@ -24,8 +25,8 @@ from fastres.lab.paper.tables import Outcome, Table, percent
 VIEWS: dict[str, Views] = {"1-crop": "single", "10-crop": "ten-crop", "multi-scale": "multi-scale"}
 
 
-def check(asked: Evaluation) -> None:
-    """Raises PaperError where the network or the checkpoint is missing, or a view is unknown."""
+def check(asked: Evaluation) -> tuple[str, Path]:
+    """The network and its checkpoint; raises PaperError where one is missing, or a view is unknown."""
     if asked.network is None or asked.weights is None:
         missing = "network" if asked.network is None else "weights"
         raise PaperError(
@@ -34,67 +35,57 @@ def check(asked: Evaluation) -> None:
     unknown = [view for view in asked.views if view not in VIEWS]
     if unknown or not asked.views:
         raise PaperError(f"views: got {', '.join(unknown) or 'none'}, expected some of {', '.join(VIEWS)}")
+    return asked.network, asked.weights
 
 
 def outcome(context: Context) -> Outcome:
-    """The errors measured, a row for each published number, and their difference.
+    """The measured errors, a row for each published number, and their difference.
 
     Raises:
         LabError: no network or checkpoint, one that does not fit, no data.
     """
     asked = context.evaluation
-    check(asked)
-    assert asked.network is not None and asked.weights is not None
+    network, weights = check(asked)
     data = datasets.load("imagenet", context.place.data_root)
     options: dict[str, Any] = {} if asked.shortcut is None else {"shortcut": asked.shortcut}
-    model = networks.build(asked.network, data.classes, data.channels, **options)
-    load_checkpoint(asked.weights, model, asked.network)
+    model = networks.build(network, data.classes, data.channels, **options)
+    load_checkpoint(weights, model, network)
     model = channels_last(model.to(pick_device(context.place.device)))
     measured = {}
     for view in asked.views:
-        context.tell(f"{asked.network}, {view}, {data.test_size:,} images")
+        context.tell(f"{network}, {view}, {data.test_size:,} images")
         measured[view] = test_errors(model, data, VIEWS[view])
-    plain = asked.network.startswith("plain")
-    shortcut = None if plain else asked.shortcut or "B"
-    rows, lines = [], []
-    for view, errors in measured.items():
-        published: list[Published | None] = [*rows_for(asked.network, view, shortcut)]
-        for each in published or [None]:
-            source = each.source if each else "not published"
-            theirs = (each.top1, each.top5) if each else (None, None)
-            differences = [
-                None if b is None else a - b for a, b in zip((errors.top1, errors.top5), theirs, strict=True)
-            ]
-            rows.append(
-                (
-                    view,
-                    percent(errors.top1),
-                    percent(errors.top5),
-                    source,
-                    *map(percent, theirs),
-                    *("-" if d is None else f"{100 * d:+.2f}" for d in differences),
-                )
-            )
-            if differences[0] is not None:
-                lines.append(f"{view}: {percent(errors.top1)} % top-1, {100 * differences[0]:+.2f} against {source}")
-    head = (
-        "views",
-        "top-1 error %",
-        "top-5 error %",
-        "published by",
-        "top-1 %",
-        "top-5 %",
-        "difference",
-        "difference, 5",
+    shortcut = None if network.startswith("plain") else asked.shortcut or "B"
+    rows: list[tuple[str, Published | None]] = []
+    for view in asked.views:
+        rows += [(view, each) for each in rows_for(network, view, shortcut) or (None,)]
+
+    def difference(view: str, published: Published | None, error: str) -> str:
+        known = getattr(published, error, None)
+        return "-" if known is None else f"{100 * (getattr(measured[view], error) - known):+.2f}"
+
+    table = Table.of(
+        f"{network}, shortcut {shortcut or 'none'}, {data.test_size:,} images of {data.classes:,} classes",
+        {
+            "views": lambda row: row[0],
+            "top-1 error %": lambda row: percent(measured[row[0]].top1),
+            "top-5 error %": lambda row: percent(measured[row[0]].top5),
+            "published by": lambda row: row[1].source if row[1] else "not published",
+            "top-1 %": lambda row: percent(row[1].top1) if row[1] else "-",
+            "top-5 %": lambda row: percent(row[1].top5) if row[1] else "-",
+            "difference": lambda row: difference(*row, "top1"),
+            "difference, 5": lambda row: difference(*row, "top5"),
+        },
+        rows,
+        f"Weights: {weights.name}.",
     )
-    table = Table(
-        f"{asked.network}, shortcut {shortcut or 'none'}, {data.test_size:,} images of {data.classes:,} classes",
-        head,
-        tuple(rows),
-        (f"Weights: {asked.weights.name}.",),
+    lines = tuple(
+        f"{view}: {percent(measured[view].top1)} % top-1, {difference(view, each, 'top1')} against {each.source}"
+        for view, each in rows
+        if each
     )
     kept = {view: {"top1": e.top1, "top5": e.top5, "images": e.images} for view, e in measured.items()}
-    return Outcome((table,), tuple(lines), (), {"network": asked.network, "errors": kept})
+    return Outcome((table,), lines, (), {"network": network, "errors": kept})
 
 
 def rows_for(network: str, view: str, shortcut: str | None) -> list[Published]:

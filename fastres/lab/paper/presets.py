@@ -1,21 +1,22 @@
-"""The protocols: which data, recipe, seeds and depths an experiment runs with. Fixed before any run.
+"""The protocols: data, recipe, seeds and depths of the experiments. Fixed before any run.
 
-**digits** stands in for CIFAR-10 where there is no GPU and no download. What differs from the paper:
+**digits** stands in for CIFAR-10 where there is no GPU and no download. Differences from the paper:
 
     data        scikit-learn's handwritten digits, 1,437 to train and 360 to test, 8x8 pixels, one channel; the paper:
                 CIFAR-10, 50,000 and 10,000, 32x32, three. Stages work on 8x8, 4x4 and 2x2 instead of 32, 16 and 8.
-    schedule    640 iterations of batch 128, learning rate 0.1, a tenth at 320 and at 480: the paper's 64k with drops at
-                32k and 48k, a hundredth of it in every place. 57 epochs instead of 164.
-    110 layers  the same schedule as all others; the paper begins its 110-layer network at 0.01. (Its footnote 5 says
-                that 0.1 also works.) One schedule for all, so that depth and shortcuts are all that differs.
-    augmentation  shifts by up to one pixel instead of four, no mirror images (a mirrored digit is another one)
+    schedule    640 iterations of batch 128, learning rate 0.1, divided by 10 at 320 and at 480: the paper's 64k with
+                drops at 32k and 48k, scaled down by 100. 57 epochs instead of 164.
+    110 layers  the same schedule as all others; the paper starts its 110-layer network at 0.01. (Its footnote 5 says
+                that 0.1 also works.) One schedule for all, so that only depth and shortcuts differ.
+    augmentation  shifts by up to one pixel instead of four, no mirror images (a mirrored digit is a different one)
     depths      20, 56, 110; the paper also has 32 and 44, and its plain networks end at 56
-    seeds       three, mean and spread of all; the paper: one run, for 110 layers the best of five and their spread
+    seeds       three, mean and spread of all; the paper: one run, and for 110 layers the best of five and their spread
 
 Momentum 0.9, weight decay 1e-4 on all parameters, He initialisation, BN, shortcut A and no dropout are the paper's.
 Gradient norms are logged with every point (the paper's argument against vanishing gradients, section 4.1).
 
-**cifar10** is the paper's protocol on its data, with five seeds for every network. **ci** shows that everything runs.
+**cifar10** is the paper's protocol on its data, with five seeds for every network. **ci** only shows that everything
+runs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fastres.lab.recipes import TrainRecipe, recipe
 
 
 class PaperError(LabError, ValueError):
-    """No such experiment or preset, or one that needs something that was not given."""
+    """An unknown experiment or preset, or one that lacks an input."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Preset:
         name: "ci", "digits" or "cifar10".
         title: of the data, for tables.
         data: for :func:`fastres.lab.datasets.load`; size, channels and classes are its images'.
-        recipe: of every run; `recipe_110` of those of 110 layers, where it differs.
+        recipe: for every run; `recipe_110` for those of 110 layers, where it differs.
         depths: plain and residual (experiments 1, 3); more_depths: residual only (experiment 4, Table 6).
-        seeds: of every run.
-        deepest: the depth that is built and run for one step.
-        seconds_per_layer: of one iteration on one CPU core, measured over a whole experiment on a machine with other
-            work too (a step alone takes half of it); None where only a GPU is sensible.
+        seeds: for every network.
+        deepest: the depth that is built and run for a single step.
+        seconds_per_layer: time of one iteration on one CPU core, measured over a whole experiment on a machine that had
+            other work too (a step by itself takes half of it); None where only a GPU makes sense.
     """
 
     name: str
@@ -64,13 +65,17 @@ class Preset:
     seconds_per_layer: float | None = None
 
     def spec(self, network: str, seed: int, **options: Any) -> RunSpec:
-        """The run of one network: equal arguments, equal run, so that experiments share theirs."""
+        """The run of one network; equal arguments give equal runs, so that experiments share them."""
         chosen = self.recipe_110 if self.recipe_110 is not None and network.endswith("110") else self.recipe
         return RunSpec(network, self.data, chosen, seed, tuple(sorted(options.items())))
 
     def specs(self, networks: tuple[str, ...], **options: Any) -> list[RunSpec]:
         """A run for each network and seed."""
         return [self.spec(network, seed, **options) for network in networks for seed in self.seeds]
+
+    def seeds_note(self, rest: str) -> str:
+        """The note that explains the numbers of a table, continued by `rest`."""
+        return f"Mean ± sample deviation of {len(self.seeds)} seeds{rest}"
 
 
 DIGITS = TrainRecipe("digits-640", 128, 640, 0.1, (320, 480), augment="digits", test_every=20, log_every=10)

@@ -1,12 +1,13 @@
-"""What was published: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, table by table.
+"""Published numbers: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, table by table.
 
 Errors are fractions (0.0643 is 6.43 %), counts are exact. Numbers of the authors' released models and of two other
-reproductions stand beside the paper's where they help to judge a run.
+reproductions are listed too where they help to judge a run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,12 @@ class Published:
 
     Args:
         network: as :func:`fastres.lab.networks.names` calls it.
-        source: "Table 6", or who else published it.
+        source: "Table 6", or another publisher.
         data: "cifar10" or "imagenet".
-        protocol: how the error was taken: "1-crop", "10-crop", "multi-scale" or "single view".
+        protocol: "1-crop", "10-crop", "multi-scale" or "single view".
         top1, top5: errors as fractions; None where the source has none.
         shortcut: "A", "B", "C"; None for plain networks.
-        note: what to know beside the number.
+        note: a remark on the number.
     """
 
     network: str
@@ -40,9 +41,19 @@ def _imagenet(
     return Published(network, source, "imagenet", protocol, *fractions, shortcut)
 
 
-def _cifar(depth: int, error: float, note: str = "", source: str = "Table 6") -> Published:
+def _cifar(source: str, depth: int, error: float, note: str = "") -> Published:
     return Published(f"resnet{depth}", source, "cifar10", "single view", round(error / 100, 6), None, "A", note)
 
+
+# CIFAR-10, option A: Table 6, and other reproductions of it.
+_CIFAR: dict[str, tuple[Any, ...]] = {
+    "Table 6": (
+        *((20, 8.75), (32, 7.51), (44, 7.17), (56, 6.97)),
+        *((110, 6.43, "best of 5 runs; 6.61 +- 0.16"), (1202, 7.93, "training error below 0.1 %")),
+    ),
+    "akamaster/pytorch_resnet_cifar10": ((20, 8.27), (32, 7.37), (44, 6.90), (56, 6.61), (110, 6.32), (1202, 6.18)),
+    "gcr/torch-residual-networks": ((20, 8.29), (32, 7.63), (44, 7.14), (56, 6.94), (110, 6.73)),
+}
 
 PUBLISHED: tuple[Published, ...] = (
     # Table 2: plain and residual (option A), 10-crop
@@ -74,25 +85,10 @@ PUBLISHED: tuple[Published, ...] = (
     _imagenet("resnet101", "fb.resnet.torch", "1-crop", 22.44, 6.21, "B"),
     _imagenet("resnet152", "fb.resnet.torch", "1-crop", 22.16, 6.16, "B"),
     _imagenet("resnet50", "torchvision V1", "1-crop", 23.87, None, "B"),
-    # Table 6: CIFAR-10, option A
-    _cifar(20, 8.75),
-    _cifar(32, 7.51),
-    _cifar(44, 7.17),
-    _cifar(56, 6.97),
-    _cifar(110, 6.43, "best of 5 runs; 6.61 +- 0.16"),
-    _cifar(1202, 7.93, "training error below 0.1 %"),
-    # other reproductions of Table 6
-    *(
-        _cifar(depth, error, source="akamaster/pytorch_resnet_cifar10")
-        for depth, error in ((20, 8.27), (32, 7.37), (44, 6.90), (56, 6.61), (110, 6.32), (1202, 6.18))
-    ),
-    *(
-        _cifar(depth, error, source="gcr/torch-residual-networks")
-        for depth, error in ((20, 8.29), (32, 7.63), (44, 7.14), (56, 6.94), (110, 6.73))
-    ),
+    *(_cifar(source, *each) for source, rows in _CIFAR.items() for each in rows),
 )
 
-# Figures have no numbers to read off; what their captions and section 4.2 say.
+# Figures have no numbers to read off; these are the claims of their captions and of section 4.2.
 CLAIMS: dict[str, tuple[str, ...]] = {
     "degradation": (
         "Fig. 6 left: plain-20 to plain-56: training and test error rise with depth",
@@ -110,9 +106,8 @@ CLAIMS: dict[str, tuple[str, ...]] = {
     "imagenet": (),
 }
 
-PARAMETERS: dict[
-    str, tuple[int, int, int]
-] = {  # shortcut A (and plain), B, C: CIFAR with 3 channels, ImageNet with 1000
+# Shortcut A (and plain), B, C: CIFAR with 3 channels, ImageNet with 1000 classes.
+PARAMETERS: dict[str, tuple[int, int, int]] = {
     "resnet20": (269_722, 272_474, 283_962),
     "resnet32": (464_154, 466_906, 489_594),
     "resnet44": (658_586, 661_338, 695_226),
@@ -132,7 +127,7 @@ def find(
     protocol: str | None = None,
     shortcut: str | None = None,
 ) -> list[Published]:
-    """The published errors that fit all that is given, in the paper's order.
+    """The published errors that match every argument given, in the paper's order.
 
     Example:
         >>> find("resnet110", source="Table 6")[0].top1

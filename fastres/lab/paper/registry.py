@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
-import torch
-
 from fastres.lab import networks
 from fastres.lab.loop_state import RunSpec
 from fastres.lab.paper import degradation, depth, imagenet, responses, shortcuts, skips
 from fastres.lab.paper.experiment import Experiment
-from fastres.lab.paper.presets import PRESETS, PaperError, Preset, preset
-from fastres.lab.paper.published import PUBLISHED, Published
+from fastres.lab.paper.presets import PaperError, Preset, preset
+from fastres.lab.paper.published import Published, find
 from fastres.lab.paper.runs import layers
-from fastres.models import counts
 
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT for module in (degradation, shortcuts, responses, depth, skips, imagenet)
 }
-GPU_FLOPS = 5e12  # sustained in training, an assumption for estimates: what small networks reach on a large GPU
+GPU_FLOPS = 5e12  # sustained in training: an assumption, about what small networks reach on a large GPU
 
 
 def experiment(name: str) -> Experiment:
@@ -38,17 +32,16 @@ def experiment(name: str) -> Experiment:
 
 
 def numbers(name: str) -> list[Published]:
-    """The published errors that an experiment's tables show beside its own."""
-    tables = {"degradation": ("Table 6",), "depth": ("Table 6",), "shortcuts": ("Table 3",)}
-    if name == "imagenet":
-        return [each for each in PUBLISHED if each.data == "imagenet"]
+    """The published errors that an experiment's tables show next to its own."""
+    if name in ("degradation", "depth"):
+        return find(source="Table 6")
     if name == "shortcuts":
-        return [each for each in PUBLISHED if each.source == "Table 3" and each.network.endswith("34")]
-    return [each for each in PUBLISHED if each.source in tables.get(name, ())]
+        return [each for each in find(source="Table 3") if each.network.endswith("34")]
+    return find(data="imagenet") if name == "imagenet" else []
 
 
 def estimate(name: str, preset_name: str) -> str:
-    """What an experiment's runs cost from nothing, in words: minutes on two cores, or hours on one GPU.
+    """The cost of an experiment whose runs are all still to do, in words: minutes on two cores, or hours on one GPU.
 
     A training iteration costs three times the multiply-adds of a forward pass, each two operations. The CPU's seconds
     for each layer and iteration are measured (presets.py); a GPU is assumed to sustain 5 TFLOP/s.
@@ -74,15 +67,5 @@ def estimate(name: str, preset_name: str) -> str:
 
 def operations(spec: RunSpec, plan: Preset) -> float:
     """Floating-point operations of a run."""
-    multiply_adds = _multiply_adds(spec.network, spec.options, plan)
-    return 6.0 * multiply_adds * spec.recipe.batch_size * spec.recipe.iterations
-
-
-@functools.cache
-def _multiply_adds(network: str, options: tuple[tuple[str, Any], ...], plan: Preset) -> int:
-    with torch.device("meta"):
-        model = networks.build(network, plan.classes, plan.channels, **dict(options))
-    return counts(model, plan.size, plan.channels).multiply_adds
-
-
-__all__ = ["EXPERIMENTS", "PRESETS", "estimate", "experiment", "numbers"]
+    cost = networks.cost(spec.network, plan.classes, plan.channels, plan.size, **dict(spec.options))
+    return 6.0 * cost.multiply_adds * spec.recipe.batch_size * spec.recipe.iterations

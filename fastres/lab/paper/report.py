@@ -1,4 +1,4 @@
-"""Result files of experiments, and one page of all that exist.
+"""Result files of experiments, and one page with all that exist.
 
 OUT/paper-NAME-PRESET.json   numbers, tables, findings, environment
 OUT/paper-NAME-PRESET.md     tables and findings
@@ -9,12 +9,12 @@ OUT/report.md, report.html   all of them, in the paper's order
 from __future__ import annotations
 
 import base64
-import html
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-from fastres.lab.errors import OutputError
+from fastres.lab.errors import OutputError, require
 from fastres.lab.paper.experiment import Experiment
 from fastres.lab.paper.figures import draw
 from fastres.lab.paper.presets import PaperError, Preset
@@ -27,14 +27,14 @@ PAPER = "He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR
 
 
 def stem(experiment: str, preset: str) -> str:
-    """The name of an experiment's files, without ending."""
+    """The name of an experiment's files, without extension."""
     return f"paper-{experiment}-{preset}"
 
 
 def write(
     experiment: Experiment, preset: Preset, outcome: Outcome, where: dict[str, Any], out: Path, plot: bool = True
 ) -> list[Path]:
-    """Writes JSON, Markdown and, where there is something to draw and matplotlib is installed, the PNG."""
+    """Write JSON, Markdown and, with `plot` and something to draw, the PNG."""
     name = stem(experiment.name, preset.name)
     document = {
         "schema": SCHEMA,
@@ -51,15 +51,15 @@ def write(
     paths = [out / f"{name}.json", out / f"{name}.md"]
     if document["plot"]:
         paths.append(out / f"{name}.png")
-        footnote = f"line: mean of the seeds, band: least and largest. {machine(where)}"
+        footnote = f"line: mean of the seeds, band: minimum to maximum. {machine(where)}"
         draw(outcome.panels, paths[-1], f"{experiment.title} ({experiment.source}) - {preset.title}", footnote)
     write_atomically(paths[1], lambda file: file.write((markdown(document, "#") + "\n").encode()))
-    write_json(paths[0], document)  # last: where it is, the others are
+    write_json(paths[0], document)  # last: if it exists, so do the others
     return paths
 
 
 def machine(where: dict[str, Any]) -> str:
-    """One line: device, versions, commit, day."""
+    """One line: device, version, commit, date."""
     device = where["gpu"]["name"] if where["gpu"] else where["cpu"]["model"]
     commit = where["commit"] or "unknown"
     return f"{device}; torch {where['versions']['torch']}; commit {commit[:10]}; {where['time'][:10]}"
@@ -96,59 +96,52 @@ def documents(out: Path) -> list[dict[str, Any]]:
             raise PaperError(f"result {path}: got {error}, expected a result of fastres paper") from error
         found.append(document)
     if not found:
-        raise PaperError(f"out: got {out}, without results; expected a folder that fastres paper EXPERIMENT wrote to")
+        raise PaperError(
+            f"out: got {out}, without results; expected a folder that fastres paper EXPERIMENT has written to"
+        )
     return sorted(found, key=lambda document: (document["number"], document["preset"]))
 
 
 def page(out: Path, kind: str = "md") -> Path:
-    """Writes report.md or report.html, one page of all results in `out`; the HTML holds its plots.
+    """Write report.md or report.html, one page with all results in `out`; the HTML embeds its plots.
 
     Raises:
         PaperError: nothing to report, or an unknown kind; OutputError: the page cannot be written.
     """
     if kind not in ("md", "html"):
         raise PaperError(f"format: got {kind!r}, expected md or html")
-    found = documents(out)
-    title = "The paper's experiments"
-    if kind == "md":
-        text = "\n".join([f"# {title}", "", f"{PAPER}.", "", *map(markdown, found)])
-    else:
-        text = _STYLE.format(title=title, body=f"<p>{html.escape(PAPER)}</p>" + "".join(_html(d, out) for d in found))
+    text = "\n".join([f"# {_TITLE}", "", f"{PAPER}.", "", *map(markdown, documents(out))])
+    if kind == "html":
+        text = _html(text, out)
     path = out / f"report.{kind}"
     write_atomically(path, lambda file: file.write(text.encode()))
     return path
 
 
-def _html(document: dict[str, Any], out: Path) -> str:
-    def items(title: str, lines: list[str]) -> str:
-        return f"<p>{title}</p><ul>{''.join(f'<li>{html.escape(x)}</li>' for x in lines)}</ul>" if lines else ""
+def _html(text: str, out: Path) -> str:
+    """Markdown as HTML, with its plots embedded."""
 
-    where = document["environment"]
-    parts = [
-        f"<h2>{document['number']} {html.escape(document['title'])} ({html.escape(document['source'])})</h2>",
-        f"<p class=note><code>{html.escape(where['command'])}</code>. {html.escape(machine(where))}</p>",
-        items("The paper says:", document["claims"]),
-        *(Table.from_dict(table).html() for table in document["tables"]),
-        items("Here:", document["findings"]),
-    ]
-    if document["plot"]:
+    def embed(plot: re.Match[str]) -> str:
+        path = out / plot[1]
         try:
-            image = base64.b64encode((out / document["plot"]).read_bytes()).decode()
+            return f"(data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})"
         except OSError as error:
-            raise OutputError(f"plot {out / document['plot']}: cannot be read: {error.strerror or error}") from error
-        parts.append(f'<img alt="{html.escape(document["title"])}" src="data:image/png;base64,{image}">')
-    return "\n".join(parts)
+            raise OutputError(f"plot {path}: cannot be read: {error.strerror or error}") from error
+
+    parser = require("markdown_it", "the HTML report", "cli").MarkdownIt("commonmark", {"html": False})
+    body: str = parser.enable("table").render(re.sub(r"\((paper-[\w-]+\.png)\)", embed, text))
+    return _STYLE.format(title=_TITLE, body=body)
 
 
+_TITLE = "The paper's experiments"
 _STYLE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
 table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .25rem .7rem; text-align: left; }}
-img {{ max-width: 100%; }} .note {{ color: #555; font-size: .9rem; }}
+img {{ max-width: 100%; }}
 </style>
-<h1>{title}</h1>
 {body}
 </html>
 """

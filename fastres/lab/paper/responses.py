@@ -5,7 +5,7 @@
 
 A fused block never writes that tensor: BN, addition and ReLU are one operator. A hook on the BN changes that: a block
 with a hooked child runs its stock forward (fastres.nn.steps.is_bare), so hooks see what an unfused network computes.
-The paper states neither the images nor the mode. Here: the test images, evaluation mode (running statistics).
+The paper names neither the images nor the mode. Here: the test images, in evaluation mode (running statistics).
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fastres.lab import datasets, loop
+from fastres.lab.batches import Part
 from fastres.lab.devices import pick_device
 from fastres.lab.loop_state import RunSpec
-from fastres.lab.paper.curves import by_depth
+from fastres.lab.paper.curves import curve
 from fastres.lab.paper.degradation import KINDS, specs
 from fastres.lab.paper.experiment import Context, Experiment
 from fastres.lab.paper.runs import folder
@@ -30,7 +31,7 @@ from fastres.lab.paper.tables import Comparison, Curve, Outcome, Panel, Table, s
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
     """The BN of every 3x3 layer, by its convolution's name, in the order of the network.
 
-    A convolution `conv2` belongs to the BN `bn2` beside it, as in every network here and in torchvision.
+    A convolution `conv2` belongs to the BN `bn2` next to it, as in every network here and in torchvision.
 
     >>> from fastres.models import cifar_resnet
     >>> list(layers_of(cifar_resnet(8)))[:3]
@@ -51,11 +52,11 @@ def responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
     """The standard deviation of each 3x3 layer's response after BN, before ReLU and addition, in evaluation mode.
 
     Args:
-        model: fused or not; its mode and its hooks are put back.
+        model: fused or not; its mode and its hooks are restored.
         batches: images [N, C, H, W] on the model's device.
 
     Returns:
-        By the convolution's name, in the order of the network.
+        The deviations by the convolution's name, in the order of the network.
 
     Raises:
         ValueError: no batches, or a network without 3x3 layers.
@@ -98,7 +99,7 @@ def of_run(context: Context, spec: RunSpec) -> dict[str, float]:
     data = datasets.load(spec.data, context.place.data_root)
     device = pick_device(context.place.device)
     model = loop.trained(folder(context.place.out, spec), context.place.data_root).to(device)
-    return responses(model, (images for images, _ in data.test_batches(128, datasets.Part(), device)))
+    return responses(model, (images for images, _ in data.test_batches(128, Part(), device)))
 
 
 def outcome(context: Context) -> Outcome:
@@ -109,55 +110,45 @@ def outcome(context: Context) -> Outcome:
         context.tell(f"responses of {spec.network}, seed {spec.seed}")
         stds.setdefault(spec.network, []).append(list(of_run(context, spec).values()))
     means = {network: [statistics.fmean(layers) for layers in seeds] for network, seeds in stds.items()}
-    rows = tuple(
-        (
-            network,
-            str(len(stds[network][0])),
-            spread(means[network], 1, 3),
-            spread([statistics.median(layers) for layers in stds[network]], 1, 3),
-            spread([max(layers) for layers in stds[network]], 1, 3),
-        )
-        for network in stds
-    )
-    table = Table(
+    table = Table.of(
         f"Standard deviation of the responses of 3x3 layers: {preset.title}",
-        ("network", "3x3 layers", "mean", "median", "largest"),
-        rows,
-        (
-            f"Mean ± sample deviation of {len(preset.seeds)} seeds. After BN, before ReLU and addition; over the test "
-            "images, positions and channels; evaluation mode. Fig. 7 has curves and no numbers.",
+        {
+            "network": str,
+            "3x3 layers": lambda network: str(len(stds[network][0])),
+            "mean": lambda network: spread(means[network], 1, 3),
+            "median": lambda network: spread([statistics.median(layers) for layers in stds[network]], 1, 3),
+            "largest": lambda network: spread([max(layers) for layers in stds[network]], 1, 3),
+        },
+        stds,
+        preset.seeds_note(
+            ". After BN, before ReLU and addition; over the test images, positions and channels; evaluation mode."
+            " Fig. 7 has curves and no numbers."
         ),
     )
     lines = []
     for depth in preset.depths:
-        both = (f"plain{depth}", f"resnet{depth}")
-        ends = Comparison(both[0], means[both[0]], both[1], means[both[1]], 1)
-        lines.append(f"{depth} layers: residual responses are smaller than plain ones - {ends.holds(False)}: {ends}")
+        a, b = f"plain{depth}", f"resnet{depth}"
+        claim = f"{depth} layers: residual responses are smaller than plain ones"
+        lines.append(Comparison(a, means[a], b, means[b], 1).finding(claim, higher=False))
     chain = [statistics.fmean(means[f"resnet{depth}"]) for depth in preset.depths]
     holds = all(a > b for a, b in zip(chain, chain[1:], strict=False))
     text = ", ".join(f"resnet-{d} {m:.3f}" for d, m in zip(preset.depths, chain, strict=True))
     lines.append(f"deeper residual networks have smaller responses - {'yes' if holds else 'no'}: {text}")
     panels = tuple(
-        Panel(title, "layer", "standard deviation", tuple(_curves(stds, preset.depths, order)), log=True)
-        for title, order in (("in the order of the network", False), ("sorted", True))
+        Panel(title, "layer", "standard deviation", tuple(_curves(stds, preset.depths, by_size)), log=True)
+        for title, by_size in (("in the order of the network", False), ("sorted", True))
     )
     return Outcome((table,), tuple(lines), panels, {"stds": stds})
 
 
-def _curves(stds: dict[str, list[list[float]]], depths: tuple[int, ...], order: bool) -> Iterable[Curve]:
+def _curves(stds: dict[str, list[list[float]]], depths: tuple[int, ...], by_size: bool) -> Iterable[Curve]:
     for kind in KINDS:
-        for colour, depth in enumerate(depths):
-            seeds = [sorted(layers, reverse=True) if order else layers for layers in stds[f"{kind}{depth}"]]
-            groups = [(index + 1, values) for index, values in enumerate(zip(*seeds, strict=True))]
-            yield by_depth(groups, f"{kind}-{depth}", colour, "dashed" if kind == "plain" else "solid")
+        for color, depth in enumerate(depths):
+            seeds = [sorted(layers, reverse=True) if by_size else layers for layers in stds[f"{kind}{depth}"]]
+            layers = enumerate(zip(*seeds, strict=True), 1)
+            yield curve(layers, f"{kind}-{depth}", color, "dashed" if kind == "plain" else "solid")
 
 
 EXPERIMENT = Experiment(
-    3,
-    "responses",
-    "Layer responses",
-    "Fig. 7",
-    specs,
-    outcome,
-    note="the runs are those of degradation",
+    3, "responses", "Layer responses", "Fig. 7", specs, outcome, note="the runs are those of degradation"
 )

@@ -1,7 +1,7 @@
-"""The runs behind an experiment: cached, resumable, side by side, with progress.
+"""The runs behind an experiment: cached, resumable, in parallel, with progress.
 
-Every run has a folder of its own under ``OUT/runs``, named by what it is and a digest of its spec, so experiments share
-runs: what `degradation` trained, `responses`, `depth` and `skips` find done. A run that was stopped goes on.
+Every run has a folder of its own under ``OUT/runs``, named after its spec and a digest of it, so experiments share
+runs: `responses`, `depth` and `skips` reuse what `degradation` trained. A run that was stopped resumes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Report = Callable[[int, int, str], None]  # (iterations done, of all runs, text)
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how runs are made.
+    """Where and how runs execute.
 
     Args:
         out: the experiments' folder.
-        device: for :func:`fastres.lab.loop.run`; several runs side by side need "cpu".
-        workers: runs at a time, each of one thread where there are several.
+        device: for :func:`fastres.lab.loop.run`; several runs at a time need "cpu".
+        workers: runs at a time; with several, each uses one thread.
         data_root: of data that is not bundled.
     """
 
@@ -58,28 +58,28 @@ def folder(out: Path, spec: RunSpec) -> Path:
 
 
 def finished(out: Path, spec: RunSpec) -> bool:
-    """Whether the run has been made to its end."""
+    """True once the run is complete."""
     return (folder(out, spec) / "result.json").is_file()
 
 
 def layers(network: str) -> int:
-    """Of a network's name: 56 of "plain56"."""
+    """The depth in a network's name: 56 in "plain56"."""
     return int("".join(filter(str.isdigit, network.split("-v")[0])) or 1)
 
 
 def cost(spec: RunSpec) -> int:
-    """What a run costs, next to others: iterations x layers."""
+    """The cost of a run relative to others: iterations x layers."""
     return spec.recipe.iterations * layers(spec.network)
 
 
 def execute(specs: Sequence[RunSpec], place: Place, report: Report | None = None) -> dict[RunSpec, RunResult]:
-    """Makes the runs that are not there yet, the longest first, and returns all results.
+    """Execute the runs that are not done yet, longest first, and return all results.
 
-    Interrupted, it leaves what is done; called again, it goes on from there.
+    After an interrupt, a second call resumes.
 
     Args:
-        specs: each may come more than once.
-        report: told of the work done so far, in units of iterations x layers; it is called in this process.
+        specs: may contain duplicates.
+        report: called in this process with the work done so far, in units of iterations x layers.
 
     Raises:
         LabError: what `loop.run` raises.
@@ -88,7 +88,7 @@ def execute(specs: Sequence[RunSpec], place: Place, report: Report | None = None
     todo = sorted((spec for spec in unique if not finished(place.out, spec)), key=cost, reverse=True)
     meter = _Meter(todo, len(unique), report or (lambda done, total, text: None))
     if place.workers > 1 and len(todo) > 1:
-        _side_by_side(todo, place, meter)
+        _in_parallel(todo, place, meter)
     else:
         for spec in todo:
             tell = _teller(spec, lambda iteration, spec=spec: meter.at(spec, iteration))  # type: ignore[misc]
@@ -102,7 +102,7 @@ def _run(spec: RunSpec, place: Place, on_step: Callable[[Any], None] | None) -> 
 
 
 class _Meter:
-    """Adds up what the runs have done."""
+    """Sums up the progress of the runs."""
 
     def __init__(self, todo: Sequence[RunSpec], runs: int, report: Report) -> None:
         self.report, self.runs = report, runs
@@ -120,7 +120,7 @@ class _Meter:
 
 
 def _teller(spec: RunSpec, tell: Callable[[int], None]) -> Callable[[Any], None]:
-    """An `on_step` that passes on the iteration, about every second, up to the last one."""
+    """An `on_step` that reports the iteration about once a second, except the last one."""
     last = time.monotonic()
 
     def on_step(step: Any) -> None:
@@ -134,7 +134,7 @@ def _teller(spec: RunSpec, tell: Callable[[int], None]) -> Callable[[Any], None]
 
 
 class _Worker:
-    """A process of one thread that makes runs one after the other, and the run that it is at."""
+    """A single-threaded process that executes one run after another, and its current run."""
 
     def __init__(self, context: Any, place: Place) -> None:
         self.pipe, theirs = context.Pipe()
@@ -143,25 +143,25 @@ class _Worker:
         theirs.close()
         self.spec: RunSpec | None = None
 
-    def give(self, todo: list[RunSpec]) -> None:
-        """Hands over the next run, or says that there is none."""
+    def start_next(self, todo: list[RunSpec]) -> None:
+        """Send the next run, or None if there is none."""
         self.spec = todo.pop(0) if todo else None
         self.pipe.send(self.spec)
 
 
-def _side_by_side(todo: list[RunSpec], place: Place, meter: _Meter) -> None:
+def _in_parallel(todo: list[RunSpec], place: Place, meter: _Meter) -> None:
     context = multiprocessing.get_context("spawn")
     workers: list[_Worker] = []
     try:
         for _ in range(min(place.workers, len(todo))):
             workers.append(_Worker(context, place))
-            workers[-1].give(todo)
+            workers[-1].start_next(todo)
         while busy := {worker.pipe: worker for worker in workers if worker.spec is not None}:
             for pipe in connection.wait(list(busy)):
-                _hear(busy[pipe], todo, meter)
+                _receive(busy[pipe], todo, meter)
     finally:
         for worker in workers:
-            if worker.spec is not None:  # under way: it writes its checkpoint and ends
+            if worker.spec is not None:  # in progress: it writes its checkpoint and exits
                 worker.process.terminate()
         for worker in workers:
             worker.process.join(_PATIENCE_S)
@@ -171,7 +171,7 @@ def _side_by_side(todo: list[RunSpec], place: Place, meter: _Meter) -> None:
             worker.pipe.close()
 
 
-def _hear(worker: _Worker, todo: list[RunSpec], meter: _Meter) -> None:
+def _receive(worker: _Worker, todo: list[RunSpec], meter: _Meter) -> None:
     assert worker.spec is not None
     try:
         message = worker.pipe.recv()
@@ -179,7 +179,7 @@ def _hear(worker: _Worker, todo: list[RunSpec], meter: _Meter) -> None:
         worker.process.join(_PATIENCE_S)
         code, name = worker.process.exitcode, worker.spec.network
         raise RunError(
-            f"run of {name}: its process ended with exit code {code}, expected a result; called again, it goes on"
+            f"run of {name}: its process ended with exit code {code}, expected a result; run it again to resume"
         ) from None
     if isinstance(message, BaseException):
         raise message
@@ -187,12 +187,14 @@ def _hear(worker: _Worker, todo: list[RunSpec], meter: _Meter) -> None:
         meter.at(worker.spec, message)
     else:
         meter.end(worker.spec)
-        worker.give(todo)
+        worker.start_next(todo)
 
 
 def _work(pipe: Any, place: Place) -> None:
-    """In a worker: makes the runs that come through the pipe; sends iterations, then None or what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between two runs; in one, the loop writes its checkpoint
+    """A worker's main function: execute the runs that arrive on the pipe; send iterations, then None or the error."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # between two runs; within one, the loop handles it and writes its checkpoint
     torch.set_num_threads(1)
     try:
         while (spec := pipe.recv()) is not None:
@@ -202,5 +204,5 @@ def _work(pipe: Any, place: Place) -> None:
                 pipe.send(error if isinstance(error, LabError) else RunError(f"run of {spec.network}: {error!r}"))
                 return
             pipe.send(None)
-    except (KeyboardInterrupt, EOFError, BrokenPipeError):  # stopped, or left alone
+    except (KeyboardInterrupt, EOFError, BrokenPipeError):  # stopped, or the parent is gone
         return

@@ -4,13 +4,14 @@
     B  projections W_s x where dimensions grow (Eqn. 2), identity elsewhere
     C  projections everywhere
 
-The paper compares them in ResNet-34 on ImageNet. That network's cost is exact here; errors come of CIFAR's network on
-the preset's data.
+The paper compares them in ResNet-34 on ImageNet. That network's cost is exact here; the errors are those of the CIFAR
+network on the preset's data.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,16 +20,15 @@ import torch.nn.functional as F
 from fastres.lab import networks
 from fastres.lab.devices import channels_last, pick_device
 from fastres.lab.loop_state import RunSpec
-from fastres.lab.paper import curves
+from fastres.lab.paper.curves import columns, error_panel, loss_panel, over_seeds, test_errors
 from fastres.lab.paper.experiment import Context, Experiment
 from fastres.lab.paper.presets import Preset
-from fastres.lab.paper.published import find
-from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table, percent, spread
+from fastres.lab.paper.published import Published, find
+from fastres.lab.paper.tables import Comparison, Curve, Outcome, Table, percent
 from fastres.lab.timing import interleave, paired_ratio, timer_for
-from fastres.models import counts
+from fastres.models import Counts
 
 KINDS = ("A", "B", "C")
-_TIME = ("training step ms", "time against A")
 
 
 def specs(preset: Preset) -> list[RunSpec]:
@@ -69,106 +69,84 @@ def times(
 
 
 def outcome(context: Context) -> Outcome:
-    """Errors and cost on the preset's data, and ResNet-34's exact cost beside Table 3."""
-    preset = context.preset
+    """Errors and cost on the preset's data, and ResNet-34's exact cost next to Table 3."""
+    preset, device = context.preset, context.place.device
     depth = preset.skip_depths[0]
-    name = f"resnet{depth}"
     found = {"plain": context.of(f"plain{depth}")}
-    for kind in KINDS:
-        found[kind] = [context.results[spec] for spec in _specs(preset, depth, kind)]
-    context.tell(f"timing {name} with A, B and C")
-    device = context.place.device
-    batch = preset.recipe.batch_size
-    seconds = times(name, preset.classes, batch, preset.channels, preset.size, device)
+    found |= {kind: [context.results[spec] for spec in _specs(preset, depth, kind)] for kind in KINDS}
+    errors = {kind: test_errors(results) for kind, results in found.items()}
+    context.tell(f"timing resnet{depth} with A, B and C")
+    shape = preset.classes, preset.recipe.batch_size, preset.channels, preset.size
+    seconds = times(f"resnet{depth}", *shape, device)
     size, batch = (64, 2) if preset.name == "ci" else (224, 2 if device == "cpu" else 64)
     context.tell(f"timing resnet34 with A, B and C, batch {batch} at {size}x{size}")
     seconds_34 = times("resnet34", 1000, batch, 3, size, device, 5)
-    rows = []
-    for kind, results in found.items():
-        macs = _counts(f"plain{depth}" if kind == "plain" else name, kind, preset.classes, preset.channels, preset.size)
-        rows.append(
-            (
-                kind,
-                f"{results[0].parameters:,}",
-                f"{macs[1] / 1e6:,.2f}",
-                *_time(seconds, kind),
-                spread(curves.train_errors(results)),
-                spread(curves.test_errors(results)),
-            )
-        )
-    head = ("shortcut", "parameters", "multiply-adds M", *_TIME)
-    table = Table(
-        f"Shortcuts in {name}: {preset.title}",
-        (*head, "training error %", "test error %"),
-        tuple(rows),
-        (
-            f"Mean ± sample deviation of {len(preset.seeds)} seeds. Time: forward and backward of a batch of "
-            f"{preset.recipe.batch_size}, the median of interleaved rounds, and of their ratios.",
+    here = {kind: _cost(kind, depth, preset.classes, preset.channels, preset.size) for kind in found}
+    exact = {kind: _cost(kind, 34, 1000, 3, 224) for kind in found}
+    table = Table.of(
+        f"Shortcuts in resnet{depth}: {preset.title}",
+        {
+            "shortcut": str,
+            **columns(found, "parameters"),
+            "multiply-adds M": lambda kind: f"{here[kind].multiply_adds / 1e6:,.2f}",
+            **_times(seconds),
+            **columns(found, "training error %", "test error %"),
+        },
+        found,
+        preset.seeds_note(
+            f". Time: forward and backward of a batch of {preset.recipe.batch_size}, the median of interleaved rounds,"
+            " and of their ratios."
         ),
     )
-    paper = []
-    for kind in ("plain", *KINDS):
-        parameters, multiply_adds = _counts("plain34" if kind == "plain" else "resnet34", kind, 1000, 3, 224)
-        error = find(
-            "plain34" if kind == "plain" else "resnet34", source="Table 3", shortcut=None if kind == "plain" else kind
-        )[0]
-        cells = kind, f"{parameters:,}", f"{multiply_adds / 1e9:.3f}", *_time(seconds_34, kind)
-        paper.append((*cells, percent(error.top1), percent(error.top5)))
-    published = Table(
+    published = Table.of(
         "ResNet-34: cost counted and timed here, errors published (Table 3, 10-crop)",
-        ("shortcut", "parameters", "multiply-adds G", *_TIME, "top-1 error %", "top-5 error %"),
-        tuple(paper),
-        (f"Time: batch {batch} at {size}x{size}, forward and backward.",),
+        {
+            "shortcut": str,
+            "parameters": lambda kind: f"{exact[kind].parameters:,}",
+            "multiply-adds G": lambda kind: f"{exact[kind].multiply_adds / 1e9:.3f}",
+            **_times(seconds_34),
+            "top-1 error %": lambda kind: percent(_table_3(kind).top1),
+            "top-5 error %": lambda kind: percent(_table_3(kind).top5),
+        },
+        found,
+        f"Time: batch {batch} at {size}x{size}, forward and backward.",
     )
-    lines = []
-    for a, b in (("plain", "A"), ("A", "B"), ("B", "C")):
-        values = curves.test_errors(found[a]), curves.test_errors(found[b])
-        ends = Comparison(a, values[0], b, values[1])
-        lines.append(f"test error is lower with {b} than {a} - {ends.holds(False)}: {ends}")
-    panels = (
-        Panel(
-            "test error",
-            "iteration",
-            "error %",
-            tuple(
-                curves.over_seeds(results, "test_error", kind, i, "dashed" if kind == "plain" else "solid")
-                for i, (kind, results) in enumerate(found.items())
-            ),
-            percent=True,
-        ),
-        Panel(
-            "training loss",
-            "iteration",
-            "cross-entropy",
-            tuple(
-                curves.over_seeds(results, "train_loss", kind, i, "dashed" if kind == "plain" else "solid")
-                for i, (kind, results) in enumerate(found.items())
-            ),
-            log=True,
-        ),
+    lines = tuple(
+        Comparison(a, errors[a], b, errors[b]).finding(f"test error is lower with {b} than {a}", higher=False)
+        for a, b in (("plain", "A"), ("A", "B"), ("B", "C"))
     )
-    data = {
-        "seconds": seconds,
-        "seconds_resnet34": seconds_34,
-        "test_error": {kind: curves.test_errors(r) for kind, r in found.items()},
-    }
-    return Outcome((table, published), tuple(lines), panels, data)
+
+    def by_kind(value: str) -> Iterator[Curve]:
+        for i, (kind, results) in enumerate(found.items()):
+            yield over_seeds(results, value, kind, i, "dashed" if kind == "plain" else "solid")
+
+    panels = error_panel("test error", by_kind("test_error")), loss_panel("training loss", by_kind("train_loss"))
+    data = {"seconds": seconds, "seconds_resnet34": seconds_34, "test_error": errors}
+    return Outcome((table, published), lines, panels, data)
 
 
-def _time(seconds: dict[str, list[float]], kind: str) -> tuple[str, str]:
-    """The cells of the columns _TIME."""
+def _times(seconds: dict[str, list[float]]) -> dict[str, Callable[[str], str]]:
+    """The columns of the times; plain networks are not timed."""
+
+    def ratio(kind: str) -> str:
+        return "-" if kind == "plain" else f"{1 / paired_ratio(seconds['A'], seconds[kind]).median:.2f}"
+
+    def milliseconds(kind: str) -> str:
+        return "-" if kind == "plain" else f"{1e3 * statistics.median(seconds[kind]):.1f}"
+
+    return {"training step ms": milliseconds, "time against A": ratio}
+
+
+def _cost(kind: str, depth: int, classes: int, channels: int, size: int) -> Counts:
     if kind == "plain":
-        return "-", "-"
-    ratio = 1 / paired_ratio(seconds["A"], seconds[kind]).median
-    return f"{1e3 * statistics.median(seconds[kind]):.1f}", f"{ratio:.2f}"
+        return networks.cost(f"plain{depth}", classes, channels, size)
+    return networks.cost(f"resnet{depth}", classes, channels, size, shortcut=kind)
 
 
-def _counts(network: str, kind: str, classes: int, channels: int, size: int) -> tuple[int, int]:
-    options = {} if kind == "plain" else {"shortcut": kind}
-    with torch.device("meta"):
-        model = networks.build(network, classes, channels, **options)
-    counted = counts(model, size, channels)
-    return counted.parameters, counted.multiply_adds
+def _table_3(kind: str) -> Published:
+    if kind == "plain":
+        return find("plain34", source="Table 3")[0]
+    return find("resnet34", source="Table 3", shortcut=kind)[0]
 
 
 EXPERIMENT = Experiment(2, "shortcuts", "Shortcuts A, B and C", "Table 3", specs, outcome)

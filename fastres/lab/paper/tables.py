@@ -1,13 +1,14 @@
-"""Tables and outcomes of experiments, as data: what the terminal, the result files and the report are made of."""
+"""Tables and outcomes of experiments as data, from which the terminal, the result files and the report are made."""
 
 from __future__ import annotations
 
-import html
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,11 @@ class Table:
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, title: str, columns: Mapping[str, Callable[[Key], str]], rows: Iterable[Key], *notes: str) -> Table:
+        """A table from its columns, each a function from a row's key to the text of the cell."""
+        return cls(title, tuple(columns), tuple(tuple(cell(key) for cell in columns.values()) for key in rows), notes)
 
     def markdown(self) -> str:
         """The table as GitHub's Markdown.
@@ -32,13 +38,6 @@ class Table:
         lines = [f"### {self.title}", "", _row(self.head), _row(["---"] * len(self.head)), *map(_row, self.rows)]
         return "\n".join([*lines, *(line for note in self.notes for line in ("", note))])
 
-    def html(self) -> str:
-        """The table as HTML, every text escaped."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        rows = "".join(f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>\n" for row in self.rows)
-        notes = "".join(f"<p class=note>{html.escape(note)}</p>\n" for note in self.notes)
-        return f"<h3>{html.escape(self.title)}</h3>\n<table><tr>{head}</tr>\n{rows}</table>\n{notes}"
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Table:
         return cls(data["title"], tuple(data["head"]), tuple(map(tuple, data["rows"])), tuple(data["notes"]))
@@ -50,7 +49,7 @@ def _row(cells: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """A line of a plot: mean, least and largest of the seeds at each x."""
+    """A line of a plot: mean, minimum and maximum of the seeds at each x."""
 
     label: str
     x: tuple[float, ...]
@@ -58,8 +57,7 @@ class Curve:
     low: tuple[float, ...] = ()
     high: tuple[float, ...] = ()
     style: str = "solid"  # or "dashed"
-    colour: int = 0  # curves of one colour belong together
-    width: float = 1.6
+    color: int = 0  # curves of one color belong together
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,17 @@ class Panel:
     curves: tuple[Curve, ...]
     percent: bool = False
     log: bool = False
-    points: bool = False  # markers at the values: few and far between
+    points: bool = False  # markers at the values, where they are few
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an experiment found: its tables, one line for each claim of the paper, and what its plot shows."""
+    """The results of an experiment: its tables, one line for each claim of the paper, and its plot."""
 
     tables: tuple[Table, ...]
     findings: tuple[str, ...]
     panels: tuple[Panel, ...] = ()
-    data: dict[str, Any] = field(default_factory=dict)  # the numbers behind, for the JSON
+    data: dict[str, Any] = field(default_factory=dict)  # the underlying numbers, for the JSON
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -98,7 +96,7 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def spread(values: Sequence[float], scale: float = 100.0, digits: int = 2) -> str:
-    """Mean ± sample standard deviation, scaled; the value alone where there is one.
+    """Mean ± sample standard deviation, scaled; a single value stands by itself.
 
     >>> spread([0.08, 0.10])
     '9.00 ± 1.41'
@@ -111,7 +109,7 @@ def spread(values: Sequence[float], scale: float = 100.0, digits: int = 2) -> st
 
 @dataclass(frozen=True)
 class Comparison:
-    """The mean of `b` against the mean of `a`, two samples of a value; clear beyond two standard errors.
+    """The means of two samples of a value, `b` against `a`; the difference is clear beyond two standard errors.
 
     >>> print(Comparison("plain-20", (0.01, 0.01), "plain-56", (0.05, 0.05)))
     plain-56 5.00 % against plain-20 1.00 %: higher
@@ -131,17 +129,21 @@ class Comparison:
 
     @property
     def clear(self) -> bool:
-        """Whether the difference is larger than two of its standard errors; of single values, whether there is one."""
+        """True if the difference exceeds two of its standard errors; for single values, if there is any."""
         error = 0.0
         if len(self.a) > 1 and len(self.b) > 1:
             error = math.sqrt(sum(statistics.variance(each) / len(each) for each in (self.a, self.b)))
         return abs(self.difference) > 2 * error
 
     def holds(self, higher: bool) -> str:
-        """Whether `b` is higher (or lower): "yes", "no", or "not decided" within two standard errors."""
+        """The answer to "is `b` higher?" (or lower): "yes", "no", or "not decided" within two standard errors."""
         if not self.clear:
             return "not decided"
         return "yes" if (self.difference > 0) == higher else "no"
+
+    def finding(self, claim: str, higher: bool) -> str:
+        """One line: the claim, the answer, and the two means."""
+        return f"{claim} - {self.holds(higher)}: {self}"
 
     def __str__(self) -> str:
         word = "higher" if self.difference > 0 else "lower" if self.difference < 0 else "equal"

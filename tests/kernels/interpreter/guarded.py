@@ -1,4 +1,4 @@
-"""For the interpreter lanes: tensors between guard bands, small tiles, and bn_act's formula in fp64.
+"""For the interpreter lanes: tensors between guard bands and small tiles.
 
 The interpreter neither faults nor complains out of bounds, so every tensor lies between two bands of one particular
 NaN: a read outside shows in the result, a write outside changes the band. Inputs have another NaN than outputs, because
@@ -72,47 +72,6 @@ def small_gemm_tiles(monkeypatch, block_m=16, block_n=16, block_k=16, group_m=2)
     """The same for implicit GEMMs."""
     entry = configs.GemmConfig(block_m, block_n, block_k, num_warps=4, num_stages=3, group_m=group_m)
     monkeypatch.setattr(configs, "config", lambda kernel, arch, shape_class: entry)
-
-
-def per_channel(vector):
-    return vector.double().view(1, -1, 1, 1)
-
-
-def statistics64(x):
-    return x.double().mean((0, 2, 3)), x.double().var((0, 2, 3), unbiased=False)
-
-
-def forward64(x, weight, bias, residual, mean, var, eps, act):
-    """-> y and the sum of the absolute values of its terms, in fp64."""
-    x_hat = (x.double() - per_channel(mean)) / (per_channel(var) + eps).sqrt()
-    z = x_hat if weight is None else x_hat * per_channel(weight)
-    magnitude = z.abs()
-    for term in (None if bias is None else per_channel(bias), None if residual is None else residual.double()):
-        if term is not None:
-            z, magnitude = z + term, magnitude + term.abs()
-    return torch.where(z < 0, 0.0, z) if act == "relu" else z, magnitude
-
-
-def backward64(dy, x, y, weight, mean, var, training, eps, act):
-    """-> {name: (gradient, sum of the absolute values of its terms)}, in fp64."""
-    rstd = 1 / (per_channel(var) + eps).sqrt()
-    x_hat = (x.double() - per_channel(mean)) * rstd
-    g = torch.where(y.double() <= 0, 0.0, dy.double()) if act == "relu" else dy.double()
-    scale = rstd if weight is None else rstd * per_channel(weight)
-    axes, n = (0, 2, 3), x.numel() // x.shape[1]
-    dbias, dweight = g.sum(axes), (g * x_hat).sum(axes)
-    dbias_magnitude, dweight_magnitude = g.abs().sum(axes), (g * x_hat).abs().sum(axes)
-    dx, dx_magnitude = scale * g, (scale * g).abs()
-    if training:
-        dx = scale * (g - per_channel(dbias) / n - x_hat * per_channel(dweight) / n)
-        spread = per_channel(dbias_magnitude) / n + x_hat.abs() * per_channel(dweight_magnitude) / n
-        dx_magnitude = dx_magnitude + scale.abs() * spread
-    return {
-        "dx": (dx, dx_magnitude),
-        "dweight": (dweight, dweight_magnitude),
-        "dbias": (dbias, dbias_magnitude),
-        "dresidual": (g, torch.zeros_like(g)),  # moved, never computed: exact
-    }
 
 
 def assert_close64(ours, exact, magnitude, what):

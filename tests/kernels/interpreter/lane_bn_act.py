@@ -7,7 +7,8 @@ import torch
 from fastres.kernels import image
 from fastres.kernels.bn_act import bn_act_backward, bn_act_forward
 
-from guarded import EPS32, Arena, assert_close64, backward64, forward64, small_tiles, statistics64
+from guarded import EPS32, Arena, assert_close64, small_tiles
+from referee import backward64, forward64, statistics64
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.float16)
@@ -69,12 +70,12 @@ def check(shape, dtype, channels_last, training, act="relu", affine=True, with_r
 
 
 @pytest.mark.parametrize("channels_last", LAYOUTS)
-@pytest.mark.parametrize("plane", ((1, 1), (1, 3), (7, 7)))
-def test_row9_any_number_of_channels_and_pixels(monkeypatch, channels_last, plane):
+def test_row9_any_number_of_channels_and_pixels(monkeypatch, channels_last):
     small_tiles(monkeypatch, tile=512, line=64)
     for i, c in enumerate((1, 2, 3, 5, 7, 17, 33, 65)):
+        plane, other = ((1, 1), (1, 3), (7, 7))[i % 3], ((7, 7), (1, 1), (1, 3))[i % 3]
         check((3, c, *plane), DTYPES[i % 2], channels_last, training=i % 4 < 2)
-        check((2, c, *plane), DTYPES[i % 2], channels_last, training=i % 4 >= 2)
+        check((2, c, *other), DTYPES[i % 2], channels_last, training=i % 4 >= 2)
 
 
 # act, affine, residual, training: every pair of values meets in each layout
@@ -110,24 +111,19 @@ def test_every_variant_with_three_programs_and_a_tail_on_every_axis(
 
 
 @pytest.mark.parametrize("channels_last", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_shipped_tiles(channels_last, dtype):
-    for shape in ((2, 64, 5, 5), (2, 20, 14, 14), (1, 1, 40, 40), (130, 5, 1, 1)):
-        check(shape, dtype, channels_last, True)
+def test_shipped_tiles(channels_last):
+    for i, shape in enumerate(((2, 64, 5, 5), (2, 20, 14, 14), (1, 1, 40, 40), (130, 5, 1, 1))):
+        check(shape, DTYPES[i % 2 == channels_last], channels_last, True)
 
 
 @pytest.mark.parametrize("channels_last", LAYOUTS)
 def test_both_layouts_and_repeats_agree(monkeypatch, channels_last):
     small_tiles(monkeypatch)
     x, weight, bias = torch.randn(5, 17, 3, 5), torch.randn(17), torch.randn(17)
-    first = forward(x, weight, bias, None, None, channels_last)
-    for _ in range(3):
-        again = forward(x, weight, bias, None, None, channels_last)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    grads = backward(x, x, first[0], weight, *first[1:], channels_last, True)
-    for _ in range(3):
-        again = backward(x, x, first[0], weight, *first[1:], channels_last, True)
-        assert all(torch.equal(grads[k], again[k]) for k in GRADIENTS)
+    first, again = (forward(x, weight, bias, None, None, channels_last) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    grads, again = (backward(x, x, first[0], weight, *first[1:], channels_last, True) for _ in range(2))
+    assert all(torch.equal(grads[k], again[k]) for k in GRADIENTS)
     other = forward(x, weight, bias, None, (first[1], first[2]), not channels_last)
     assert torch.equal(first[0], other[0])  # element-wise given the statistics: the layout changes no bit
 

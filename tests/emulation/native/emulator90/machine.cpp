@@ -217,12 +217,15 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
       config.gridDim.x == 0 || config.gridDim.y == 0 || config.gridDim.z == 0 || config.gridDim.x % size != 0) {
     throw std::runtime_error("a launch that no GPU takes");
   }
+  const size_t blocks = static_cast<size_t>(config.gridDim.x) * config.gridDim.y * config.gridDim.z;
+  ++machine.counts["launches"];
+  machine.counts["blocks"] += static_cast<int64_t>(blocks);
+  if (planning) return cudaSuccess;
   blockDim = config.blockDim;
   gridDim = config.gridDim;
   body = &kernel;
   machine.failure.clear();
   machine.transfers.clear();
-  const size_t blocks = static_cast<size_t>(gridDim.x) * gridDim.y * gridDim.z;
   machine.blocks = std::vector<Block>(blocks);
   machine.clusters = std::vector<Cluster>(blocks / size);
   for (size_t i = 0; i < blocks; ++i) {
@@ -238,8 +241,6 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>
     machine.clusters[block.cluster].blocks.push_back(&block);
     machine.clusters[block.cluster].live += threads;
   }
-  ++machine.counts["launches"];
-  machine.counts["blocks"] += static_cast<int64_t>(blocks);
   run();
   if (!machine.failure.empty()) throw std::runtime_error(machine.failure);
   return cudaSuccess;

@@ -65,6 +65,7 @@ Operand inout(T& value) {
 
 // For the test: before a call, which forgets counts and tensor maps of earlier ones; and how often something ran since.
 void start(uint64_t seed);
+inline bool planning = false;  // launches are counted and not run
 int64_t counted(const char* what);
 
 void ptx(const char* text, std::initializer_list<Operand> operands);

@@ -1,0 +1,36 @@
+"""What became of a layer: the rows of freeze's report, which fusions write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+ACTS = ("relu", "relu6", "hardswish", "silu")
+
+
+class Refusal(NamedTuple):
+    """Why something stays as it is: a code and a sentence."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class FreezeRow:
+    """One convolution, one BN that stayed, another fused step, or (without a graph) one fused block.
+
+    ``reason`` is a code where it could not become more: NO_NORM, NO_CONV, SHARED, OTHER_USE, NOT_CONSTANT, NO_BATCH,
+    BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, or one of swap's; ``message`` says it in words. ``took`` lists
+    what it took in: "bn" ("scale": a product or sum that is none), "bias", "add" and the activation. ``flops``,
+    ``bytes`` and ``weights`` are the least that the step takes.
+    """
+
+    name: str
+    kind: str  # "conv", "norm", "add", "pool_linear", "other" (operators that stay, together) or "block"
+    became: str
+    reason: str
+    message: str
+    took: tuple[str, ...] = ()
+    flops: int = 0  # for one image; a multiply-add is two
+    bytes: int = 0  # of activations, for one image
+    weights: int = 0  # bytes

@@ -1,0 +1,139 @@
+"""The executor: a loop over the list of a network's operator calls, lowered once for each input signature.
+
+exact    a call whose input is not finite takes a plan of its own, of calls that pass NaN as eager's do
+traced   under torch.export, torch.compile and torch.jit.trace the steps run stock operators, as they are written
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres._dispatch import Choices, operator_of
+from fastres._stamp import Stamp
+from fastres.graph import export
+from fastres.graph.steps import Graph, filled
+from fastres.inference.lower import Call, lower
+
+_PLANS = 4  # signatures that an executor keeps a plan for
+
+
+class _Plan(NamedTuple):
+    calls: list[Call]
+    constants: Sequence[Tensor]  # that the calls hold
+    stamp: Stamp
+    ways: dict[int, str]
+
+
+def is_traced(*tensors: Any) -> bool:
+    """Whether a compiler, an exporter or a dispatch mode follows this thread's calls.
+
+    Not by `torch.compiler.is_compiling()`, which an export in another thread makes true.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return bool(
+        torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or any(isinstance(t, Tensor) and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
+class Executor:
+    """Runs one Graph. A deep copy or a pickle has no plans: they hold tensors of the model that it belongs to.
+
+    Args:
+        graph: the network.
+        choices: by the key of a choice, the way to take; where there is none, the default.
+        exact: every call is to pass NaN as eager's do.
+    """
+
+    def __init__(self, graph: Graph, choices: Mapping[str, str] | None = None, exact: bool = False) -> None:
+        self.graph, self.choices, self.exact = graph, dict(choices or {}), exact
+        self._plans: dict[Any, _Plan] = {}
+        self._stock = [(_stock(step.operator), step.args, step.kwargs, step.writes) for step in graph.steps]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Executor:
+        return Executor(self.graph, self.choices, self.exact)
+
+    def __reduce__(self) -> Any:
+        return Executor, (self.graph, self.choices, self.exact)
+
+    def forget(self) -> None:
+        """Let go of every plan, and with it of packed weights."""
+        self._plans = {}
+
+    def run(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Any]:
+        """The outputs, in the order of the graph's, without gradients.
+
+        Args:
+            inputs: as many as the graph has.
+            constants: in the order of the graph's; the tensors themselves, as they are now.
+        """
+        with torch.no_grad():
+            exact = self.exact or _is_not_finite(inputs)
+            key = self._key(inputs, exact)
+            plan = self._plans.get(key)
+            if plan is None or not all(map(operator.is_, plan.constants, constants)) or not plan.stamp.holds():
+                return self._prepare(key, exact, inputs, constants)
+            values: list[Any] = [None] * self.graph.size
+            values[: len(inputs)] = inputs
+            for function, template, slots, writes, frees in plan.calls:
+                args = list(template)
+                for place, slot in slots:
+                    args[place] = values[slot]
+                values[writes] = function(*args)
+                for slot in frees:
+                    values[slot] = None
+            values[self.graph.first_constant : self.graph.first_result] = constants  # one may be an output
+            return list(filled(self.graph.outputs, values))
+
+    def trace(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Any]:
+        """The same by stock operators."""
+        values: list[Any] = [*inputs, *constants, *[None] * len(self.graph.steps)]
+        for function, args, kwargs, writes in self._stock:
+            values[writes] = function(*filled(args, values), **filled(kwargs, values))
+        return list(filled(self.graph.outputs, values))
+
+    def ways(self, inputs: Sequence[Tensor]) -> dict[int, str]:
+        """The way that calls like this one take at each step with a choice, by its place; empty before the first."""
+        plan = self._plans.get(self._key(inputs, self.exact))
+        return {} if plan is None else dict(plan.ways)
+
+    def find_choices(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[tuple[Choices, list[Any]]]:
+        """The choices that a call on these inputs has, alike ones once, with arguments to try the ways on."""
+        with export.LOCK, torch.inference_mode(False), torch.no_grad():
+            found = lower(self.graph, inputs, constants, self.choices, self.exact, keep_choices=True)
+        return list(found.choices.values())
+
+    def _key(self, inputs: Sequence[Tensor], exact: bool) -> Any:
+        return exact, *[(t.shape, t.stride(), t.dtype) for t in inputs]
+
+    def _prepare(self, key: Any, exact: bool, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Any]:
+        """Run the steps, and keep what they came to as the plan of this signature."""
+        with export.LOCK, torch.inference_mode(False), torch.no_grad():  # in this order: the first enables gradients
+            stamp = Stamp(dict(enumerate(constants)))
+            found = lower(self.graph, inputs, constants, self.choices, exact)
+            kept = [item for item in self._plans.items() if item[0] != key][1 - _PLANS :]
+            plan = _Plan(found.calls, constants, stamp, found.ways)
+            self._plans = {**dict(kept), key: plan}  # replaced: other threads read it
+        return found.outputs
+
+
+def _stock(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, or for one of ours the stock operators that compute the same."""
+    ours = operator_of(operator)
+    return operator if ours is None or ours.stock is None else ours.stock
+
+
+def _is_not_finite(inputs: Sequence[Tensor]) -> bool:
+    """Whether a tensor on a CPU is not finite: then its sum is not (nor is, rarely, that of a finite one: no harm)."""
+    return any(
+        t.is_floating_point() and t.device.type == "cpu" and not math.isfinite(float(t.detach().sum())) for t in inputs
+    )

@@ -1,0 +1,102 @@
+"""One captured call of a frozen model, ready to run; the trees of weights that hold its constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastres.graph.captured import Captured
+from fastres.graph.export import capture_for, sharing_copy
+from fastres.graph.rewrite import Rewritten, rewrite
+from fastres.graph.signature import Call
+from fastres.inference.executor import Executor
+from fastres.inference.plan import Plan
+
+
+def source_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, also those with two names, by name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
+
+
+def fold(
+    captured: Captured,
+    source: nn.Module,
+    dtype: torch.dtype,
+    shared: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
+) -> Rewritten:
+    """The network of a captured call on `source`'s tensors as they are now."""
+    tensors: Mapping[str, Tensor] = source_tensors(source) | captured.constants
+    if device is not None:
+        tensors = {name: t.to(device) for name, t in tensors.items()}
+    return rewrite(captured, tensors, dtype, shared)
+
+
+class Network:
+    """A captured call and the executor of its graph.
+
+    Attributes:
+        constants: its own, in the graph's order; None for the network whose constants are the model's `weights`.
+    """
+
+    def __init__(self, captured: Captured, executor: Executor, constants: tuple[Tensor, ...] | None = None) -> None:
+        self.captured, self.executor, self.constants = captured, executor, constants
+
+    def captured_again(
+        self, source: nn.Module, given: Call, dtype: torch.dtype, plan: Plan, constants: Sequence[Tensor]
+    ) -> Network:
+        """The network of the same source for another call; what is equal of `constants`, this one's, is shared.
+
+        Raises:
+            CaptureError: the source has no graph for that call.
+        """
+        captured = capture_for(sharing_copy(source).eval(), given, dtype)
+        graph = self.executor.graph
+        shared = {graph.made_of[name]: t for name, t in zip(graph.constants, constants, strict=True)}
+        made = fold(captured, source, dtype, shared, constants[0].device if constants else None)
+        tensors = list(made.constants.values())
+        if plan.channels_last:
+            tensors = [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
+        return Network(captured, Executor(made.graph, plan.choices, self.executor.exact), tuple(tensors))
+
+
+class Holder(nn.Module):
+    """A part of a tree of tensors with dotted names; runs nothing."""
+
+
+def hold(tensors: Mapping[str, Tensor]) -> Holder:
+    """A tree that has these tensors as buffers under their dotted names."""
+    root = Holder()
+    for name, t in tensors.items():
+        parent: nn.Module = root
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, Holder())
+            parent = parent._modules[part]  # type: ignore[assignment]
+        parent.register_buffer(leaf, t)
+    return root.eval()
+
+
+def held(root: nn.Module, names: Iterable[str]) -> tuple[Tensor, ...]:
+    """The tensors of a tree by their dotted names."""
+    buffers = dict(root.named_buffers(remove_duplicate=False))
+    return tuple(buffers[name] for name in names)
+
+
+class Places:
+    """Where a tree keeps the tensors of these dotted names. `read` sees those that functional_call, say, puts there.
+
+    An object, since `torch.export` takes the lists and dicts among a module's attributes apart, and leaves copies.
+    """
+
+    def __init__(self, root: nn.Module, names: Iterable[str]) -> None:
+        split = [name.rpartition(".") for name in names]
+        self._found = [(root.get_submodule(path)._buffers, leaf) for path, _, leaf in split]
+
+    def read(self) -> tuple[Tensor, ...]:
+        """The tensors, as they are now."""
+        return tuple([buffers[leaf] for buffers, leaf in self._found])  # type: ignore[misc]  # none of them is None

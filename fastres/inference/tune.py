@@ -1,0 +1,343 @@
+"""freeze's choices, each by measuring on the example: the layout, packed weights, images at a time, a CUDA graph.
+
+Another process can slow any run down, none can speed one up. So candidates take turns, their fastest rounds are
+compared, and the known-good default stays unless another one is faster by a margin there and wins most rounds.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from fastres._dispatch import Argument, Choices, Prepared
+from fastres.inference.checks import without_writing
+from fastres.inference.frozen import FrozenModel
+from fastres.inference.report import FreezeReport
+from fastres.verify.runs import call, named_tensors
+
+logger = logging.getLogger("fastres")
+
+Tune = bool | Literal["auto"]
+Times = dict[str, list[float]]  # milliseconds of each round, by candidate
+
+ROUNDS = 7
+SECONDS = 2.0
+HOPELESS = 3.0
+MARGIN = 0.05
+PACK_MARGIN = 0.1  # a layer by itself has its weight in cache: the plain one must win by more
+PARTS = (8, 4)  # images at a time; weights are read once per part
+
+_NO_VIEWS = "channels_last is out: the model takes a view() that only NCHW tensors have; reshape() would do in both"
+_OTHER_ANSWERS = "channels_last is out: the model answers otherwise in it, or from call to call"
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, rounds: int = ROUNDS, seconds: float = SECONDS
+) -> Times:
+    """Milliseconds a call, in interleaved rounds: at most `rounds`, about `seconds` in all, and at least 3.
+
+    Args:
+        calls: what to time, by name; each is run twice first, and one that then takes more than 3x the fastest's time
+            is timed once more.
+        device: synchronized around every call when it is a GPU.
+    """
+    with torch.no_grad():
+        for run in calls.values():
+            run()
+        warm = {name: milliseconds(run, device) for name, run in calls.items()}
+        times: Times = {name: [] for name in calls}
+        begin = time.perf_counter()
+        for turn in range(rounds):
+            if turn >= 3 and time.perf_counter() - begin > seconds:
+                break
+            for name, run in calls.items():
+                if turn and min(warm[name], *times[name]) > HOPELESS * min(min(t) for t in times.values()):
+                    continue
+                times[name].append(milliseconds(run, device))
+    return times
+
+
+def prefer(times: Times, default: str, margin: float = MARGIN) -> str:
+    """The default, unless another candidate's fastest round is faster by the margin, and it wins 3 rounds of 4."""
+    best = min(times, key=lambda name: min(times[name]))
+    if best == default or min(times[best]) > (1 - margin) * min(times[default]):
+        return default
+    if len(times[default]) == 1:  # more than 3x slower, and given up
+        return best
+    pairs = list(zip(times[best], times[default], strict=False))
+    return best if sum(a < b for a, b in pairs) >= 0.75 * len(pairs) else default
+
+
+def milliseconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The time of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes/s of a copy, read and written; flop/s of a product in ``dtype``): the best that half a second shows.
+
+    Of several sizes, small ones too: what fits in a cache moves faster than memory, and a bound must hold for it. On a
+    CPU of a convolution too, which may be another library's: 255 GFLOP/s where the best matrix product had 115.
+    """
+    on_gpu = device.type == "cuda"
+    sizes, lengths = ((2048, 8192), (1 << 24, 1 << 28)) if on_gpu else ((256, 512, 1024), (1 << 16, 1 << 19, 1 << 24))
+    calls: dict[Callable[[], Any], tuple[float, str]] = {}
+    for n in sizes:
+        a = torch.ones(n, n, device=device, dtype=dtype)
+        calls[_product(a, torch.empty_like(a))] = 2 * n**3, "flops"
+    if not on_gpu:
+        images, weight = (torch.ones(size, dtype=dtype) for size in ((4, 64, 28, 28), (64, 64, 3, 3)))
+        calls[_convolution(images, weight)] = 2 * images.numel() * weight[0].numel(), "flops"
+    for n in lengths:
+        x = torch.ones(n, device=device)
+        calls[_copy(x, torch.empty_like(x))] = 2 * x.numel() * x.itemsize, "bytes"
+    best = {"flops": 0.0, "bytes": 0.0}
+    begin = time.perf_counter()
+    with torch.no_grad():
+        while time.perf_counter() - begin < 0.5:
+            for run, (work, what) in calls.items():
+                best[what] = max(best[what], work / milliseconds(run, device) * 1e3)
+    return best["bytes"], best["flops"]
+
+
+def _product(a: Tensor, out: Tensor) -> Callable[[], Any]:
+    return lambda: torch.mm(a, a, out=out)
+
+
+def _convolution(x: Tensor, weight: Tensor) -> Callable[[], Any]:
+    x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    return lambda: torch.conv2d(x, weight, padding=1)
+
+
+def _copy(x: Tensor, y: Tensor) -> Callable[[], Any]:
+    return lambda: y.copy_(x)
+
+
+def _bound(candidate: nn.Module, inputs: Any) -> Callable[[], Any]:
+    return lambda: call(candidate, inputs)
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
+def tune_plan(
+    frozen: FrozenModel,
+    source: nn.Module,
+    inputs: Any,
+    device: torch.device,
+    how: Tune,
+    cuda_graph: bool | Literal["auto"],
+) -> FrozenModel:
+    """The frozen model with its plan, of which its report tells; the example may have been written to."""
+    report = frozen.report
+    frozen = choose_layout(frozen, source, inputs, device, how)
+    if device.type == "cpu":
+        if how is not False:
+            choose_ways(frozen, inputs, device)
+            split(frozen, inputs, device)
+        call(frozen, inputs)  # lowers the example's signature
+        report.packed = _count_packed(frozen, inputs)
+    report.steps = 0 if frozen.graph is None else len(frozen.graph.steps)
+    sizes = [len(t) for t in named_tensors(inputs, "").values() if t.is_floating_point() and t.ndim]
+    report.batch = sizes[0] if sizes else 1
+    record_graph(frozen, inputs, device, how, cuda_graph)
+    if how is not False and any(row.flops for row in report.rows):
+        find_bound(report, device, frozen.dtype)
+    return frozen
+
+
+def find_bound(report: FreezeReport, device: torch.device, dtype: torch.dtype) -> None:
+    """The rates that the report's bound is at; raised to those of the network itself where it has shown higher ones."""
+    report.bandwidth, report.rate = measured_rates(device, dtype)
+    beyond = (report.bound or 0.0) / report.milliseconds.get("frozen", math.inf)
+    if beyond > 1:  # others ran while the rates were measured
+        report.bandwidth, report.rate = report.bandwidth * beyond, report.rate * beyond
+
+
+def choose_layout(frozen: FrozenModel, source: nn.Module, inputs: Any, device: torch.device, how: Tune) -> FrozenModel:
+    """The frozen model in channels_last or, where that does not run or is measured slower, in NCHW."""
+    report = frozen.report
+    images = any(t.ndim == 4 and t.is_floating_point() for t in named_tensors(inputs, "").values())
+    report.memory_format_reason = "not measured" if how is False else "no 4-dimensional input"
+    layouts = {"contiguous": frozen}
+    default = "contiguous"
+    if images:
+        want = call(frozen, inputs)
+        last = frozen if how is False else copy.deepcopy(frozen)
+        last.use_channels_last()
+        reason = _why_not_this_layout(last, inputs, want)
+        if reason:
+            last.use_channels_last(False)
+            report.notes.append(reason)
+            report.memory_format_reason = "the other does not run"
+        else:
+            layouts["channels_last"], default = last, "channels_last"
+    if how is False:
+        report.memory_format = default
+        return frozen
+    calls: dict[str, Callable[[], Any]] = {"eager": without_writing(lambda given: call(source, given), inputs)}
+    times = measure(calls | {name: _bound(candidate, inputs) for name, candidate in layouts.items()}, device)
+    best = prefer({name: times[name] for name in layouts}, default)
+    if len(layouts) > 1:
+        faster = min(layouts, key=lambda name: min(times[name]))
+        report.memory_format_reason = (
+            "the faster of the two on the example" if best == faster else "the other one is not clearly faster"
+        )
+    report.memory_format = best
+    report.milliseconds = {"eager": min(times["eager"]), "frozen": min(times[best])}
+    report.milliseconds |= {f"frozen {name}": min(times[name]) for name in layouts if name != best}
+    if prefer({"frozen": times[best], "eager": times["eager"]}, "frozen") == "eager":
+        text = f"slower than eager on the example: {min(times[best]):.3g} ms, eager {min(times['eager']):.3g} ms"
+        report.notes.append(text)
+        logger.warning("freeze: %s is %s", report.model, text)
+    chosen = layouts[best]
+    chosen.report = report
+    return chosen
+
+
+def _why_not_this_layout(frozen: FrozenModel, inputs: Any, want: Any) -> str:
+    """Why the network, which answered ``want`` in NCHW, does not run in channels_last; empty where it does.
+
+    A view across channels and pixels exists in one of the layouts only; as_strided() reads other numbers in each.
+    """
+    try:
+        got = call(frozen, inputs)
+    except RuntimeError as error:
+        if "view size is not compatible" not in str(error):
+            raise
+        return _NO_VIEWS
+    pairs = zip(named_tensors(got, "").values(), named_tensors(want, "").values(), strict=True)
+    return "" if all(agrees(g, w) for g, w in pairs) else _OTHER_ANSWERS
+
+
+def choose_ways(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
+    """For each step of a call on these inputs that can run in several ways, keep the faster one."""
+    found = frozen.prepared(inputs)
+    if found is None:
+        return
+    executor, tensors, constants = found
+    chosen = dict(frozen.plan.choices)
+    for choices, arguments in executor.find_choices(tensors, constants):
+        default = next(iter(choices.ways))
+        if len(choices.ways) > 1:
+            way = prefer(_time_ways(choices, arguments, device), default, PACK_MARGIN)
+            chosen.pop(choices.key, None)
+            if way != default:
+                chosen[choices.key] = way
+    frozen.choose(chosen)
+
+
+def _time_ways(choices: Choices, arguments: list[Any], device: torch.device) -> Times:
+    """Each way on random numbers instead of the images."""
+    images = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.ndim == 4]
+    given = list(arguments)
+    for i in images[:1] + images[2:]:  # the second one is the weight
+        given[i] = torch.empty_like(given[i]).normal_()
+
+    def bound(prepared: Prepared) -> Callable[[], Any]:
+        args = [given[a.place] if isinstance(a, Argument) else a for a in prepared.args]
+        return lambda: prepared.function(*args)
+
+    return measure({name: bound(prepare()) for name, prepare in choices.ways.items()}, device)
+
+
+def _count_packed(frozen: FrozenModel, inputs: Any) -> int:
+    found = frozen.prepared(inputs)
+    if found is None:
+        return 0
+    executor, tensors, _ = found
+    parts = frozen.plan.images_at_a_time
+    if parts and frozen._goes_in_parts(tensors):
+        tensors = [tensors[0][:parts]]
+    return list(executor.ways(tensors).values()).count("packed")
+
+
+def split(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
+    """Large batches a few images at a time where that is faster, and the outputs on the example are equal."""
+    images = inputs[0] if isinstance(inputs, tuple | list) and len(inputs) == 1 else inputs
+    if not isinstance(images, Tensor) or images.ndim != 4:
+        return
+    sizes = [n for n in PARTS if len(images) >= 2 * n]
+    if not sizes:
+        return
+    leaves, tree = tree_flatten(call(frozen, images))
+    if not all(isinstance(t, Tensor) and t.ndim and len(t) == len(images) for t in leaves):
+        return
+    candidates = {"whole": frozen}
+    for n in sizes:
+        part = copy.deepcopy(frozen)
+        part.plan.images_at_a_time = n
+        got, its_tree = tree_flatten(call(part, images))
+        same = its_tree == tree and all(g.shape == t.shape for g, t in zip(got, leaves, strict=True))
+        # a network that mixes the images of a batch is off by everything, other packs by rounding
+        if same and all(close(g, t) for g, t in zip(got, leaves, strict=True)):
+            choose_ways(part, images[:n], device)
+            candidates[str(n)] = part
+    times = measure({n: _bound(candidate, images) for n, candidate in candidates.items()}, device)
+    best = prefer(times, "whole")
+    if best != "whole":
+        frozen.plan.images_at_a_time = frozen.report.images_at_a_time = int(best)
+        frozen.choose(candidates[best].plan.choices)
+        frozen.report.milliseconds |= {"frozen": min(times[best]), "frozen whole batch": min(times["whole"])}
+
+
+def record_graph(
+    frozen: FrozenModel, inputs: Any, device: torch.device, how: Tune, cuda_graph: bool | Literal["auto"]
+) -> None:
+    """Record the example's shapes, and keep the recording if that was asked for or is faster."""
+    report = frozen.report
+    if device.type != "cuda" or cuda_graph is False or (cuda_graph == "auto" and (how is False or not frozen.graph)):
+        report.cuda_graph = "off" if device.type == "cuda" else "off (no GPU)"
+        return
+    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, {})
+    frozen.record_graph(tuple(args) if isinstance(args, tuple | list) else (args,), kwargs)
+    report.cuda_graph = "on, for the example's shapes"
+    if how is False:
+        return
+    eager = copy.deepcopy(frozen)  # has no graphs
+    times = measure({"frozen": _bound(frozen, inputs), "without": _bound(eager, inputs)}, device)
+    if cuda_graph == "auto" and prefer(times, "without", 0.0) == "without":
+        frozen.drop_graphs()
+        report.cuda_graph = f"off: {min(times['frozen']):.3g} ms with it, {min(times['without']):.3g} ms without"
+        return
+    report.milliseconds |= {"frozen": min(times["frozen"]), "frozen without graph": min(times["without"])}
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
+
+
+def close(got: Tensor, want: Tensor, share: float = 0.05) -> bool:
+    """Whether two outputs differ by a ``share`` of the largest at most, or at all where they are no floating ones."""
+    if got.is_complex():
+        got, want = torch.view_as_real(got), torch.view_as_real(want)
+    if not got.is_floating_point():
+        return bool(torch.equal(got, want))
+    want = want.detach()
+    scale = float(want.abs().max()) if want.numel() else 0.0
+    return math.isfinite(scale) and torch.allclose(got, want, rtol=0, atol=share * scale)
+
+
+def agrees(got: Any, want: Any, share: float = 0.05) -> bool:
+    """Whether two outputs are close, as far as the wanted one is finite; or are no tensors."""
+    if not isinstance(want, Tensor) or not isinstance(got, Tensor):
+        return isinstance(want, Tensor) == isinstance(got, Tensor)
+    if got.shape != want.shape:
+        return False
+    return math.isinf(share) or not bool(torch.isfinite(want).all()) or close(got.to(want.dtype), want, share)

@@ -1,0 +1,106 @@
+"""conv_act in frozen networks: oneDNN's convolution with its whole epilogue, on a weight packed for the input's shape.
+
+A pack made for another batch size can be slower than none, so there are two ways: "packed", and "plain", on the weight
+as it is, which oneDNN reorders in every call. oneDNN's ReLU turns NaN into 0: a network whose input is finite has none
+to lose, and for the rest an executor runs conv_act, which passes NaN as eager does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastres._dispatch import Argument, Choices, Prepared
+from fastres.ops._conv_backends import ACTIVATIONS, Conv, output_size, why_not_onednn
+from fastres.ops._tensors import is_channels_last
+
+_UNARY: dict[str, tuple[str, list[float]]] = {
+    "none": ("none", []),
+    "relu": ("relu", []),
+    "relu6": ("hardtanh", [0.0, 6.0]),
+    "hardswish": ("hardswish", []),
+    "silu": ("swish", []),
+}
+_BINARY: dict[str, str | None] = {"none": None, "relu": "relu"}
+_onednn = torch.ops.mkldnn._convolution_pointwise
+_X, _RESIDUAL = Argument(0), Argument(3)
+
+
+def stock(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    act: str,
+    backend: str = "auto",
+) -> Tensor:
+    """The call by PyTorch's operators. Frozen networks have no scale."""
+    assert scale is None
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # [N, K, P, Q]
+    return ACTIVATIONS[act](y if residual is None else y + residual)
+
+
+def bind(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    groups: int,
+    act: str,
+    backend: str = "auto",
+) -> Choices | None:
+    """oneDNN's ways to run the call on tensors alike; None where it refuses, or the layout is not its fast one."""
+    if x.device.type != "cpu" or x.ndim != 4 or x.dtype != weight.dtype or scale is not None:
+        return None
+    n, c, h, w = x.shape
+    k, per_group, r, s = weight.shape
+    if c != per_group * groups or k == 1 or not _is_nhwc(x) or not is_channels_last(x):
+        return None
+    where = tuple(stride), tuple(padding), tuple(dilation)
+    call = Conv(True, x.numel() == 0, (n, h, w), (k, per_group, r, s), *where, groups, act, residual is not None)
+    if why_not_onednn(x, call):
+        return None
+    p, q = output_size((h, w), (r, s), *where)
+    if residual is not None:
+        # one pixel: the strides say nothing, and oneDNN fails on them
+        if act not in _BINARY or p * q == 1 or residual.shape != (n, k, p, q):
+            return None
+        if residual.dtype != x.dtype or not _is_nhwc(residual):
+            return None
+
+    def on(kernel: Tensor) -> Prepared:
+        rest = kernel, bias, padding, stride, dilation, groups
+        if residual is None:
+            name, scalars = _UNARY[act]
+            return Prepared(_onednn.default, (_X, *rest, name, scalars, ""))
+        epilogue: tuple[Any, ...] = "add", None, _BINARY[act], [], None
+        over = Prepared(torch.ops.mkldnn._convolution_pointwise_.binary, (_RESIDUAL, _X, *rest, *epilogue))
+        return Prepared(_onednn.binary, (_X, _RESIDUAL, *rest, *epilogue), _RESIDUAL.place, over)
+
+    def packed() -> Prepared:
+        reorder = torch.ops.mkldnn._reorder_convolution_weight
+        return on(reorder(weight.detach(), padding, stride, dilation, groups, list(x.shape)))
+
+    size = "x".join(map(str, x.shape))
+    kernel = "x".join(map(str, weight.shape))
+    geometry = " ".join(f"{name}{a}x{b}" for name, (a, b) in zip("spd", where, strict=True))
+    after = act if residual is None else f"add {act}"
+    dtype = str(x.dtype).removeprefix("torch.")
+    key = f"conv_act {size} by {kernel} {geometry} g{groups} {after} {dtype}"
+    return Choices(key, {"packed": packed, "plain": lambda: on(weight.detach())})
+
+
+def _is_nhwc(t: Tensor) -> bool:
+    return t.is_contiguous(memory_format=torch.channels_last)

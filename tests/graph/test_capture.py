@@ -1,0 +1,244 @@
+"""Capturing a network: which batches and sizes a graph is for, FrozenModel.capture, networks that have no graph."""
+
+import copy
+import gc
+import logging
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastres.graph.fold import norm_affine
+from freeze_cases import Net, agree, cifar, compare, freeze, images, notes
+
+# ---- the batch -------------------------------------------------------------------------------------------------------
+
+ASKS = {
+    "large": lambda net, x: net.first(x) * 2 if x.shape[0] > 4 else net.first(x),
+    "len": lambda net, x: net.first(x) * 2 if len(x) > 4 else net.first(x),
+    "odd": lambda net, x: net.first(x) * 2 if x.shape[0] % 2 else net.first(x),
+    "three": lambda net, x: net.first(x) * 2 if x.shape[0] == 3 else net.first(x),
+    "min": lambda net, x: net.first(x)[: min(x.shape[0], 4)],
+    "loop": lambda net, x: torch.stack([net.first(t[None])[0] for t in x]),
+    "every other": lambda net, x: net.first(x)[::2],
+    "one": lambda net, x: (lambda y: y.squeeze(0) if len(x) == 1 else y)(net.first(x)),
+}
+
+
+@pytest.mark.parametrize("case", ASKS)
+def test_a_forward_that_asks_for_the_batch_is_captured_for_each(case):
+    frozen = agree(Net(ASKS[case]), batches=(2, 1, 3, 5))
+    assert ("the network fixes its batch" in notes(frozen)) == (case != "min")  # which has an operator
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda net, x: net.first(x).view(-1, 2, 2, 8, 8).sum(2).flatten(1),
+        lambda net, x: sum(net.conv(torch.cat([x, x])).chunk(2)),
+        lambda net, x: net.first(x).view(x.shape[0], 2, 2, 8, 8).transpose(1, 2).reshape(x.shape[0], -1),
+        lambda net, x: net.first(x).repeat(2, 1, 1, 1).reshape(x.shape[0], -1) / x.shape[0],
+    ],
+)
+def test_a_forward_that_only_uses_the_batch_is_captured_once(forward):
+    frozen = agree(Net(forward), batches=(2, 1, 3, 8))
+    assert not frozen._variants and "batch" not in notes(frozen)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_any_batch_by_one_capture(batch):
+    frozen = agree(cifar(), images(batch, 16), batches=(0, 1, 2, 7))
+    assert not frozen._variants
+
+
+@pytest.mark.parametrize("forward", [lambda net, x: net.first(x).nonzero(), lambda net, x: x[net.first(x)[:, :3] > 0]])
+def test_sizes_that_depend_on_the_data(forward):
+    agree(Net(forward), verify=False, capture="auto")
+
+
+# ---- other image sizes -----------------------------------------------------------------------------------------------
+
+
+def test_other_image_sizes_are_captured_on_their_first_call_and_share_the_weights(caplog):
+    net = cifar()
+    frozen = freeze(net, images(2, 16), tune=False, verify=False)
+    with caplog.at_level(logging.INFO, "fastres"):
+        for size in (24, 8, 24, 16):
+            compare(net, frozen, images(3, size))
+    said = [record.getMessage() for record in caplog.records if record.name == "fastres"]
+    assert said == [f"freeze: CifarResNet captured again for [3, 3, {size}, {size}]" for size in (24, 8)]
+    assert len(frozen._variants) == 2
+    mine = {t.data_ptr() for t in frozen.weights.buffers()}
+    for variant in frozen._variants:
+        assert {t.data_ptr() for t in variant.constants} <= mine
+    with torch.no_grad():
+        frozen.weights.fc.bias.add_(1)
+        assert not torch.allclose(frozen(images(3, 24)), net(images(3, 24)))
+        net.fc.bias.add_(1)
+    message = r"got \[2, 3, 32, 32\]; .* captured for \[N, 3, 16, 16\].*has changed since: refresh\(\) first"
+    for call in (frozen, frozen.capture):
+        with pytest.raises(RuntimeError, match=message):
+            call(images(2, 32))
+    frozen.refresh()
+    for size in (16, 24, 32):
+        compare(net, frozen, images(3, size))
+
+
+def test_capture_takes_what_freeze_takes_and_does_it_once(caplog):
+    class Arguments(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = cifar()
+
+        def forward(self, x, scale=1.0):
+            return self.net(x) * scale
+
+    net = Arguments().eval()
+    frozen = freeze(net, images(2, 16), tune=False, verify=False)
+    with caplog.at_level(logging.INFO, "fastres"):
+        for example in (images(5, 12), (images(2, 12),), {"x": images(2, 12)}, images(1, 16)):
+            assert frozen.capture(example) is None
+        assert caplog.text.count("captured again") == 1 and len(frozen._variants) == 1
+        frozen.capture((images(2, 12), 2.0))
+        assert "captured again for [2, 3, 12, 12] with [2.0]" in caplog.text
+        caplog.clear()
+        compare(net, frozen, images(3, 12))
+        compare(net, frozen, images(3, 12), scale=2.0)
+        assert "captured" not in caplog.text
+    with pytest.raises(ValueError, match=r"input: got \[2, 3\]; .*\[N, 3, 16, 16\], and it cannot be for this: "):
+        frozen.capture(torch.ones(2, 3))
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        frozen.capture({"x": images(2, 12), "size": 3})
+
+
+def test_at_most_so_many_captures_are_kept():
+    net = Net(lambda net, x: net.first(x))
+    frozen = freeze(net, images(), tune=False, verify=False)
+    for size in range(3, 14):
+        frozen.capture(images(2, size))
+    assert len(frozen._variants) == 8
+    compare(net, frozen, images(2, 3))
+
+
+def test_other_image_sizes_need_the_source():
+    net = cifar()
+    frozen = freeze(net, images(2, 16), tune=False, verify=False)
+    assert copy.deepcopy(frozen)(images(1, 24)).shape == (1, 5)
+    del net
+    gc.collect()
+    for call in (frozen, frozen.capture):
+        with pytest.raises(RuntimeError, match=r"input: got \[1, 3, 24, 24\].*for \[N, 3, 16, 16\].*source.*is gone"):
+            call(images(1, 24))
+    assert frozen(images(1, 16)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 16, 16), (3, 16), (2, 3, 16, 16, 1)])
+def test_inputs_that_the_source_does_not_take(shape):
+    net = cifar()
+    frozen = freeze(net, images(2, 16), tune=False, verify=False)
+    with pytest.raises(ValueError, match=r"input: got \[.*captured for \[N, 3, 16, 16\], and it cannot be for this"):
+        frozen(torch.randn(shape))
+    assert frozen(images(2, 16)).shape == (2, 5)
+
+
+# ---- networks without a graph ----------------------------------------------------------------------------------------
+
+
+def remembers(net, x):
+    t = net.first(x)
+    net.last, last = t.mean(), getattr(net, "last", 0.0)
+    return t + last
+
+
+def counts(net, x):
+    net.numbers["calls"] += 1
+    return net.first(x) * net.numbers["calls"]
+
+
+def increments(net, x):
+    net.number += 1
+    return net.first(x)
+
+
+def hooked(net):
+    net.conv.register_forward_hook(lambda module, args, y: y * 2)
+
+
+class Counts(Net):
+    number = 0
+
+
+class StaysInTraining(Net):
+    def train(self, mode=True):
+        return super().train(True)
+
+
+FIRST = lambda net, x: net.first(x)  # noqa: E731
+NO_GRAPH = {
+    "number": (lambda: Counts(increments), "its forward changes number"),
+    "attribute": (lambda: Net(remembers), "differently from call to call"),
+    "dictionary": (
+        lambda: Net(counts, lambda net: setattr(net, "numbers", {"calls": 0})),
+        "differently from call to call",
+    ),
+    "buffer": (
+        lambda: Net(lambda net, x: net.first(x) * net.n.add_(1), lambda net: net.register_buffer("n", torch.zeros(()))),
+        "its forward writes to n",
+    ),
+    "data": (lambda: Net(lambda net, x: net.first(x) if x.mean() > 0 else net.conv(x)), "data-dependent"),
+    "value": (lambda: Net(lambda net, x: net.first(x) * float(x.numpy()[0, 0, 0, 0])), "torch.export: "),
+    "training": (lambda: StaysInTraining(FIRST), "running_mean"),
+    "hooks": (lambda: Net(FIRST, hooked), "conv has hooks"),
+    "patched": (lambda: Net(FIRST, lambda net: setattr(net.bn, "forward", torch.tanh)), "bn has hooks or a forward"),
+}
+
+
+@pytest.mark.parametrize("case", NO_GRAPH)
+def test_networks_without_a_graph_keep_their_code_and_say_why(case, capfd):
+    make, reason = NO_GRAPH[case]
+    net, same = make(), make()
+    same.load_state_dict(net.state_dict())
+    with pytest.raises(ValueError, match=f"capture: got 'graph', and .* has none: .*{reason}"):
+        freeze(net, torch.rand(2, 3, 8, 8), capture="graph", tune=False)
+    frozen = freeze(net, torch.rand(2, 3, 8, 8), tune=False, verify=False)
+    assert frozen.report.capture == "modules" and reason in frozen.report.capture_reason and reason in notes(frozen)
+    assert frozen.graph is None and frozen.report.steps == 0 and frozen.capture(images(2, 12)) is None
+    assert not capfd.readouterr().err  # torch.export prints graphs
+    if case in ("data", "value", "hooks", "patched"):  # the others count their calls
+        for x in (torch.rand(2, 3, 8, 8), -torch.rand(2, 3, 8, 8), torch.rand(1, 3, 8, 8)):
+            compare(net, frozen, x)
+
+
+def test_hooks_on_every_module_are_no_graph():
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: None)
+    try:
+        frozen = freeze(Net(FIRST), images(), tune=False)
+    finally:
+        handle.remove()
+    assert "hooks on every module are set" in frozen.report.capture_reason
+
+
+def test_capture_is_checked():
+    with pytest.raises(ValueError, match="capture: got 'trace', expected 'auto', 'graph' or 'modules'"):
+        freeze(nn.Conv2d(3, 3, 1), images(), capture="trace")
+
+
+# ---- faults of our own: planted, since no network is known that has one ----------------------------------------------
+
+
+def test_a_fault_in_the_rewriting_loses_no_network(monkeypatch, caplog):
+    def fails(*args):
+        raise KeyError("a planted fault")
+
+    monkeypatch.setattr("fastres.graph.rewrite.fuse", fails)
+    frozen = freeze(Net(lambda net, x: F.relu(net.first(x))), images(), tune=False)
+    assert frozen.report.capture == "modules" and "a fault of fastres" in frozen.report.capture_reason
+    assert "planted" in caplog.text and frozen.report.verification
+
+
+def test_a_graph_with_other_answers_is_a_fault_and_said_to_be(monkeypatch, caplog):
+    monkeypatch.setattr("fastres.graph.fusions.conv_bn_act.norm_affine", lambda *args: norm_affine(*args[:4], 100.0))
+    frozen = freeze(Net(lambda net, x: F.relu(net.first(x))), images(), tune=False)
+    assert frozen.report.capture == "modules" and "answers the example otherwise" in frozen.report.capture_reason
+    assert "a fault of fastres" in caplog.text and frozen.report.verification

@@ -1,0 +1,68 @@
+"""Small networks, and BN layers that do something: the statistics and parameters of a fresh network hide mistakes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SmallNet(nn.Module):
+    """Convolutions and norms under fixed names, and a forward given as a function of the network and its inputs.
+
+    conv, bn: 3 -> channels; conv2, bn2: channels -> channels, both 3x3 of stride 1; relu; fc: channels -> 5. Without a
+    function: relu(bn2(conv2(y)) + y) of y = relu(bn(conv(x))), the mean over the plane, fc: [N, 3, H, W] -> [N, 5].
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any] | None = None,
+        *,
+        bias: bool = False,
+        channels: int = 4,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, channels, 3, padding=1, bias=bias), norm(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias), norm(channels)
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(channels, 5)
+        self.function = forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.function is not None:
+            return self.function(self, x, *args, **kwargs)
+        y = F.relu(self.bn(self.conv(x)))
+        y = F.relu(self.bn2(self.conv2(y)) + y)
+        return self.fc(y.mean((2, 3)))
+
+
+def randomize_bn(model: nn.Module, seed: int | None = None, statistics: bool = True) -> nn.Module:
+    """Draw the parameters and running statistics of every norm that has statistics; return the model.
+
+    Scales and variances from [0.5, 1.5], shifts and means from [-0.5, 0.5]; on the CPU, from the seed or the global
+    generator. `statistics=False` leaves the running statistics as they are.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    names = {"weight": 1.0, "bias": 0.0} | ({"running_mean": 0.0, "running_var": 1.0} if statistics else {})
+    with torch.no_grad():
+        for norm in model.modules():
+            if hasattr(norm, "running_var"):
+                for name, middle in names.items():
+                    if (t := getattr(norm, name)) is not None:
+                        t.copy_(torch.empty(t.shape).uniform_(middle - 0.5, middle + 0.5, generator=generator))
+    return model
+
+
+def transformers_module(name: str = "transformers") -> ModuleType:
+    """Import a module of transformers, which probes for a package `kernels`: this checkout's folder is not it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [p for p in sys.path if not os.path.isfile(os.path.join(p, "kernels", "bn_act.py"))])
+        module: ModuleType = pytest.importorskip(name)
+    return module
