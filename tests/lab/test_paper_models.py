@@ -1,8 +1,6 @@
 """What the paper's experiments need of the networks: names, blocks of one and three layers, Caffe's ways, counts."""
 
 import copy
-import doctest
-import importlib
 
 import pytest
 import torch
@@ -193,19 +191,3 @@ def test_average_statistics_refuses_no_batches():
     with pytest.raises(ValueError, match="batches: got none"):
         average_statistics(net, [])
     assert torch.equal(net.bn1.running_var, before)
-
-
-# ---- docstrings ------------------------------------------------------------------------------------------------------
-
-MODULES = [
-    *(f"fastres.models.{name}" for name in ("cifar", "counts", "imagenet", "shortcut", "statistics")),
-    *(f"fastres.lab.paper.{name}" for name in ("degradation", "depth", "imagenet", "presets", "published")),
-    *(f"fastres.lab.paper.{name}" for name in ("registry", "responses", "runs", "shortcuts", "tables")),
-    "fastres.lab.networks",
-]
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_in_docstrings_run(name):
-    found = doctest.testmod(importlib.import_module(name))
-    assert found.attempted and not found.failed
