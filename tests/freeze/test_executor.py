@@ -1,7 +1,6 @@
 """Running the list of steps: answers call by call, changes that are followed, plans and packs, copies, modes, parts."""
 
 import copy
-import pickle
 import weakref
 
 import pytest
@@ -144,19 +143,6 @@ def test_57_functional_call_and_vmap():
     many = torch.randn(3, 2, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(torch.func.vmap(frozen)(many), torch.func.vmap(net)(many), rtol=1e-4, atol=1e-4)
-
-
-def test_37_copies_and_pickles_have_no_plans_and_work():
-    _, frozen = frozen_pair()
-    x = images(2, 16)
-    y = frozen(x)
-    for other in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
-        assert not other._network.executor._plans and frozen._network.executor._plans
-        assert torch.equal(other(x), y) and torch.equal(other(x), y) and len(other._network.executor._plans) == 1
-        assert all(t.layout is torch.strided for t in other.state_dict().values())
-        with torch.no_grad():
-            other.weights.fc.weight.zero_()
-        assert torch.equal(frozen(x), y)
 
 
 # ---- modes and hooks -------------------------------------------------------------------------------------------------

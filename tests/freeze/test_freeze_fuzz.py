@@ -1,8 +1,8 @@
 """freeze on random networks: every layer, written form, alias and in-place call that a seed happens to draw.
 
 A network is frozen by its graph and compared with its source in float64, at 1, 2 and 3 images, twice each: the first
-call lowers the network, the second runs its plan. The answers may be off by what float32 costs: at most four times eager's own error, and
-a floor of 2e-5 of the largest answer. Every third network is also copied, or saved and loaded.
+call lowers the network, the second runs its plan. The answers may be off by what float32 costs: at most four times
+eager's own error, and a floor of 2e-5 of the largest answer. Every third network is also copied, or saved and loaded.
 
 More of them than the tests run: FASTRES_FUZZ=1000:3000 pytest tests/freeze/test_freeze_fuzz.py
 """

@@ -1,4 +1,4 @@
-"""Frozen models in threads, in processes and under inference mode; pickles that travel without their source."""
+"""Frozen models in threads, in processes and under inference mode."""
 
 from __future__ import annotations
 
@@ -149,27 +149,13 @@ class Features(Dataset):
         return self.network(self.images[index : index + 1])[0]
 
 
-class Collate:
-    """Stacks images and runs them at once."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-
-    def __call__(self, images: list[torch.Tensor]) -> torch.Tensor:
-        return self.network(torch.stack(images))
-
-
-def work_in_a_dataloader(method: str, where: str) -> None:
+def work_in_a_dataloader(method: str) -> None:
     net = cifar()
     frozen, x = freeze(net, images(2, 16), tune=False, verify=False), images(7, 16)
     with torch.no_grad():
         want = net(x)
     options = {"batch_size": 3, "num_workers": 2, "multiprocessing_context": method, "timeout": 240}
-    if where == "dataset":
-        loader = DataLoader(Features(frozen, x), **options)
-    else:
-        loader = DataLoader(x, collate_fn=Collate(frozen), **options)
-    got = list(loader)
+    got = list(DataLoader(Features(frozen, x), **options))
     assert [len(part) for part in got] == [3, 3, 1]
     torch.testing.assert_close(torch.cat(got), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(frozen(x), want, rtol=1e-4, atol=1e-5)  # and here, as before
@@ -213,16 +199,10 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
 
 @pytest.mark.parametrize(
-    ("method", "where"),
-    [
-        pytest.param("fork", "dataset", marks=needs_fork),
-        pytest.param("fork", "collate", marks=[needs_fork, pytest.mark.full]),
-        pytest.param("spawn", "collate", marks=pytest.mark.full),
-        pytest.param("spawn", "dataset", marks=pytest.mark.full),
-    ],
+    "method", [pytest.param("fork", marks=needs_fork), pytest.param("spawn", marks=pytest.mark.full)]
 )
-def test_37_in_the_workers_of_a_dataloader(method, where):
-    in_a_process_of_its_own("work_in_a_dataloader", method, where)
+def test_37_in_the_workers_of_a_dataloader(method):
+    in_a_process_of_its_own("work_in_a_dataloader", method)
 
 
 @needs_fork
@@ -230,26 +210,7 @@ def test_a_child_process_finds_no_lock_taken():
     in_a_process_of_its_own("find_no_lock_in_a_child")
 
 
-# ---- copies and inference mode ---------------------------------------------------------------------------------------
-
-
-def test_37_a_pickle_runs_without_its_source_and_says_what_it_cannot(frozen, net, tmp_path):
-    x = images(3, 16)
-    torch.save(frozen, tmp_path / "frozen.pt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loaded = torch.load(tmp_path / "frozen.pt", weights_only=False)
-        twin = copy.deepcopy(frozen)
-    assert torch.equal(loaded(x), frozen(x)) and torch.equal(loaded(x[:0]), frozen(x[:0]))
-    assert loaded.report.folded == 7 and not loaded.training
-    other = images(2, 12)
-    with pytest.raises(RuntimeError, match=r"input: got \[2, 3, 12, 12\].*captured for \[N, 3, 16, 16\].*is gone"):
-        loaded(other)
-    compare(net, twin, other)  # copies keep the source
-    with torch.no_grad():
-        for t in loaded.buffers():
-            t.zero_()
-    assert not loaded(x).any() and frozen(x).any()
+# ---- inference mode -------------------------------------------------------------------------------------------------
 
 
 def test_under_inference_mode(frozen):

@@ -22,7 +22,8 @@ GEOMETRY = ("tests/kernels/test_triton_interpreter.py::test_lane[lane_geometry]"
 CONV = ("tests/kernels/test_triton_interpreter.py::test_lane[lane_conv_act]",)
 CONV_ACT = ("tests/ops/test_conv_act.py",)
 STEPS = ("tests/swap/test_conv_steps.py",)
-PROGRAM = ("tests/freeze/test_program.py",)
+LOWER = ("tests/freeze/test_lower.py",)
+EXECUTOR = ("tests/freeze/test_executor.py",)
 LARGE = ("tests/ops/test_large.py",)
 EMULATED = ("tests/emulation/test_cuda_emulated.py",)
 NATIVE = ("tests/ops/test_native.py",)
@@ -101,34 +102,20 @@ MUTANTS = [
     Mutant(
         "relu-drops-nan", "csrc/element.h", "return z < floor ? floor : z;", "return z > floor ? z : floor;", NATIVE
     ),
-    Mutant("program-ignores-versions", "fastres/inference/program.py", "t._version != version or ", "", PROGRAM),
+    Mutant("lower-writes-over-inputs", "fastres/inference/lower.py", "if owners & self.taken:", "if False:", LOWER),
     Mutant(
-        "program-ignores-modules",
-        "fastres/inference/program.py",
-        "            if table.get(name) is not value:\n                return False",
-        "            pass",
-        PROGRAM,
-    ),
-    Mutant(
-        "program-ignores-hooks",
-        "fastres/inference/program.py",
-        "return not any(self.hooks) and not has_global_hooks()",
-        "return True",
-        PROGRAM,
-    ),
-    Mutant(
-        "program-not-checked",
-        "fastres/inference/program.py",
-        "if not self._agrees(program, module, args, kwargs):\n                    raise",
-        "if False:\n                    raise",
-        PROGRAM,
-    ),
-    Mutant(
-        "program-keeps-counting",
-        "fastres/inference/program.py",
-        "if written and isinstance(value, Tensor) and not own:",
+        "lower-writes-over-what-is-read-later",
+        "fastres/inference/lower.py",
+        "if any(self.last.get(s, 0) > place for s in alike):",
         "if False:",
-        PROGRAM,
+        LOWER,
+    ),
+    Mutant(
+        "executor-ignores-versions",
+        "fastres/_stamp.py",
+        "(count >= 0 and t._version != count) or ",
+        "",
+        EXECUTOR,
     ),
     Mutant(
         "written-over-with-gradients",
