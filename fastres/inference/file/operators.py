@@ -135,7 +135,7 @@ def _looked_up(name: str) -> OpOverload:
 
 
 def why_not(found: OpOverload) -> str:
-    """Why a file may not call an operator; empty where it may."""
+    """Say why a file may not call an operator; empty where it may."""
     schema = found._schema
     if not torch._C._dispatch_has_kernel(schema.name + ("." if schema.overload_name else "") + schema.overload_name):
         return "is not one of the dispatcher's"
@@ -156,6 +156,6 @@ def why_not(found: OpOverload) -> str:
 
 
 def _plain(kind: Any) -> str:
-    """What lists and optional values are of."""
+    """The type of the values in a list or an optional."""
     match = _TYPE.fullmatch(str(kind))
     return match.group(1) if match else str(kind)

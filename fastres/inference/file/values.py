@@ -119,7 +119,7 @@ class Values:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a file can hold the value."""
+    """Tell whether a file can hold the value."""
     try:
         Values().encode(value)
     except FrozenFileError:
