@@ -213,7 +213,7 @@ class _Memory:
         self.owners[step.writes] = frozenset(owners)
 
     def is_free(self, slot: int, place: int) -> bool:
-        """Tell whether the memory of `slot` is the network's own, and nothing but the step at `place` still reads it."""
+        """Tell whether the memory of `slot` is the network's own and only the step at `place` still reads it."""
         owners, step = self.owners[slot], self.steps[place]
         if owners & self.taken:
             return False

@@ -324,7 +324,7 @@ def record_graph(
 
 
 def close(got: Tensor, want: Tensor, share: float = 0.05) -> bool:
-    """Tell whether two outputs differ by at most a ``share`` of the largest, and not at all if they are no floating ones."""
+    """Tell whether two outputs differ by a ``share`` of the largest at most, or at all if not floating."""
     if got.is_complex():
         got, want = torch.view_as_real(got), torch.view_as_real(want)
     if not got.is_floating_point():
