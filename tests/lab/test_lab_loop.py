@@ -298,12 +298,3 @@ def test_spec_and_result_go_through_json():
     result = RunResult(spec, 1, 256, 1.0, 5, None, 0.5, None, [point])
     assert RunResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
     assert dataclasses.asdict(result)["history"][0]["lr"] == 0.1
-
-
-@pytest.mark.parametrize("module", ["recipes", "augment", "batches", "datasets", "evaluation", "loop", "loop_state"])
-def test_the_docstrings_examples_run(module):
-    import doctest
-    import importlib
-
-    found = doctest.testmod(importlib.import_module(f"fastres.lab.{module}"))
-    assert found.failed == 0 < found.attempted
