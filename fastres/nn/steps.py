@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn.memory import may_recompute
-from fastres.ops._conv_backends import ACTIVATIONS, output_size, pair
 from fastres.ops.add_relu import add_relu
 from fastres.ops.bn_act import batch_norm_arguments, bn_act
-from fastres.ops.conv_act import conv_act
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -73,41 +71,7 @@ def fused_add_relu(x: Tensor, residual: Tensor, backend: str) -> Tensor:
     return torch.relu(x + residual)
 
 
-def fused_conv_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    act: str,
-    backend: str = "auto",
-) -> Tensor:
-    """The operator call. A residual that the operator refuses but eager's `out += residual` takes is added apart.
-
-    Args:
-        x: [N, C, H, W].
-        weight: [K, C / groups, R, S], bias: [K] or None.
-        residual: broadcastable to the output's shape, any dtype that eager adds to it; or None.
-        stride, padding, dilation, groups, act, backend: as for `fastres.functional.conv_act`.
-
-    Returns:
-        y: [N, K, P, Q], x's dtype.
-    """
-    where = stride, padding, dilation, groups
-    if residual is None or residual.dtype == x.dtype:
-        shape = x.shape[0], weight.shape[0], *output_size(x.shape[2:], weight.shape[2:], *map(pair, where[:3]))
-        if residual is None or residual.shape == shape:
-            return conv_act(x, weight, bias, residual, None, *where, act=act, backend=backend)
-    y = conv_act(x, weight, bias, None, None, *where, act="none", backend=backend)
-    y = (y + residual.expand_as(y)).to(y.dtype)
-    return ACTIVATIONS[act](y)
-
-
 torch.fx.wrap("fused_bn_act")
-torch.fx.wrap("fused_conv_act")
 
 
 def bn_step(

@@ -7,9 +7,7 @@ backends and the fakes, so torch.compile, opcheck and functorch see no differenc
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,22 +25,6 @@ _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
 _is_batched = torch._C._functorch.is_legacy_batchedtensor
 
-_recorder = threading.local()
-
-
-@contextmanager
-def recorded_below() -> Iterator[None]:
-    """Let the one dispatch mode entered inside record the operators that the fast path calls."""
-    _recorder.depth = _dispatch_modes() + 1
-    try:
-        yield
-    finally:
-        _recorder.depth = 0
-
-
-def _only_a_recorder() -> bool:
-    return _dispatch_modes() == getattr(_recorder, "depth", 0) == 1
-
 
 def is_plain_eager(first: object, *others: object) -> bool:
     """Say whether a call would reach the kernel as it is: no tensor subclass, mode, transform or tracer in between.
@@ -56,7 +38,7 @@ def is_plain_eager(first: object, *others: object) -> bool:
         not torch.compiler.is_compiling()
         and type(first) is torch.Tensor
         and _PLAIN.issuperset(map(type, others))
-        and (not _dispatch_modes() or _only_a_recorder())
+        and not _dispatch_modes()
         and not _function_modes()
         and not _transforms()
         and _tracing() is None
