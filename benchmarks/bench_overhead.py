@@ -16,7 +16,7 @@ SMALL = Activation(8, 4, 4, INNER, 0, 0)  # [2, 8, 4, 4]: 1 KiB
 
 
 class Overhead:
-    """What the cases below change of an operator's case."""
+    """The changes that the cases below make to an operator's case."""
 
     what: ClassVar[str] = "overhead"
     threads: ClassVar[int | None] = 1

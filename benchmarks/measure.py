@@ -36,7 +36,7 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure a case."""
+    """The time to measure a case for."""
 
     budget_s: float  # timed seconds for a case of weight 1, all peers together
     rounds: int  # at most

@@ -28,7 +28,7 @@ class Stamp:
         self._seen = {name: (weakref.ref(t), _address(t), version(t)) for name, t in tensors.items()}
 
     def holds(self, now: Mapping[Any, Tensor] | None = None) -> bool:
-        """Whether no tensor was replaced, added, removed, moved or written to since.
+        """Tell whether no tensor was replaced, added, removed, moved or written to since.
 
         Args:
             now: the tensors that have the names today; None: the same ones, in a call that cannot take long.

@@ -96,7 +96,7 @@ _warned: set[str] = set()
 
 
 def inner_backend(mode: str | None, options: Mapping[str, Any] | None) -> Inner:
-    """What compiles the graphs.
+    """Return what compiles the graphs.
 
     Raises:
         ValueError: an unknown backend, or settings of Inductor for another one.
@@ -120,14 +120,14 @@ def inner_backend(mode: str | None, options: Mapping[str, Any] | None) -> Inner:
 
 
 def records_gradients(module: fx.GraphModule) -> bool:
-    """Whether an output of a graph of Dynamo's has a gradient."""
+    """Tell whether an output of a graph of Dynamo's has a gradient."""
     (output,) = module.graph.find_nodes(op="output")
     values = [node.meta.get("example_value") for node in output.all_input_nodes]
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def is_kernel(node: fx.Node, value: Any) -> bool:
-    """Whether an argument may be the weight of a convolution."""
+    """Tell whether an argument may be the weight of a convolution."""
     return isinstance(value, Tensor) and value.ndim == 4 and is_weight(node, value)
 
 
@@ -225,7 +225,7 @@ def _module(source: fx.GraphModule, traced: Traced, layout: Any) -> fx.GraphModu
 
 
 def _depends_on_strides(traced: Traced) -> bool:
-    """Whether another memory layout inside could show: values by strides, or outputs that share memory."""
+    """Tell whether another memory layout inside could show: values by strides, or outputs that share memory."""
     if any(node.target in _BY_STRIDES for node in traced.graph.nodes):
         return True
     storages = [t.untyped_storage()._cdata for t in traced.outputs if isinstance(t, Tensor)]

@@ -43,7 +43,7 @@ def _flat(arch: int) -> dict[str, Config]:
     return {"large": Config(tile=2048, num_warps=4), "small": Config(tile=512, num_warps=4)}
 
 
-def _normalise(arch: int) -> dict[str, Config]:
+def _normalize(arch: int) -> dict[str, Config]:
     return {
         "rows": Config(tile=2048, num_warps=4, line=512),
         "rows_small": Config(tile=512, num_warps=4, line=256),
@@ -136,7 +136,7 @@ _KERNELS = {
     "add_relu_backward_kernel": _flat,
     "bn_statistics_kernel": _statistics,
     "bn_statistics_merge_kernel": _merge,
-    "bn_act_forward_kernel": _normalise,
+    "bn_act_forward_kernel": _normalize,
     "bn_act_backward_sums_kernel": _sums,
     "bn_act_backward_merge_kernel": _merge,
     "bn_act_backward_kernel": _gradient,

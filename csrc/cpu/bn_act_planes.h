@@ -1,4 +1,4 @@
-// The passes of bn_act over NCHW: x is [N, C, HW]. A task is a group of neighbouring channels and does both passes:
+// The passes of bn_act over NCHW: x is [N, C, HW]. A task is a group of neighboring channels and does both passes:
 // what it reads stays in L2 between them. One channel where planes are large, more where they are small, so that what
 // is contiguous in an image is worth prefetching (twice as fast at 7x7). At most C threads have work.
 #pragma once

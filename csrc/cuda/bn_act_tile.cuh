@@ -1,6 +1,6 @@
 // How bn_act's kernels walk a tile (launch.h), and how a block turns its threads' pairs of sums into one pair a channel.
 //
-// Every order is fixed: a thread adds its rows downwards, rows of threads are merged by halves, neighbours on the line
+// Every order is fixed: a thread adds its rows downwards, rows of threads are merged by halves, neighbors on the line
 // in order. No atomics; the same tensor gives the same bits on the same kind of GPU.
 #pragma once
 
@@ -101,7 +101,7 @@ __device__ __forceinline__ void write_part(const Tiling& t, const Place& p, floa
     }
     if (channels.first == 0) *counts = count;
   } else {
-    // A thread's lanes belong to one channel or to two neighbours: a count and a pair of each go to shared memory.
+    // A thread's lanes belong to one channel or to two neighbors: a count and a pair of each go to shared memory.
     constexpr int kStride = 3;
 #pragma unroll
     for (int next = 0; next < 2; ++next) {

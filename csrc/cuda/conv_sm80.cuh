@@ -15,7 +15,7 @@
 
 namespace fastres {
 
-// y = act(sums + bias [+ residual]) of kVector neighbouring channels, in fp32, rounded once. CUTLASS's name for y is Z;
+// y = act(sums + bias [+ residual]) of kVector neighboring channels, in fp32, rounded once. CUTLASS's name for y is Z;
 // T is a second output, which there is none of.
 template <class Memory, int kVector>
 struct ConvEpilogue {

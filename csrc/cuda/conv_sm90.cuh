@@ -1,4 +1,4 @@
-// conv_act for sm_90a: an implicit GEMM whose tiles of x the copy engine gathers (TMA, im2col mode), warp-specialised,
+// conv_act for sm_90a: an implicit GEMM whose tiles of x the copy engine gathers (TMA, im2col mode), warp-specialized,
 // on wgmma, with bias, residual and activation in the epilogue.
 //
 //     rows      N * P * Q pixels of y              a tile: 64 to 256
@@ -95,7 +95,7 @@ struct ConvMainloop : Conv {
   }
 };
 
-// T: float, Half or BFloat16. A tile is kRows pixels by kColumns channels; kCluster blocks, neighbours in pixels, share
+// T: float, Half or BFloat16. A tile is kRows pixels by kColumns channels; kCluster blocks, neighbors in pixels, share
 // a tile of the weights.
 template <class T, int kRows, int kColumns, int kCluster, Schedule kSchedule>
 struct Sm90 {

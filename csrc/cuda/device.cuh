@@ -13,7 +13,7 @@
 
 namespace fastres {
 
-// V neighbouring elements as they are in memory: 16 bytes in four registers, or one element.
+// V neighboring elements as they are in memory: 16 bytes in four registers, or one element.
 template <class T, int V>
 struct Pack {
   static_assert(V * sizeof(T) == kVectorBytes);

@@ -2,7 +2,7 @@
 // Plain C++ without CUDA or torch: the host plans a launch with it, the device finds its elements with it, and
 // tests/emulation/test_cuda_launch.py holds both against an index model on a machine without a GPU.
 //
-// An image tensor is a matrix of rows, each a line of positions; a channel is `plane` neighbouring positions:
+// An image tensor is a matrix of rows, each a line of positions; a channel is `plane` neighboring positions:
 //
 //                      rows       line      plane
 //     channels_last    N*H*W      C         1
@@ -113,7 +113,7 @@ struct Place {
   int x, y;  // in the tile; y >= height: has no work
 };
 
-// The channels of a thread's lanes: at most two neighbours, or (plane 1) one each.
+// The channels of a thread's lanes: at most two neighbors, or (plane 1) one each.
 struct Channels {
   int64_t first;
   int64_t left;  // lanes of the first one

@@ -42,7 +42,7 @@ class Captured:
     dtype: torch.dtype = torch.float32
 
     def takes(self, call: Call) -> bool:
-        """Whether the graph is of calls like this one: the same tree and constants, tensors of these sizes."""
+        """Tell whether the graph is of calls like this one: the same tree and constants, tensors of these sizes."""
         if len(call.tensors) != len(self.inputs) or call.plain != self.plain:
             return False
         if call.tree is not self.tree and call.tree != self.tree:
@@ -78,5 +78,5 @@ class Captured:
 
 
 def _structure(spec: TreeSpec) -> Any:
-    """What `tree_flatten` makes that tree of: a TreeSpec itself does not pickle without a warning."""
+    """A structure that `tree_flatten` makes that tree of: a TreeSpec itself does not pickle without a warning."""
     return tree_unflatten(list(range(spec.num_leaves)), spec)

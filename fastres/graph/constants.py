@@ -1,6 +1,6 @@
-"""What a graph computes from the source's tensors alone: in float64, rounded once where it meets the input.
+"""The values that a graph computes from the source's tensors alone: in float64, rounded once where it meets the input.
 
-A weight that is standardised, a frozen batch norm written as arithmetic, a parametrised weight: all are constants in
+A weight that is standardized, a frozen batch norm written as arithmetic, a parametrized weight: all are constants in
 inference, whatever their form.
 """
 
@@ -42,7 +42,7 @@ class Constants:
         self._finished.add(node)
 
     def is_finished(self, node: fx.Node) -> bool:
-        """Whether `node` is a constant of the finished graph."""
+        """Tell whether `node` is a constant of the finished graph."""
         return node in self._finished
 
     def _is_computed(self, node: fx.Node) -> bool:
@@ -56,7 +56,7 @@ class Constants:
         return all(isinstance(size, int) for size in node.meta["shape"])
 
     def key(self, node: fx.Node) -> str:
-        """What the constant is made of, in one line: equal keys, equal values."""
+        """A line that says what the constant is made of: equal keys, equal values."""
         if node.op == "get_attr":
             return str(node.target)
         spell: Any = lambda n: _Text(self.key(n))  # noqa: E731
@@ -104,7 +104,7 @@ class Constants:
         return t.contiguous()
 
     def is_worth_keeping(self, node: fx.Node) -> bool:
-        """Whether the value is not much larger than what it is made of."""
+        """Tell whether the value is not much larger than what it is made of."""
         if node.op == "get_attr":
             return True
         sources = sum(self.tensors[str(n.target)].numel() for n in self._leaves(node))
@@ -120,7 +120,7 @@ class Constants:
 
 
 def _takes_steps(node: fx.Node) -> bool:
-    """Whether a little more or less of a floating argument can give something quite different."""
+    """Tell whether a little more or less of a floating argument can give something quite different."""
     floating = [n for n in node.all_input_nodes if n.meta["dtype"].is_floating_point]
     if not floating:
         return False
@@ -131,7 +131,7 @@ def _takes_steps(node: fx.Node) -> bool:
 
 
 def _widens(node: fx.Node) -> bool:
-    """Whether a cast is to a floating dtype that holds all that is cast: one that rounds is the source's intention."""
+    """Tell whether a cast is to a floating dtype that holds all that is cast: one that rounds is meant to."""
     before: Any = node.args[0]
     source, target = before.meta["dtype"], node.meta["dtype"]
     return bool(target.is_floating_point) and torch.promote_types(source, target) is target

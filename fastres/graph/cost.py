@@ -1,4 +1,4 @@
-"""What a step costs at least: the multiplications it makes, and the bytes that it must read and write once."""
+"""The least cost of a step: the multiplications it makes, and the bytes that it must read and write once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FREE = {aten.reshape.default, aten.flatten.using_ints, aten.split.Tensor, aten.
 
 
 def step_cost(nodes: Sequence[fx.Node], dtype: torch.dtype, constants: Set[fx.Node]) -> tuple[int, int, int]:
-    """Of a chain of nodes run as one step, at the capture's batch; what it reads of ``constants`` are weights.
+    """Return the cost of a chain of nodes run as one step, at the capture's batch; ``constants`` are weights.
 
     Returns:
         Flops (a multiply-add is two), bytes of activations, bytes of weights; floating tensors in ``dtype``.

@@ -112,7 +112,7 @@ def trace(module: fx.GraphModule, inputs: Sequence[Any]) -> Traced:
 
 
 def is_weight(node: fx.Node, value: Any) -> bool:
-    """Whether an argument is a parameter or buffer of a module, which calls share."""
+    """Tell whether an argument is a parameter or buffer of a module, which calls share."""
     if type(value) not in (Tensor, nn.Parameter) or value.device.type not in _DEVICES or value.layout != torch.strided:
         return False
     if "_dynamo_static_input_type" not in node.meta.get("tensor_dict", {}):
@@ -143,7 +143,7 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _is_same_view(node: fx.Node) -> bool:
-    """Whether this only gives dimensions of size 1 other strides: what a pooling to one pixel does in channels_last."""
+    """Tell whether this only gives sizes of 1 other strides, as pooling to one pixel does in channels_last."""
     if node.target is not aten.as_strided_.default or len(node.args) != 3 or node.kwargs:
         return False
     source: Any = node.args[0]

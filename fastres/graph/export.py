@@ -131,7 +131,7 @@ def _export(model: nn.Module, call: Call, tensors: list[Tensor], batch: int | No
 
 
 def _is_for_any_batch(program: Any) -> bool:
-    """Whether the sizes that vary may be all that one tries, not only the capture's: what the code asked of them holds.
+    """Tell whether the sizes that vary may be any, not only the capture's: what the code asked of them holds.
 
     ``if len(x) > 4`` is such a question; a shape that fits one batch alone is a size that varies no longer.
     """

@@ -102,7 +102,7 @@ def _why_impure(
     written: list[tuple[fx.Node, fx.Node]],
     lifted: set[str],
 ) -> str:
-    """Why it takes more than other readers to undo that ``node`` writes to ``target``; empty where it does not."""
+    """Say why it takes more than other readers to undo that ``node`` writes to ``target``; empty where it does not."""
     for other in shares[target] - {node, target}:
         if order[other] > order[node] or _is_chained(other, node, written):
             continue  # a view taken later: what it is taken of is replaced
@@ -114,7 +114,7 @@ def _why_impure(
 
 
 def passes(node: fx.Node) -> bool:
-    """Whether this is a dropout that is off: it hands its input on."""
+    """Tell whether this is a dropout that is off: it hands its input on."""
     return node.target in PASS and not (node.args[2] if len(node.args) > 2 else node.kwargs["train"])
 
 
@@ -148,7 +148,7 @@ def _nodes(value: Any) -> list[fx.Node]:
 
 
 def _base(target: fx.Node, written: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
-    """What a chain of in-place calls began with."""
+    """The node that a chain of in-place calls began with."""
     sources = dict(written)
     while target in sources:
         target = sources[target]
@@ -156,7 +156,7 @@ def _base(target: fx.Node, written: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
 
 
 def _is_chained(other: fx.Node, node: fx.Node, written: list[tuple[fx.Node, fx.Node]]) -> bool:
-    """Whether `other` is the same tensor as `node`'s, through in-place calls alone: its readers are all followed."""
+    """Tell whether `other` is the same tensor as `node`'s, through in-place calls alone: all its readers are known."""
     return _base(other, written) is _base(node, written)
 
 
@@ -180,7 +180,7 @@ def _pure(node: fx.Node) -> Any:
 
 
 def _keeps_dtype(node: fx.Node, target: fx.Node) -> bool:
-    """Whether the operator out of place gives the dtype of its target, to which the one in place casts."""
+    """Tell whether the operator out of place gives the dtype of its target, to which the one in place casts."""
     own = target.meta["val"].dtype
     if own is not torch.bool and _name(node) in _TRUTHS:
         return False

@@ -110,7 +110,7 @@ def _gate(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _is_whole(node: fx.Node) -> bool:
-    """Whether a slice takes everything."""
+    """Tell whether a slice takes everything."""
     a = arguments(node)
     size = node.args[0].meta.get("shape", ())[a["dim"]]  # type: ignore[union-attr]
     end = a["end"] is None or a["end"] == sys.maxsize or (isinstance(size, int) and a["end"] == size)
@@ -118,7 +118,7 @@ def _is_whole(node: fx.Node) -> bool:
 
 
 def _is_nothing(node: fx.Node) -> bool:
-    """Whether this adds 0 or multiplies by 1: so sums over branches begin, so scales that are not there are written."""
+    """Tell whether this adds 0 or multiplies by 1, as sums over branches begin and as absent scales are written."""
     value, x = node.args[1] if len(node.args) > 1 else None, node.args[0] if node.args else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(x, fx.Node):
         return False
@@ -265,7 +265,7 @@ _ACTS: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def activation(node: fx.Node) -> str | None:
-    """What `conv_act` calls this activation; None for any other node."""
+    """`conv_act`'s name for this activation; None for any other node."""
     target, args = node.target, node.args[1:]
     if target is aten.relu.default:
         return "relu"

@@ -24,7 +24,7 @@ def only_reader(node: fx.Node) -> fx.Node | None:
 
 
 def is_residual_add(node: fx.Node, constants: Constants) -> bool:
-    """Whether this is x + y of two different tensors of one shape and dtype, neither of them constant."""
+    """Tell whether this is x + y of two different tensors of one shape and dtype, neither of them constant."""
     if node.target is not aten.add.Tensor or node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return False
     x, y = node.args
@@ -45,7 +45,7 @@ def arithmetic(node: fx.Node) -> str:
 
 
 def is_affine(node: fx.Node, x: fx.Node, constants: Constants) -> bool:
-    """Whether `node` is scale * x + shift with one scale and shift a channel, all constant."""
+    """Tell whether `node` is scale * x + shift with one scale and shift a channel, all constant."""
     if node.target is aten.batch_norm.default:
         statistics = node.args[1:5]
         known = all(t is None or t in constants.nodes for t in statistics)

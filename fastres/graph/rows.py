@@ -1,4 +1,4 @@
-"""What became of a layer: the rows of freeze's report, which fusions write."""
+"""The fate of each layer: the rows of freeze's report, which fusions write."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ACTS = ("relu", "relu6", "hardswish", "silu")
 
 
 class Refusal(NamedTuple):
-    """Why something stays as it is: a code and a sentence."""
+    """The reason why something stays as it is: a code and a sentence."""
 
     code: str
     message: str

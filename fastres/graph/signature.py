@@ -60,7 +60,7 @@ class Signature:
 
     @classmethod
     def any(cls) -> Signature:
-        """Of a forward whose parameters nobody knows."""
+        """The signature of a forward whose parameters nobody knows."""
         return cls([("args", _KINDS.VAR_POSITIONAL, _KINDS.empty), ("kwargs", _KINDS.VAR_KEYWORD, _KINDS.empty)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
@@ -93,7 +93,7 @@ class Signature:
         return Call(tree, plain, tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 
     def _after(self, name: str, other: str) -> bool:
-        """Whether `other` is given by place behind `name`: then `name` must stay, or places would shift."""
+        """Tell whether `other` is given by place behind `name`: then `name` must stay, or places would shift."""
         order = [n for n, _, _ in self.parameters]
         kinds = {n: kind for n, kind, _ in self.parameters}
         by_place = kinds[other] is _KINDS.VAR_POSITIONAL or kinds[other] is _KINDS.POSITIONAL_ONLY
@@ -101,5 +101,5 @@ class Signature:
 
 
 def _is_same(value: Any, default: Any) -> bool:
-    """Whether an argument is its default: the same object, or a number or text equal to it."""
+    """Tell whether an argument is its default: the same object, or a number or text equal to it."""
     return value is default or (type(value) is type(default) and type(value) in _TEXT and bool(value == default))

@@ -1,4 +1,4 @@
-"""What freeze refuses before it begins, and what it says when the model does not run on the example."""
+"""The checks of freeze: what it refuses before it begins, and what it says where the model does not run."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def check_model(model: nn.Module) -> None:
     """Refuses what has no plain weights to fold, before anything runs.
 
     Raises:
-        TypeError: a TorchScript module, a quantised one, weights of a tensor subclass (DTensor, torchao's).
+        TypeError: a TorchScript module, a quantized one, weights of a tensor subclass (DTensor, torchao's).
         ValueError: weights on the meta device, or of a lazy module that has not run yet.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model: got a {type(model).__name__}, expected the nn.Module that it was made of")
     for name, module in model.named_modules():
         if type(module).__module__.startswith(_QUANTISED):
-            what = f"{name or 'it'} is a quantised {type(module).__name__} ({type(module).__module__})"
-            raise TypeError(f"model: {what}, expected float weights: freeze the model that was quantised")
+            what = f"{name or 'it'} is a quantized {type(module).__name__} ({type(module).__module__})"
+            raise TypeError(f"model: {what}, expected float weights: freeze the model that was quantized")
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, t in named:
         if is_lazy(t):

@@ -55,5 +55,5 @@ class Graphs:
 
 
 def _signature(inputs: Sequence[Tensor]) -> Any:
-    """What a graph is good for: shapes, strides, dtypes and devices."""
+    """The signature that a graph is good for: shapes, strides, dtypes and devices."""
     return tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs)

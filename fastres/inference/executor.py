@@ -31,7 +31,7 @@ class _Plan(NamedTuple):
 
 
 def is_traced(*tensors: Any) -> bool:
-    """Whether a compiler, an exporter or a dispatch mode follows this thread's calls.
+    """Tell whether a compiler, an exporter or a dispatch mode follows this thread's calls.
 
     Not by `torch.compiler.is_compiling()`, which an export in another thread makes true.
     """
@@ -133,7 +133,7 @@ def _stock(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_not_finite(inputs: Sequence[Tensor]) -> bool:
-    """Whether a tensor on a CPU is not finite: then its sum is not (nor is, rarely, that of a finite one: no harm)."""
+    """Tell whether a tensor on a CPU is not finite: its sum is not then (nor is, rarely, a finite one's: no harm)."""
     return any(
         t.is_floating_point() and t.device.type == "cpu" and not math.isfinite(float(t.detach().sum())) for t in inputs
     )

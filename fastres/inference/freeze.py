@@ -22,8 +22,9 @@ from fastres.inference.checks import check_example, check_model, copies, names_t
 from fastres.inference.fallback import swapped_copy
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.hub import take_likeness
-from fastres.inference.network import fold, source_tensors
+from fastres.inference.network import fold
 from fastres.inference.report import FreezeReport
+from fastres.inference.source import source_tensors
 from fastres.inference.tune import agrees, tune_plan
 from fastres.inference.verify import judge
 from fastres.verify.runs import call, map_tensors, named_tensors, private
@@ -201,7 +202,7 @@ def run_once(model: nn.Module, given: Any) -> Any:
 
 
 def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> str:
-    """What shows that the graph is not good for every batch; empty where it is.
+    """Say what shows that the graph is not good for every batch; empty where it is.
 
     It was captured at 2 or more, where a size of 1 that the source's code asks for is not seen. So one image, or two
     for an example of one, must be answered as eager does.
@@ -262,7 +263,7 @@ def _spread(source: nn.Module, dtype: torch.dtype, given: Any, want: Any) -> flo
 
 
 def _agree(got: Any, want: Any, tolerance: float = 0.05) -> bool:
-    """Whether two outputs have one structure, and their leaves agree."""
+    """Tell whether two outputs have one structure, and their leaves agree."""
     (got, its_tree), (want, tree) = tree_flatten(got), tree_flatten(want)
     return str(its_tree) == str(tree) and all(agrees(g, w, tolerance) for g, w in zip(got, want, strict=True))
 

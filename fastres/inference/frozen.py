@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
-from fastres.graph import export
 from fastres.graph.captured import Captured
-from fastres.graph.export import CaptureError
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.rows import FreezeRow
 from fastres.graph.signature import Call, Signature
@@ -27,20 +25,18 @@ from fastres.inference.file.document import Stored
 from fastres.inference.file.likeness import likeness_to_json
 from fastres.inference.file.store import write
 from fastres.inference.file.values import FrozenFileError
-from fastres.inference.network import Network, Places, fold, held, hold, source_tensors
+from fastres.inference.network import Network, Places, Variants, fold, held, hold
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
-from fastres.inference.source import LikeItsSource, Source
+from fastres.inference.source import LikeItsSource, Source, source_tensors
 from fastres.nn.steps import has_global_hooks, is_bare
 from fastres.verify.runs import call, map_tensors
 
 logger = logging.getLogger("fastres")
 
-VARIANTS = 8  # other calls that a frozen model keeps a network for
-
 
 class FrozenModel(nn.Module):
-    """What ``fastres.freeze`` returns: the source's call signature and outputs, its weights folded, for inference only.
+    """The result of ``fastres.freeze``: the source's call signature and outputs, its weights folded, for inference.
 
     Call it as the source, with any batch size. Floating inputs are cast to the frozen dtype, outputs come in it, as
     after ``model.to(dtype)``; everything runs without gradients and outside autocast.
@@ -79,7 +75,7 @@ class FrozenModel(nn.Module):
             self._network = Network(captured, Executor(made.graph, self.plan.choices))
         self._signature = signature
         self._source = Source(source)
-        self._variants: list[Network] = []  # for calls unlike the example; newest last
+        self._variants = Variants()  # for calls unlike the example
         self._cuda_graphs = Graphs()
         self._likeness: tuple[str, ...] = ()  # the attributes that it has of its source
         self._hub_class = ""  # its source's class, if that is transformers'
@@ -96,7 +92,7 @@ class FrozenModel(nn.Module):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_places": None, "_variants": [], "_cuda_graphs": Graphs()}
+        return {**self.__dict__, "_places": None, "_variants": Variants(), "_cuda_graphs": Graphs()}
 
     def _replicate_for_data_parallel(self) -> FrozenModel:
         replica: FrozenModel = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
@@ -107,7 +103,7 @@ class FrozenModel(nn.Module):
         return replica
 
     def _pass_nan(self) -> None:
-        """Where its numbers may make NaN of finite inputs, pass them on as eager does; oneDNN's ReLU does not."""
+        """Pass NaN on as eager does where the weights may make it of finite inputs; oneDNN's ReLU does not."""
         if self._network is None:
             return
         refused = any(row.reason in ("BAD_VARIANCE", "OVERFLOW") for row in self.report.rows)
@@ -213,39 +209,15 @@ class FrozenModel(nn.Module):
         if not self._network.captured.takes(given):
             self._other(given)
 
-    def _known(self, given: Call) -> Network | None:
-        return next((n for n in reversed(self._variants) if n.captured.takes(given)), None)
-
     def _other(self, given: Call) -> Network:
         """The network for a call unlike the example, captured on the first one."""
-        found = self._known(given)
-        if found is not None:
-            return found
-        assert self._network is not None
-        what = f"input: got {_describe(given)}; this network was captured for {self._network.captured.describe()}"
-        if is_traced():
-            raise RuntimeError(f"{what}: capture(example) it before it is exported or compiled")
-        with export.LOCK, torch.inference_mode(False):
-            found = self._known(given)
-            if found is not None:
-                return found
-            source = self._source.model
-            if source is None:
-                raise RuntimeError(
-                    f"{what}, and its source, which another capture needs, is gone: freeze the model with an example "
-                    "of that kind"
-                )
-            if self.is_stale():
-                raise RuntimeError(f"{what}, and its source has changed since: refresh() first")
-            try:
-                found = self._network.captured_again(
-                    source, given, self.dtype, self.plan, self._constants_of(self._network)
-                )
-            except CaptureError as error:
-                raise ValueError(f"{what}, and it cannot be for this: {error}") from error
-            logger.info("freeze: %s captured again for %s", self.report.model, _describe(given))
-            self._variants = [*self._variants[1 - VARIANTS :], found]
-            return found
+        network = self._network
+        assert network is not None
+        found = self._variants.find(given)
+        if found is None:
+            own = network, self._constants_of(network)
+            found = self._variants.capture(given, *own, self._source, self.dtype, self.plan, self.report.model)
+        return found
 
     def _device(self) -> torch.device | None:
         return next((t.device for t in source_tensors(self).values()), None)
@@ -259,7 +231,7 @@ class FrozenModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its tensors are; the CPU if it has none."""
+        """The device of its tensors; the CPU if it has none."""
         return self._device() or torch.device("cpu")
 
     def use_channels_last(self, channels_last: bool = True) -> None:
@@ -280,7 +252,7 @@ class FrozenModel(nn.Module):
 
     def forget(self) -> None:
         """Let go of what calls have left behind: packed weights, other captures, CUDA graphs."""
-        self._variants, self._cuda_graphs = [], Graphs()
+        self._variants, self._cuda_graphs = Variants(), Graphs()
         if self._network is not None:
             self._network.executor.forget()
 
@@ -322,7 +294,7 @@ class FrozenModel(nn.Module):
         return self
 
     def is_stale(self) -> bool:
-        """Whether a parameter or buffer of the source was replaced or written to since the snapshot was taken.
+        """Tell whether a parameter or buffer of the source was replaced or written to since the snapshot was taken.
 
         By identity and version counter, so a write through ``.data`` is not seen; False once the source is gone.
         """
@@ -338,7 +310,7 @@ class FrozenModel(nn.Module):
         return model
 
     def _refold(self, source: nn.Module) -> tuple[Rewritten | nn.Module, list[FreezeRow]]:
-        """What it is made of, and its rows, with the tensors of ``source`` as they are now."""
+        """Return what it is made of, and its rows, with the tensors of ``source`` as they are now."""
         if self._network is None:
             return swapped_copy(source, self.dtype, self.device)
         made = fold(self._network.captured, source, self.dtype, device=self._device())
@@ -380,7 +352,7 @@ class FrozenModel(nn.Module):
             for name, t in mine.items():
                 t.copy_(fresh[name])
         self._pass_nan()
-        self._variants = []
+        self._variants = Variants()
         self._source = Source(source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -422,8 +394,3 @@ class FrozenModel(nn.Module):
 def _forget(frozen: FrozenModel, _: Any) -> None:
     """After load_state_dict, which may have put other tensors in place."""
     frozen.forget()
-
-
-def _describe(given: Call) -> str:
-    shapes = ", ".join(str(list(t.shape)) for t in given.tensors)
-    return f"{shapes} with {[value for _, value in given.plain]}" if given.plain else shapes

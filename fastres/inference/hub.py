@@ -1,4 +1,4 @@
-"""What a frozen model shows of its source besides its answers: the plain data it carries, and its class's name.
+"""The likeness of a frozen model to its source, apart from its answers: plain data, and its class's name.
 
 Code around a model reads such things: Hugging Face's pipelines its `config`, timm's transforms its `pretrained_cfg`. A
 frozen model of a transformers model is of a subclass of FrozenModel with the name of the source's class, because
@@ -50,7 +50,7 @@ def give_likeness(frozen: FrozenModel, likeness: Mapping[str, Any]) -> FrozenMod
 
 
 def is_hub_model(model: nn.Module) -> bool:
-    """Whether it is a transformers model, asked without importing transformers."""
+    """Tell whether it is a transformers model, asked without importing transformers."""
     bases = type(model).__mro__
     return any(base.__name__ == "PreTrainedModel" and base.__module__.startswith("transformers.") for base in bases)
 
@@ -63,7 +63,7 @@ def hub_class(name: str) -> type[FrozenModel]:
 
 
 class _HubModel(FrozenModel):
-    """Of a transformers model. Its classes are made when they are needed, so a pickle holds the name of one."""
+    """The FrozenModel of a transformers model. Its classes are made when needed, so a pickle holds the name of one."""
 
     def can_generate(self) -> bool:
         """False: there is no ``generate`` here."""

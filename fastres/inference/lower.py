@@ -172,7 +172,7 @@ def _nan_reaches(graph: Graph) -> set[int]:
 
 
 def _makes_nan(step: Step, graph: Graph) -> bool:
-    """Whether this operator may give NaN for finite numbers of usual size."""
+    """Tell whether this operator may give NaN for finite numbers of usual size."""
     if not isinstance(step.operator, torch._ops.OpOverload):
         return False
     name = step.operator._schema.name.partition("::")[2]
@@ -187,7 +187,7 @@ def _makes_nan(step: Step, graph: Graph) -> bool:
 
 
 class _Memory:
-    """Which slots share memory, as a run shows it, and when each is read last."""
+    """A record of which slots share memory, as a run shows it, and of when each is read last."""
 
     def __init__(self, graph: Graph, values: Sequence[Any]) -> None:
         self.steps = graph.steps
@@ -199,7 +199,7 @@ class _Memory:
                 self.last[slot] = max(self.last.get(slot, 0), place)
 
     def note(self, step: Step, values: Sequence[Any]) -> None:
-        """What the step has written shares the memory of those of its arguments that have its storage."""
+        """Note that the step's output shares the memory of those of its arguments that have its storage."""
         mine = _storages(values[step.writes])
         owners: set[int] = set()
         known: set[int] = set()
@@ -213,7 +213,7 @@ class _Memory:
         self.owners[step.writes] = frozenset(owners)
 
     def is_free(self, slot: int, place: int) -> bool:
-        """Whether the memory of `slot` is the network's own, and the step at `place` alone reads it from there on."""
+        """Tell whether the memory of `slot` is the network's own and only the step at `place` still reads it."""
         owners, step = self.owners[slot], self.steps[place]
         if owners & self.taken:
             return False

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fastres.graph import export
 from fastres.graph.captured import Captured
-from fastres.graph.export import capture_for, sharing_copy
+from fastres.graph.export import CaptureError, capture_for, sharing_copy
 from fastres.graph.rewrite import Rewritten, rewrite
 from fastres.graph.signature import Call
-from fastres.inference.executor import Executor
+from fastres.inference.executor import Executor, is_traced
 from fastres.inference.plan import Plan
+from fastres.inference.source import Source, source_tensors
 
+logger = logging.getLogger("fastres")
 
-def source_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer, also those with two names, by name."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return parameters | dict(model.named_buffers(remove_duplicate=False))
+VARIANTS = 8  # other calls that a frozen model keeps a network for
 
 
 def fold(
@@ -63,6 +64,62 @@ class Network:
         return Network(captured, Executor(made.graph, plan.choices, self.executor.exact), tuple(tensors))
 
 
+class Variants:
+    """The networks of calls unlike the example, the newest last."""
+
+    def __init__(self) -> None:
+        self.networks: list[Network] = []
+
+    def __len__(self) -> int:
+        return len(self.networks)
+
+    def __iter__(self) -> Iterator[Network]:
+        return iter(self.networks)
+
+    def find(self, given: Call) -> Network | None:
+        """The network that answers such calls."""
+        return next((n for n in reversed(self.networks) if n.captured.takes(given)), None)
+
+    def capture(
+        self,
+        given: Call,
+        own: Network,
+        constants: Sequence[Tensor],
+        source: Source,
+        dtype: torch.dtype,
+        plan: Plan,
+        name: str,
+    ) -> Network:
+        """A new network for such calls, unless another thread has made it meanwhile.
+
+        Args:
+            own: the network of the example; constants: its tensors.
+            name: of the model, for the log.
+        """
+        what = f"input: got {_describe(given)}; this network was captured for {own.captured.describe()}"
+        if is_traced():
+            raise RuntimeError(f"{what}: capture(example) it before it is exported or compiled")
+        with export.LOCK, torch.inference_mode(False):
+            found = self.find(given)
+            if found is not None:
+                return found
+            model = source.model
+            if model is None:
+                raise RuntimeError(
+                    f"{what}, and its source, which another capture needs, is gone: freeze the model with an example "
+                    "of that kind"
+                )
+            if source.moved():
+                raise RuntimeError(f"{what}, and its source has changed since: refresh() first")
+            try:
+                found = own.captured_again(model, given, dtype, plan, constants)
+            except CaptureError as error:
+                raise ValueError(f"{what}, and it cannot be for this: {error}") from error
+            logger.info("freeze: %s captured again for %s", name, _describe(given))
+            self.networks = [*self.networks[1 - VARIANTS :], found]  # replaced: other threads read it
+            return found
+
+
 class Holder(nn.Module):
     """A part of a tree of tensors with dotted names; runs nothing."""
 
@@ -100,3 +157,8 @@ class Places:
     def read(self) -> tuple[Tensor, ...]:
         """The tensors, as they are now."""
         return tuple([buffers[leaf] for buffers, leaf in self._found])  # type: ignore[misc]  # none of them is None
+
+
+def _describe(given: Call) -> str:
+    shapes = ", ".join(str(list(t.shape)) for t in given.tensors)
+    return f"{shapes} with {[value for _, value in given.plain]}" if given.plain else shapes

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Plan:
-    """How a frozen network runs.
+    """The way in which a frozen network runs.
 
     Attributes:
         channels_last: the memory layout of 4-dimensional inputs and weights; else NCHW.

@@ -1,4 +1,4 @@
-"""What a freeze did: what each convolution became and why not more, the plan, the times, the referee's verdict."""
+"""The report of a freeze: what each convolution became and why not more, the plan, the times, the referee's verdict."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class FreezeReport:
 
     @property
     def folded(self) -> int:
-        """How many BN were folded."""
+        """The number of BN that were folded."""
         return self.counts["folded"]
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many convolutions there are, and of them: BN folded, residuals added, activations taken in; BN that
+        """The number of convolutions, and of those with their BN folded, residuals added, activations taken in; BN that
         stayed, of those fused with what follows; sums and heads that are one step; blocks of the fallback."""
         kinds = {kind: [row for row in self.rows if row.kind == kind] for kind in ("conv", "norm", "add", "block")}
         return {
@@ -62,7 +62,7 @@ class FreezeReport:
 
     @property
     def flops(self) -> int:
-        """Of a call on the example; a multiply-add is two. 0 where the modules were rewritten."""
+        """The flops of a call on the example; a multiply-add is two. 0 where the modules were rewritten."""
         return self.batch * sum(row.flops for row in self.rows)
 
     @property

@@ -1,4 +1,4 @@
-"""What ties a frozen model to its source: a reference that keeps nothing alive, and the signature of its forward."""
+"""The ties of a frozen model to its source: a reference that keeps nothing alive, and the signature of its forward."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastres._stamp import Stamp
 from fastres.graph.signature import Signature
-from fastres.inference.network import source_tensors
+
+
+def source_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer, also those with two names, by name."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return parameters | dict(model.named_buffers(remove_duplicate=False))
 
 
 class Source:
-    """Where a snapshot came from: a weak reference, and what its tensors were. Copies share it, pickles drop it."""
+    """The origin of a snapshot: a weak reference, and what its tensors were. Copies share it, pickles drop it."""
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = None if model is None else weakref.ref(model)
@@ -34,7 +39,7 @@ class Source:
         return None if self._model is None else self._model()
 
     def moved(self) -> bool:
-        """Whether a tensor of the source was replaced, added, removed or written to since."""
+        """Tell whether a tensor of the source was replaced, added, removed or written to since."""
         model = self.model
         return model is not None and not self._stamp.holds(source_tensors(model))
 

@@ -213,7 +213,7 @@ def choose_layout(frozen: FrozenModel, source: nn.Module, inputs: Any, device: t
 
 
 def _why_not_this_layout(frozen: FrozenModel, inputs: Any, want: Any) -> str:
-    """Why the network, which answered ``want`` in NCHW, does not run in channels_last; empty where it does.
+    """Say why the network, which answered ``want`` in NCHW, does not run in channels_last; empty where it does.
 
     A view across channels and pixels exists in one of the layouts only; as_strided() reads other numbers in each.
     """
@@ -324,7 +324,7 @@ def record_graph(
 
 
 def close(got: Tensor, want: Tensor, share: float = 0.05) -> bool:
-    """Whether two outputs differ by a ``share`` of the largest at most, or at all where they are no floating ones."""
+    """Tell whether two outputs differ by a ``share`` of the largest at most, or at all if not floating."""
     if got.is_complex():
         got, want = torch.view_as_real(got), torch.view_as_real(want)
     if not got.is_floating_point():
@@ -335,7 +335,7 @@ def close(got: Tensor, want: Tensor, share: float = 0.05) -> bool:
 
 
 def agrees(got: Any, want: Any, share: float = 0.05) -> bool:
-    """Whether two outputs are close, as far as the wanted one is finite; or are no tensors."""
+    """Tell whether two outputs are close, as far as the wanted one is finite; or are no tensors."""
     if not isinstance(want, Tensor) or not isinstance(got, Tensor):
         return isinstance(want, Tensor) == isinstance(got, Tensor)
     if got.shape != want.shape:

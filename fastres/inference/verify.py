@@ -55,7 +55,7 @@ def judge(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeRep
 
 
 def _beside_eager(source: nn.Module, frozen: FrozenModel, inputs: Any, report: FreezeReport) -> None:
-    """Where there is no float64 to compare with: the answers beside eager's, into the report.
+    """Compare the answers with eager's, where there is no float64 to compare with, for the report.
 
     Raises:
         RuntimeError: they are others.

@@ -1,6 +1,6 @@
 """Drop-in modules that call the fused operators, with torchvision's constructor arguments, child names and state_dict.
 
-A step whose norm is not exactly `nn.BatchNorm2d` (SyncBatchNorm after conversion, FrozenBatchNorm2d, a parametrised or
+A step whose norm is not exactly `nn.BatchNorm2d` (SyncBatchNorm after conversion, FrozenBatchNorm2d, a parametrized or
 hooked child) runs its stock modules instead, with the same result.
 """
 

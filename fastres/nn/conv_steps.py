@@ -83,7 +83,7 @@ def conv_norm_act(
 
 
 def run_sequence(modules: Iterable[nn.Module], x: Any, backend: str = "auto", memory: str = "default") -> Any:
-    """`nn.Sequential`'s forward, each plain BatchNorm2d fused with its plain neighbours: Conv2d before, ReLU behind."""
+    """`nn.Sequential`'s forward, each plain BatchNorm2d fused with its plain neighbors: Conv2d before, ReLU behind."""
     chain = tuple(modules)
     last = len(chain) - 1
     index = 0

@@ -153,7 +153,7 @@ def update_running(
         return
     n = x.shape[0] * x.shape[2] * x.shape[3]
     unbiased = n / (n - 1)
-    if momentum is None:  # the counter stays on its device: no synchronisation
+    if momentum is None:  # the counter stays on its device: no synchronization
         assert num_batches_tracked is not None
         factor = 1.0 / num_batches_tracked.to(mean.dtype)
         if running_mean is not None:

@@ -30,7 +30,7 @@ _storage_use_count: Callable[[int], int] | None = getattr(torch._C, "_storage_Us
 # Not Tensor.untyped_storage(), whose Python object stays with the storage as another owner.
 _storage_address: Callable[[Tensor], int] | None = getattr(torch._C, "_storage_address", None)
 
-_REPEATS = 32  # beyond what the interpreter takes to specialise the code that counts
+_REPEATS = 32  # beyond what the interpreter takes to specialize the code that counts
 _OWNERS = 2, 1  # of a tensor that the engine hands to Python: the engine and the Python object; of its storage: it
 _unshared: Counts | None = None
 _learnt = False

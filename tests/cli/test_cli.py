@@ -364,9 +364,9 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
 
 
 def test_progress_honours_no_color(monkeypatch):
-    colours = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
-    assert colours.search(drawn(monkeypatch, True))
-    assert not colours.search(drawn(monkeypatch, True, NO_COLOR="1"))
+    colors = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
+    assert colors.search(drawn(monkeypatch, True))
+    assert not colors.search(drawn(monkeypatch, True, NO_COLOR="1"))
 
 
 def test_progress_in_a_pipe_is_lines(monkeypatch):

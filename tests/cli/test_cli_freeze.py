@@ -24,7 +24,7 @@ SMALL = ["fastres:cifar_resnet8", "--image-size", "16", "--no-tune"]
 FILE = """
 import torch
 from torch import nn
-import neighbour  # beside this file
+import neighbor  # beside this file
 
 class Net(nn.Sequential):
     def __init__(self):
@@ -37,7 +37,7 @@ class Branch(Net):
 ready = Net()
 number = 3
 
-def two(wide=neighbour.WIDE):
+def two(wide=neighbor.WIDE):
     return nn.Sequential(nn.Conv2d(2, wide, 3), nn.BatchNorm2d(wide), nn.ReLU())
 
 def nothing():
@@ -49,7 +49,7 @@ def broken():
 def leaves():
     raise SystemExit(3)
 
-def quantised():
+def quantized():
     return torch.ao.nn.quantized.Conv2d(3, 4, 3)
 """
 
@@ -60,7 +60,7 @@ def freeze(*arguments: str) -> int:
 
 @pytest.fixture
 def file(tmp_path):
-    (tmp_path / "neighbour.py").write_text("WIDE = 6\n")
+    (tmp_path / "neighbor.py").write_text("WIDE = 6\n")
     (tmp_path / "net.py").write_text(FILE)
     return tmp_path / "net.py"
 
@@ -297,7 +297,7 @@ def test_bad_weights(no_work, tmp_path, capsys, case):
         (["{tmp}/net.py:nothing"], "{tmp}/net.py:nothing gave a str, expected an nn.Module"),
         (["{tmp}/net.py:broken"], "cannot be built: KeyError: 'no such layer' (line 24)"),
         (["{tmp}/net.py:leaves"], "cannot be built: SystemExit: 3 (line 27)"),
-        (["{tmp}/neighbour.py:f"], "{tmp}/neighbour.py has no function 'f'"),
+        (["{tmp}/neighbor.py:f"], "{tmp}/neighbor.py has no function 'f'"),
         ([*SMALL, "--image-size", "0"], "--image-size: got '0', expected a number of pixels"),
         ([*SMALL, "--image-size", "-3"], "--image-size: got '-3'"),
         ([*SMALL, "--image-size", "8x8x8"], "--image-size: got '8x8x8'"),
@@ -351,8 +351,8 @@ def test_a_library_that_does_not_import(no_work, monkeypatch, capsys):
 
 def test_what_freeze_refuses_is_one_line(file, capsys, monkeypatch):
     def refuses(*args, **kwargs):
-        raise TypeError("model: it is quantised, expected a float model")
+        raise TypeError("model: it is quantized, expected a float model")
 
     monkeypatch.setattr(freeze_command, "freeze_model", refuses)
     assert freeze(f"{file}:two", "--channels", "2") == 2
-    assert f"{file}:two: model: it is quantised, expected a float model" in one_line(capsys)
+    assert f"{file}:two: model: it is quantized, expected a float model" in one_line(capsys)

@@ -151,7 +151,7 @@ def test_info_survives_a_broken_nvidia_smi(monkeypatch, tmp_path):
     assert _info._nvidia_smi() == []
 
 
-def test_info_initialises_no_cuda_and_imports_no_triton():
+def test_info_initializes_no_cuda_and_imports_no_triton():
     code = (
         "import sys, torch, fastres\n"
         "fastres.info()\n"

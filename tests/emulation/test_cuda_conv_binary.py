@@ -1,6 +1,6 @@
-"""The convolutions without a GPU, read from the binary: tensor-core instructions, no serialisation, no spills.
+"""The convolutions without a GPU, read from the binary: tensor-core instructions, no serialization, no spills.
 
-ptxas serialises wgmma, with a warning (C7510), where it cannot prove that nobody touches the sums in between: then
+ptxas serializes wgmma, with a warning (C7510), where it cannot prove that nobody touches the sums in between: then
 there is a wait behind each product. Here there is one behind each step of the depth.
 """
 
@@ -78,7 +78,7 @@ def test_no_spills_no_doubles_no_maximum(row, kernel):
 
 
 @pytest.mark.parametrize(("row", "kernel"), of(90))
-def test_sm90_multiplies_by_wgmma_without_serialisation(row, kernel):
+def test_sm90_multiplies_by_wgmma_without_serialization(row, kernel):
     groups = 1 if "pingpong" in row["name"] else 2  # warpgroups on one tile
     step = 32 // {"float16": 2, "bfloat16": 2, "float32": 4}[row["element"]]  # of depth, in one instruction
     each = row["pixels"] // 64 // groups * row["depth"] // step  # instructions of a step
@@ -121,7 +121,7 @@ def test_sm80_multiplies_by_mma_sync_from_asynchronous_copies(row, kernel):
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_ptxas_has_nothing_to_say():
-    """No warning C7510 (wgmma serialised) or C7508 (setmaxnreg ignored), nor any other; no spill."""
+    """No warning C7510 (wgmma serialized) or C7508 (setmaxnreg ignored), nor any other; no spill."""
     root = cuda_binary.DOCS.parent.parent
     source = Path(find_spec("cutlass_library").origin).parents[1] / "cutlass_library/source"
     folders = root / "csrc", source / "include", source / "tools/util/include"
@@ -134,8 +134,8 @@ def test_ptxas_has_nothing_to_say():
     assert "warning" not in said.lower() and said.count("0 bytes spill stores, 0 bytes spill loads") == 2, said[-3000:]
 
 
-def test_the_parsers_see_a_serialised_loop():
-    """A wait behind each product, as ptxas leaves it where it serialises, fails the test above."""
+def test_the_parsers_see_a_serialized_loop():
+    """A wait behind each product, as ptxas leaves it where it serializes, fails the test above."""
     row, kernel = of(90)[0].values
     at = set(products(kernel))
     order = [
@@ -144,4 +144,4 @@ def test_the_parsers_see_a_serialised_loop():
     counts = kernel.instructions + cuda_binary.Counter({"WARPGROUP.DEPBAR.LE": len(at)})
     bad = cuda_binary.Kernel(kernel.name, 98, 0, 0, 0, counts, tuple(order))
     with pytest.raises(AssertionError):
-        test_sm90_multiplies_by_wgmma_without_serialisation(row, bad)
+        test_sm90_multiplies_by_wgmma_without_serialization(row, bad)

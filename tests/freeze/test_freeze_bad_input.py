@@ -139,7 +139,7 @@ class Locked(nn.Conv2d):
         raise RuntimeError("holds a lock")
 
 
-def quantised(how):
+def quantized(how):
     from torch.ao import quantization as q
 
     with warnings.catch_warnings():
@@ -175,7 +175,7 @@ def partly_meta():
     return net
 
 
-FLOAT = r"is a quantised {} \(torch.ao.nn.*expected float weights: freeze the model that"
+FLOAT = r"is a quantized {} \(torch.ao.nn.*expected float weights: freeze the model that"
 SCRIPT = "model: got a .*Module, expected the nn.Module that it was made of"
 META = "model: it is on the meta device and has no weights to fold"
 LAZY = "model: 0.weight has no shape yet: run the model once"
@@ -185,8 +185,8 @@ MODELS = {
     "meta": (lambda: plain().to("meta"), ValueError, META),
     "partly meta": (partly_meta, ValueError, META),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()), ValueError, LAZY),
-    "dynamic int8": (lambda: quantised("dynamic"), TypeError, "model: 3 " + FLOAT.format("Linear")),
-    "static int8": (lambda: quantised("static"), TypeError, "model: 0 " + FLOAT.format("Quantize")),
+    "dynamic int8": (lambda: quantized("dynamic"), TypeError, "model: 3 " + FLOAT.format("Linear")),
+    "static int8": (lambda: quantized("static"), TypeError, "model: 0 " + FLOAT.format("Quantize")),
     "script": (lambda: scripted("script"), TypeError, SCRIPT),
     "trace": (lambda: scripted("trace"), TypeError, SCRIPT),
     "tensor class": (two_tensors, TypeError, "model: 0.weight is a TwoTensor, expected a tensor"),

@@ -193,13 +193,13 @@ class Random(nn.Module):
         size, dilation = d.choice([(1, 1), (3, 1), (3, 1), (3, 2), (5, 1)])
         pad = d.choice([dilation * (size - 1) // 2, "same"])
         bias, mode = d.random() < 0.4, d.choice(["zeros"] * 4 + ["reflect", "circular"])
-        kind = d.choice(["conv"] * 8 + ["transposed", "padded", "standardised"])
+        kind = d.choice(["conv"] * 8 + ["transposed", "padded", "standardized"])
         if kind == "transposed":
             return nn.ConvTranspose2d(c, k, 3, padding=1, bias=bias)
         if kind == "padded" and size == 3 and dilation == 1:
             return nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(c, k, 3, bias=bias, groups=groups))
         conv = nn.Conv2d(c, k, size, padding=pad, dilation=dilation, groups=groups, bias=bias, padding_mode=mode)
-        if kind == "standardised":
+        if kind == "standardized":
             nn.utils.parametrizations.weight_norm(conv)
         return conv
 

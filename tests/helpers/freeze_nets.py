@@ -163,7 +163,7 @@ NETS = {
     "timm-resnet18-frozen": timm("resnet18", frozen=True, **R18, **HEAD),
     "timm-efficientnet_b0-frozen": timm("efficientnet_b0", frozen=True, convs=81, folded=49, adds=9, acts=49, **HEAD),
     "timm-resnet18-features": timm("resnet18", options={"features_only": True}, **R18),
-    # standardised weights are constants, not BN; GroupNorm stays
+    # standardized weights are constants, not BN; GroupNorm stays
     "timm-resnetv2_50x1_bit": timm("resnetv2_50x1_bit", convs=54, adds=16),
     # two convolutions a block and, in most, a BN of the input: it takes the second sum and the ReLU
     "timm-repvgg_a0": timm("repvgg_a0", convs=44, folded=44, adds=22, acts=5, norms_left=17, bn_act=17, **HEAD),

@@ -74,7 +74,7 @@ def compiled_well(launch, tmp_path):
     compiled = triton.compile(source, target=GPUTarget("cuda", launch.arch, 32), options=options)
     ptx = compiled.asm["ptx"]
 
-    # ptxas again, for what it says: registers, spills, warnings (C7510 and C7511: serialised wgmma)
+    # ptxas again, for what it says: registers, spills, warnings (C7510 and C7511: serialized wgmma)
     (tmp_path / "kernel.ptx").write_text(ptx)
     command = [get_ptxas(launch.arch).path, "-v", f"--gpu-name={sm_arch_from_capability(launch.arch)}"]
     command += [str(tmp_path / "kernel.ptx"), "-o", str(tmp_path / "kernel.cubin")]

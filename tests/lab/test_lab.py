@@ -329,9 +329,9 @@ def test_throughput_chart_is_a_png_with_every_bar_in_it(tmp_path):
     assert width >= 1000 and height >= 300
     pixels = (imread(path)[..., :3] * 255).round()
     lengths = {}
-    for colour in (OURS, THEIRS, FAILED):
-        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
-        lengths[colour] = (abs(pixels - rgb).sum(-1) < 3).any(0).sum()  # columns of the picture that hold the colour
+    for color in (OURS, THEIRS, FAILED):
+        rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+        lengths[color] = (abs(pixels - rgb).sum(-1) < 3).any(0).sum()  # columns of the picture that hold the color
     assert lengths[OURS] == pytest.approx(2 * lengths[THEIRS], rel=0.03)
     assert lengths[FAILED] > lengths[THEIRS]
 

@@ -112,11 +112,11 @@ def test_streams_differ():
 def test_the_mean_is_per_pixel_over_the_training_images():
     images = torch.randint(0, 256, (50, 3, 6, 6), dtype=torch.uint8, generator=generator())
     data = set_of(images)
-    centred, labels = data.train()
+    centerd, labels = data.train()
     wanted = images.double() - images.double().mean(0)
-    assert torch.allclose(centred.double(), wanted / wanted.square().mean().sqrt(), atol=1e-5)
+    assert torch.allclose(centerd.double(), wanted / wanted.square().mean().sqrt(), atol=1e-5)
     assert torch.equal(labels, torch.arange(50) % 2)
-    assert torch.equal(data.test()[0], centred[:5])  # with the training images' mean
+    assert torch.equal(data.test()[0], centerd[:5])  # with the training images' mean
 
 
 def test_cifar_augmentation_is_pad_4_crop_flip():

@@ -25,13 +25,13 @@ def eager(x, mean, var, weight, bias, residual=None, act="relu", training=True):
     return F.relu(y) if act == "relu" else y
 
 
-def problem(shape, dtype=torch.float32, kind="nchw", residual=True, kind_r=None, affine=True, spread=1.0, centre=0.0):
+def problem(shape, dtype=torch.float32, kind="nchw", residual=True, kind_r=None, affine=True, spread=1.0, center=0.0):
     """(x, running mean, running var, weight, bias, residual); statistics and parameters in fp32."""
     c = shape[1]
-    x = layout((torch.randn(shape) * spread + centre).to(dtype), kind)
+    x = layout((torch.randn(shape) * spread + center).to(dtype), kind)
     r = layout(torch.randn(shape).to(dtype), kind_r or kind) if residual else None
     weight, bias = (torch.randn(c), torch.randn(c)) if affine else (None, None)
-    return x, torch.randn(c) + centre, torch.rand(c) + 0.5, weight, bias, r
+    return x, torch.randn(c) + center, torch.rand(c) + 0.5, weight, bias, r
 
 
 def exact(x, mean, var, weight, bias, residual, dy, act, training, mask):
@@ -145,8 +145,8 @@ def test_integer_valued_input_is_exact(backend):
 
 
 def test_row11_cancellation_and_constant_channels(backend):
-    for centre, spread, kind in itertools.product([1e4, 1e6], [1.0, 0.1], ("nchw", "channels_last")):
-        x = layout(torch.randn(4, 5, 9, 11) * spread + centre, kind)
+    for center, spread, kind in itertools.product([1e4, 1e6], [1.0, 0.1], ("nchw", "channels_last")):
+        x = layout(torch.randn(4, 5, 9, 11) * spread + center, kind)
         want = torch.var(x.double(), (0, 2, 3), correction=0)
         _, _, var = torch.ops.fastres.bn_act(x, None, None, None, None, None, True, EPS, "none", backend)
         theirs = torch.zeros(5)

@@ -1,4 +1,4 @@
-"""bn_act against fp64 on drawn shapes, layouts, dtypes and settings; derandomised: every run draws the same cases."""
+"""bn_act against fp64 on drawn shapes, layouts, dtypes and settings; derandomized: every run draws the same cases."""
 
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -34,7 +34,7 @@ def test_any_case_is_as_good_as_eager(backend, data):
         residual=data.draw(st.booleans(), label="residual"),
         kind_r=data.draw(st.sampled_from(LAYOUTS), label="residual layout"),
         affine=data.draw(st.booleans(), label="affine"),
-        centre=data.draw(st.sampled_from([0.0, 3.0, -100.0]), label="mean of x"),
+        center=data.draw(st.sampled_from([0.0, 3.0, -100.0]), label="mean of x"),
     )
     torch.manual_seed(data.draw(st.integers(0, 1000), label="seed"))
     check(

@@ -237,7 +237,6 @@ NAMED = {
     "fastres/nn/steps.py": (8, "the modules' calls"),
     "fastres/nn/conv_steps.py": (2, "the modules' calls"),
     "fastres/verify/floor.py": (5, "how exact an operator is"),
-    "fastres/ops/_conv_backends.py": (2, "conv_act's ReLU after a convolution of its own"),
     "fastres/ops/conv_act.py": (1, "its ReLU's gradient is add_relu's"),
     "kernels/configs.py": (7, "tile sizes by kernel"),
     "csrc/module.cpp": (2, "docstrings of the list of conv_act's kernels"),

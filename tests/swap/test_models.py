@@ -1,4 +1,4 @@
-"""The paper's networks: parameter and multiply-add counts, names, shortcuts, initialisation, refusals."""
+"""The paper's networks: parameter and multiply-add counts, names, shortcuts, initialization, refusals."""
 
 import pytest
 import torch
@@ -149,7 +149,7 @@ def test_plain_network_computes_its_formula():
 
 
 @pytest.mark.parametrize("init", ["fan_out", "fan_in"])
-def test_initialisation_is_he(init):
+def test_initialization_is_he(init):
     net = models.resnet18(num_classes=5, init=init, zero_init_residual=True)
     weight = net.layer3[0].conv1.weight.detach()  # 128 -> 256, 3x3
     fan = 256 * 9 if init == "fan_out" else 128 * 9

@@ -271,7 +271,7 @@ def test_row26_bn_once_under_checkpoint(cls):
     assert_same(run(block, context_fn=bn_once(block)), run(plain))
     assert block.bn1.running_mean is mean
     run(twice, preserve_rng_state=True)
-    assert int(twice.bn1.num_batches_tracked) == 2  # PyTorch's own behaviour, unless asked otherwise
+    assert int(twice.bn1.num_batches_tracked) == 2  # PyTorch's own behavior, unless asked otherwise
 
 
 def test_bn_once_refuses_a_function():

@@ -1,4 +1,4 @@
-"""Bad input to swapped blocks in training: PyTorch's own behaviour or a clear error, statistics never half moved.
+"""Bad input to swapped blocks in training: PyTorch's own behavior or a clear error, statistics never half moved.
 
 A stock BatchNorm2d counts a batch before it finds fault with it (`num_batches_tracked` moves, the statistics do not);
 a fused one moves nothing. So after an error every BN's buffers are the stock ones, its counter the stock one or less.

@@ -64,7 +64,7 @@ def images(channels=256):
 
 
 def test_a_block_keeps_no_more_than_eager_and_no_copy():
-    """conv outputs, and what the convolutions read: nothing normalised apart, no addition, no ReLU."""
+    """conv outputs, and what the convolutions read: nothing normalized apart, no addition, no ReLU."""
     inner, outer = activation(64), activation(256)
     expected = 2 * inner + outer + 2 * inner + outer  # x of three BN; two inputs of convolutions, the output's sign
     x = images().requires_grad_()

@@ -1,6 +1,6 @@
 """Swapped blocks against the stock block in float64, eager's own error the yardstick, on drawn blocks and inputs.
 
-Derandomised: every run draws the same cases. `fastres.verify` is the judge, since rounding may decide a ReLU's gate: it
+Derandomized: every run draws the same cases. `fastres.verify` is the judge, since rounding may decide a ReLU's gate: it
 knows which gates are undecided, and allows for either setting of them.
 """
 

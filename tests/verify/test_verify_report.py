@@ -1,6 +1,6 @@
-"""verify's inputs, what it leaves alone, randomly initialised networks, its report and its refusals.
+"""verify's inputs, what it leaves alone, randomly initialized networks, its report and its refusals.
 
-`test_row44_...` carries its row of tests/faults.md: verification on randomly initialised networks.
+`test_row44_...` carries its row of tests/faults.md: verification on randomly initialized networks.
 """
 
 import copy
@@ -118,7 +118,7 @@ def test_half_precision_candidate_is_compared_with_the_reference_cast():
     assert forced and forced.dtype == "float16"
 
 
-# ---- randomly initialised networks --------------------------------------------------------------------------------
+# ---- randomly initialized networks --------------------------------------------------------------------------------
 
 
 def test_row44_random_networks_are_calibrated_on_copies():

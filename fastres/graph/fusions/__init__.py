@@ -73,7 +73,7 @@ class Weights:
         self._shared = shared or {}
 
     def has(self, made_of: str) -> bool:
-        """Whether there is such a constant already, here or in the graph to share with."""
+        """Tell whether there is such a constant already, here or in the graph to share with."""
         return made_of in self._names or made_of in self._shared
 
     def put(self, name: str, made_of: str, make: Callable[[], Tensor]) -> fx.Node:

@@ -41,7 +41,7 @@ def _match(node: fx.Node, weights: Weights) -> _Found | None:
 
 
 def _why_not_folded(norm: fx.Node, x: fx.Node, weights: Weights) -> Refusal:
-    """Why no convolution has taken a BN of constant tensors in."""
+    """Say why no convolution has taken a BN of constant tensors in."""
     row = weights.rows.get(x)
     if row is None or row.kind != "conv" or {"add", *ACTS}.intersection(row.took):
         return Refusal("NO_CONV", "it reads no convolution's output")

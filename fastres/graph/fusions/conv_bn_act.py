@@ -234,7 +234,7 @@ def _kind(found: _Found) -> str:
 
 
 def _readers(found: _Found) -> str:
-    """What reads the output, where a convolution did not take an activation in."""
+    """Name what reads the output, where a convolution did not take an activation in."""
     if found.act != "none":
         return ""
     users = found.nodes[-1].users

@@ -1,4 +1,4 @@
-"""What a file says of a network beside its weights, as one JSON document: graph, call, plan and report."""
+"""The JSON document of a file, everything but the weights: graph, call, plan and report."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def to_json(stored: Stored) -> dict[str, Any]:
 
 
 def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device | None) -> Stored:
-    """What ``to_json`` was given.
+    """Return what ``to_json`` was given.
 
     Raises:
         FrozenFileError: a part of it is none, or of another type.

@@ -1,4 +1,4 @@
-"""What a frozen model shows of its source (fastres/inference/hub.py), in a file."""
+"""The likeness of a frozen model to its source (fastres/inference/hub.py), in a file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def likeness_to_json(names: Iterable[str], model: Any, hub_class: str) -> dict[s
 
 
 def likeness_from_json(data: Any) -> dict[str, Any]:
-    """What `hub.give_likeness` takes, of the plain data of `likeness_to_json`.
+    """Return what `hub.give_likeness` takes, of the plain data of `likeness_to_json`.
 
     Raises:
         FrozenFileError: it is something else, or its configuration needs a transformers that is not here.

@@ -9,8 +9,11 @@ torchvision, fastres), and only if its schema shows that it computes values from
   can hold a generator, and it may be left out);
 * it takes no string but under a few names, such as ``rounding_mode``: no path (``aten::from_file``), no message to
   print (``aten::_print``);
-* it is public, or one of the private ones that captured networks hold: the others hand their arguments to libraries
-  that check them less.
+* it is public, or one of the private ones that captured networks hold: the others check their arguments less;
+* it is no gradient, no library's own entry, and none of a few that no network needs and that end the process for
+  arguments which make no sense.
+
+That last list is what random arguments have shown, not all that there is: PyTorch's operators do not check everything.
 
 Python functions come from a fixed table, with the number of arguments each takes. Saving applies the same rules.
 """
@@ -34,6 +37,7 @@ from fastres.inference.file.values import FrozenFileError, short
 NAMESPACES = ("aten", "torchvision", "fastres")
 _OPERATOR = re.compile(rf"({'|'.join(NAMESPACES)})\.([A-Za-z_]\w{{0,99}})\.([A-Za-z_]\w{{0,99}})", re.ASCII)
 _TYPE = re.compile(r"(?:(?:Optional|List)\[)*([^\[\]]+)\]*")
+_ENUMS = {"ScalarType": torch.dtype, "Layout": torch.layout, "MemoryFormat": torch.memory_format}  # unchecked as ints
 _TYPES = frozenset(["Tensor", "int", "float", "bool", "number", "str", "Device", "Generator"])  # a dtype is an int here
 _STRINGS = frozenset(
     # The last two are fastres' own.
@@ -47,17 +51,20 @@ _PRIVATE = frozenset(
     for name in """
     adaptive_avg_pool2d adaptive_avg_pool3d addmm_activation assert_async assert_scalar assert_tensor_metadata
     cdist_forward conj conj_physical convolution convolution_mode embedding_bag embedding_bag_forward_only
-    euclidean_dist fft_c2c fft_c2r fft_r2c functional_assert_async functional_assert_scalar
-    functional_sym_constrain_range functional_sym_constrain_range_for_size fused_rms_norm fused_sdp_choice is_all_true
-    linalg_det linalg_eigh linalg_slogdet linalg_solve_ex linalg_svd local_scalar_dense log_softmax logcumsumexp
-    lu_with_info native_batch_norm_legit native_batch_norm_legit_no_training native_multi_head_attention neg_view
-    pad_circular pad_enum pdist_forward prelu_kernel reshape_alias reshape_copy safe_softmax
+    euclidean_dist functional_assert_async functional_assert_scalar functional_sym_constrain_range
+    functional_sym_constrain_range_for_size fused_rms_norm fused_sdp_choice is_all_true linalg_det linalg_eigh
+    linalg_slogdet linalg_solve_ex linalg_svd local_scalar_dense log_softmax logcumsumexp lu_with_info
+    native_multi_head_attention neg_view pad_circular pad_enum pdist_forward prelu_kernel reshape_copy safe_softmax
     scaled_dot_product_attention_math scaled_dot_product_cudnn_attention scaled_dot_product_efficient_attention
-    scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu shape_as_tensor softmax stack to_copy
-    transformer_encoder_layer_fwd trilinear unique2 unsafe_index unsafe_masked_index unsafe_view upsample_bicubic2d_aa
-    upsample_bilinear2d_aa upsample_nearest_exact1d upsample_nearest_exact2d weight_norm weight_norm_interface
+    scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu shape_as_tensor softmax to_copy
+    transformer_encoder_layer_fwd trilinear unique2 unsafe_index unsafe_masked_index unsafe_view
+    upsample_bicubic2d_aa upsample_bilinear2d_aa upsample_nearest_exact1d upsample_nearest_exact2d weight_norm
     _and__ _or__ _xor__ _lshift__ _rshift__
     """.split()
+)
+_UNCHECKED = re.compile(
+    r"aten::(\w*_backward|(mkldnn|cudnn|miopen|fbgemm|quantized)_\w+|native_batch_norm|batch_norm_update_stats|lu_unpack|"
+    r"linalg_ldl_solve|ctc_loss|segment_reduce|align_tensors|promote_types)"
 )
 _BY_COUNT: dict[int, list[Callable[..., Any]]] = {
     1: [op.neg, op.not_, op.abs, math.floor, math.ceil, math.trunc, math.sqrt, torch.sym_sum],
@@ -98,6 +105,10 @@ def operator_for(name: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     needed, names = {a.name for a in rest if not a.has_default_value()}, {a.name for a in rest}
     if len(args) > sum(not a.kwarg_only for a in arguments) or not needed <= set(kwargs) <= names:
         raise FrozenFileError(f"{name} does not take {len(args)} positional arguments and {short(sorted(kwargs))}")
+    for argument, value in zip(arguments, [*args, *(kwargs.get(a.name) for a in rest)], strict=True):
+        kind = _ENUMS.get(_plain(argument.real_type))
+        if kind is not None and value is not None and type(value) is not kind:
+            raise FrozenFileError(f"{name} takes no {short(value)} for its {argument.name}")
     return found
 
 
@@ -124,7 +135,7 @@ def _looked_up(name: str) -> OpOverload:
 
 
 def why_not(found: OpOverload) -> str:
-    """Why a file may not call an operator; empty where it may."""
+    """Say why a file may not call an operator; empty where it may."""
     schema = found._schema
     if not torch._C._dispatch_has_kernel(schema.name + ("." if schema.overload_name else "") + schema.overload_name):
         return "is not one of the dispatcher's"
@@ -132,6 +143,8 @@ def why_not(found: OpOverload) -> str:
         return "writes to its arguments"
     if schema.name.partition("::")[2].startswith("_") and schema.name not in _PRIVATE:
         return "is private"
+    if _UNCHECKED.fullmatch(schema.name):
+        return "does not check its arguments"
     for argument in schema.arguments:
         kind = _plain(argument.type)
         if kind not in _TYPES:
@@ -143,6 +156,6 @@ def why_not(found: OpOverload) -> str:
 
 
 def _plain(kind: Any) -> str:
-    """What lists and optional values are of."""
+    """The type of the values in a list or an optional."""
     match = _TYPE.fullmatch(str(kind))
     return match.group(1) if match else str(kind)

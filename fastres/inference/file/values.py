@@ -24,6 +24,8 @@ import torch
 from fastres.graph.steps import Slot
 
 MAX_DEPTH = 32
+_REPR = reprlib.Repr()
+_REPR.maxstring = 80
 _DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", re.ASCII)
 
 
@@ -117,7 +119,7 @@ class Values:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a file can hold the value."""
+    """Tell whether a file can hold the value."""
     try:
         Values().encode(value)
     except FrozenFileError:
@@ -161,5 +163,5 @@ def _check_depth(depth: int) -> None:
 
 def short(value: Any) -> str:
     """A few words of a value from a file, for a message: however large or deep it is."""
-    text = reprlib.repr(value)
+    text = _REPR.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

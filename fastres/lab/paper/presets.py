@@ -12,7 +12,7 @@
     depths      20, 56, 110; the paper also has 32 and 44, and its plain networks end at 56
     seeds       three, mean and spread of all; the paper: one run, and for 110 layers the best of five and their spread
 
-Momentum 0.9, weight decay 1e-4 on all parameters, He initialisation, BN, shortcut A and no dropout are the paper's.
+Momentum 0.9, weight decay 1e-4 on all parameters, He initialization, BN, shortcut A and no dropout are the paper's.
 Gradient norms are logged with every point (the paper's argument against vanishing gradients, section 4.1).
 
 **cifar10** is the paper's protocol on its data, with five seeds for every network. **ci** only shows that everything

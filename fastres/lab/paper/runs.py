@@ -30,7 +30,7 @@ Report = Callable[[int, int, str], None]  # (iterations done, of all runs, text)
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how runs execute.
+    """The place and the manner in which runs execute.
 
     Args:
         out: the experiments' folder.

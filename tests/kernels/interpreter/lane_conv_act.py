@@ -84,7 +84,7 @@ def check(
 
 
 def geometries(count):
-    """`count` convolutions in which every value of every parameter takes its turn, its neighbours shuffled."""
+    """`count` convolutions in which every value of every parameter takes its turn, its neighbors shuffled."""
     draw = random.Random(0)
 
     def turns(*values):

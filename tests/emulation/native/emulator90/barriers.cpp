@@ -19,7 +19,7 @@ Word load(Block& block, uint32_t address) {
   if (address % 8 != 0) fail("an mbarrier that is not aligned");
   Word word;
   std::memcpy(&word, block.at(address, 8), 8);
-  if (word.magic != kMagic) fail("an mbarrier before it was initialised");
+  if (word.magic != kMagic) fail("an mbarrier before it was initialized");
   return word;
 }
 
