@@ -154,20 +154,17 @@ def test_demo_output_without_permission(no_work, tmp_path, capsys):
     assert "Permission denied" in one_line(capsys)
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # what else a file can be: test_lab.py
     ("make", "message"),
     [
-        (None, "got no such file"),
-        (lambda path: path.write_bytes(b"\x80\x04 not a checkpoint"), "cannot be read"),
+        (lambda path: None, "got no such file"),
         (lambda path: torch.save(torch.nn.ReLU(), path), "objects other than tensors"),
-        (lambda path: torch.save({"conv1.weight": [1.0]}, path), "got a list under 'conv1.weight'"),
         (lambda path: torch.save(torch.nn.Linear(2, 2).state_dict(), path), "missing such as 'conv1.weight'"),
     ],
 )
 def test_demo_bad_weights(no_work, tmp_path, capsys, make, message):
     path = tmp_path / "weights.pth"
-    if make is not None:
-        make(path)
+    make(path)
     assert cli.main(["demo", "--out", str(tmp_path / "out"), "--weights", str(path)]) == 2
     line = one_line(capsys)
     assert f"weights {path}: " in line and message in line and "expected a state_dict of torchvision resnet50" in line

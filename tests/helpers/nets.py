@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastres.nn import BasicBlock, ConvBNReLU
 
 
 class SmallNet(nn.Module):
@@ -41,6 +44,20 @@ class SmallNet(nn.Module):
         y = F.relu(self.bn(self.conv(x)))
         y = F.relu(self.bn2(self.conv2(y)) + y)
         return self.fc(y.mean((2, 3)))
+
+
+def fused_network(width: int = 8) -> nn.Module:
+    """A stem and a residual block of fastres.nn, a pool and a classifier: [N, 3, H, W] -> [N, 5]."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        OrderedDict[str, nn.Module](
+            stem=ConvBNReLU(3, width),
+            block=BasicBlock(width, width),
+            pool=nn.AdaptiveAvgPool2d(1),
+            flat=nn.Flatten(),
+            fc=nn.Linear(width, 5),
+        )
+    )
 
 
 def randomize_bn(model: nn.Module, seed: int | None = None, statistics: bool = True) -> nn.Module:

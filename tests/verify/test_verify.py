@@ -3,7 +3,6 @@
 import copy
 import math
 import re
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastres.functional import add_relu, bn_act
-from fastres.nn import BasicBlock, ConvBNReLU
 from fastres.verify import verify
+from nets import fused_network as network
 
 MOMENTUM, EPS = 0.1, 1e-5
 
@@ -58,19 +57,6 @@ def tensors(dtype=torch.float32, channels=8, size=9, gain=1.0):
     weight, bias = (torch.rand(channels) + 0.5).requires_grad_(), torch.randn(channels).requires_grad_()
     residual = torch.randn(4, channels, size, size).to(dtype).requires_grad_()
     return x, torch.zeros(channels), torch.ones(channels), weight, bias, residual
-
-
-def network(width=8):
-    torch.manual_seed(1)
-    return nn.Sequential(
-        OrderedDict(
-            stem=ConvBNReLU(3, width),
-            block=BasicBlock(width, width),
-            pool=nn.AdaptiveAvgPool2d(1),
-            flat=nn.Flatten(),
-            fc=nn.Linear(width, 5),
-        )
-    )
 
 
 # ---- sound implementations pass -------------------------------------------------------------------------------------
