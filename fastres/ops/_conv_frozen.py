@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres._dispatch import Argument, Choices, Prepared
-from fastres.ops._conv_backends import ACTIVATIONS, Conv, output_size, why_not_onednn
+from fastres.ops._conv_backends import Conv, Maybe, epilogue, output_size, why_not_onednn
 from fastres.ops._tensors import is_channels_last
 
 _UNARY: dict[str, tuple[str, list[float]]] = {
@@ -29,31 +29,19 @@ _onednn = torch.ops.mkldnn._convolution_pointwise
 _X, _RESIDUAL = Argument(0), Argument(3)
 
 
-def stock(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    stride: Any,
-    padding: Any,
-    dilation: Any,
-    groups: int,
-    act: str,
-    backend: str = "auto",
-) -> Tensor:
-    """The call by PyTorch's operators. Frozen networks have no scale."""
-    assert scale is None
-    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)  # [N, K, P, Q]
-    return ACTIVATIONS[act](y if residual is None else y + residual)
+def stock(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, *where: Any) -> Tensor:
+    """The call by PyTorch's operators."""
+    *geometry, act = where[:5]  # a backend may follow
+    z = F.conv2d(x, weight, None if scale is not None else bias, *geometry)  # [N, K, P, Q]
+    return epilogue(z, bias, residual, scale, act)
 
 
 def bind(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
+    bias: Maybe,
+    residual: Maybe,
+    scale: Maybe,
     stride: Any,
     padding: Any,
     dilation: Any,

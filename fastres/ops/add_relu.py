@@ -191,10 +191,5 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = AUTO) -> Tensor:
     return y
 
 
-def _call(x: Tensor, residual: Tensor, backend: str = AUTO) -> Tensor:
-    """The operator's call in a frozen network."""
-    return add_relu(x, residual, backend=backend)
-
-
-OPERATOR.call = _call
+OPERATOR.call = lambda x, residual, backend=AUTO: add_relu(x, residual, backend=backend)
 OPERATOR.stock = lambda x, residual, backend=AUTO: torch.relu(x + residual)

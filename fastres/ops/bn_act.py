@@ -362,36 +362,27 @@ def batch_norm_arguments(bn: nn.BatchNorm2d) -> dict[str, Any]:
 
 
 def _call(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    residual: Tensor | None,
-    training: bool,
-    eps: float,
-    act: str,
-    backend: str = AUTO,
-) -> tuple[Tensor]:
-    """The operator's call in a frozen network, which reads the first output alone."""
-    return (bn_act(x, running_mean, running_var, weight, bias, residual, act=act, eps=eps, backend=backend),)
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, *how: Any
+) -> Outputs:
+    """The operator's call in a frozen network: by the fast path where it has no statistics to return."""
+    residual, training, eps, act, *backend = how
+    if training or mean is None or var is None:
+        return _forward(x, weight, bias, mean, var, *how)
+    y = bn_act(x, mean, var, weight, bias, residual, act=act, eps=eps, backend=(*backend, AUTO)[0])
+    return y, mean, var
 
 
 def _stock(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
-    residual: Tensor | None,
-    training: bool,
-    eps: float,
-    act: str,
-    backend: str = AUTO,
-) -> tuple[Tensor]:
-    y = F.batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, *how: Any
+) -> Outputs:
+    """The call by PyTorch's operators; one with the batch's statistics as it is."""
+    residual, training, eps, act = how[:4]  # a backend may follow
+    if training or mean is None or var is None:
+        found: Outputs = _OP(x, weight, bias, mean, var, *how)
+        return found
+    y = F.batch_norm(x, mean, var, weight, bias, eps=eps)
     y = y if residual is None else y + residual
-    return (torch.relu(y) if act == "relu" else y,)
+    return (torch.relu(y) if act == "relu" else y), mean, var
 
 
 OPERATOR.call, OPERATOR.stock = _call, _stock

@@ -353,28 +353,10 @@ def conv_act(
     return y
 
 
-def _call(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
-    act: str,
-    backend: str = AUTO,
-) -> Tensor:
-    """The operator's call in a frozen network."""
-    where = tuple(stride), tuple(padding), tuple(dilation), groups
-    return conv_act(x, weight, bias, residual, scale, *where, act=act, backend=backend)
-
-
 def _bind(x: Tensor, *arguments: Any) -> Choices | None:
     """Ways to run the call in a frozen network, once its arguments are known to fit each other."""
     _check(x, *arguments[:9])
     return _conv_frozen.bind(x, *arguments)
 
 
-OPERATOR.call, OPERATOR.stock, OPERATOR.bind = _call, _conv_frozen.stock, _bind
+OPERATOR.call, OPERATOR.stock, OPERATOR.bind = _forward, _conv_frozen.stock, _bind

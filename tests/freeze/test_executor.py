@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastres.functional import bn_act, conv_act
 from freeze_cases import Net, cifar, compare, freeze, images, operators
 
 PACK = "mkldnn::_reorder_convolution_weight"
@@ -202,3 +203,35 @@ def test_parts_of_a_batch_give_the_whole():
     two = freeze(net, (images(), images()), tune=False, verify=False)
     two.plan.images_at_a_time = 1  # not used: of several inputs nobody knows which is the batch
     compare(net, two, images(3), images(3))
+
+
+class Scaled(nn.Module):
+    """A source that calls conv_act itself, with a scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(8, 3, 3, 3)), nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x):
+        return conv_act(x, self.weight, scale=self.scale, padding=1)
+
+
+class OfTheBatch(nn.Module):
+    """A source that normalizes by the batch in eval mode too, and keeps running statistics of its own."""
+
+    def __init__(self, tracks):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3, track_running_stats=tracks)
+
+    def forward(self, x):
+        statistics = (None, None) if self.bn.running_mean is None else (self.bn.running_mean.clone(), torch.ones(3))
+        return bn_act(x, *statistics, self.bn.weight, self.bn.bias, training=True)
+
+
+@pytest.mark.parametrize("net", [Scaled(), OfTheBatch(False), OfTheBatch(True)], ids=["scale", "untracked", "tracked"])
+def test_sources_that_call_our_operators_keep_what_no_fusion_takes(net):
+    frozen, x = freeze(net.eval(), images(2, 9)), images(5, 9)
+    assert frozen.report.capture == "graph"
+    want = net(x)
+    torch.testing.assert_close(frozen(x), want)
+    torch.testing.assert_close(torch.export.export(frozen, (x,)).module()(x), want)
