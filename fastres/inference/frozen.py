@@ -107,8 +107,8 @@ class FrozenModel(nn.Module):
         if self._network is None:
             return
         refused = any(row.reason in ("BAD_VARIANCE", "OVERFLOW") for row in self.report.rows)
-        tensors = [t for t in self.weights.buffers() if t.is_floating_point() and not t.is_meta]
-        if refused or not all(math.isfinite(float(t.detach().sum(dtype=torch.float64))) for t in tensors):
+        tensors = [t for t in self.weights.buffers() if t.is_floating_point() and not t.is_meta and t.numel()]
+        if refused or not all(math.isfinite(float(end)) for t in tensors for end in t.detach().aminmax()):
             self._network.executor.exact = True
             note = "some of its numbers are not finite, or too large to fold: no step that could hide a NaN is taken"
             if note not in self.report.notes:

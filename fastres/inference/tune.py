@@ -164,11 +164,14 @@ def tune_plan(
 
 
 def find_bound(report: FreezeReport, device: torch.device, dtype: torch.dtype) -> None:
-    """The rates that the report's bound is at; raised to those of the network itself where it has shown higher ones."""
-    report.bandwidth, report.rate = measured_rates(device, dtype)
-    beyond = (report.bound or 0.0) / report.milliseconds.get("frozen", math.inf)
-    if beyond > 1:  # others ran while the rates were measured
-        report.bandwidth, report.rate = report.bandwidth * beyond, report.rate * beyond
+    """The rates that the report's bound is at; none where the network beats what 2 seconds of measuring show."""
+    for _ in range(4):
+        bandwidth, rate = measured_rates(device, dtype)
+        report.bandwidth, report.rate = max(report.bandwidth, bandwidth), max(report.rate, rate)
+        if (report.bound or 0.0) <= report.milliseconds["frozen"]:
+            return
+    report.bandwidth = report.rate = 0.0
+    report.notes.append("no bound: the network is faster than the rates that were measured; something else was running")
 
 
 def choose_layout(frozen: FrozenModel, source: nn.Module, inputs: Any, device: torch.device, how: Tune) -> FrozenModel:

@@ -74,11 +74,12 @@ def test_measure_interleaves_and_gives_up_on_the_hopeless(monkeypatch):
 def test_rates_of_the_machine_bound_what_a_network_reaches(monkeypatch):
     bandwidth, rate = measured_rates(CPU, torch.float32)
     assert 1e8 < bandwidth < 1e13 and 1e8 < rate < 1e15
-    for measured in ((bandwidth, rate), (bandwidth / 1e4, rate / 1e4)):  # and where others ran meanwhile
-        monkeypatch.setattr(tune, "measured_rates", lambda *args, measured=measured: measured)
-        report = freeze(cifar(), images(8, 32), verify=False).report
-        assert 0 < report.bound <= report.milliseconds["frozen"] * (1 + 1e-9) and "of the bound" in str(report)
-    assert "100% of the bound" in str(report)
+    report = freeze(cifar(), images(8, 32), verify=False).report
+    assert 0 < report.bound <= report.milliseconds["frozen"] and "of the bound" in str(report)
+    # where others ran whenever the rates were measured: no rate that no run has shown, and no bound
+    monkeypatch.setattr(tune, "measured_rates", lambda *args: (bandwidth / 1e4, rate / 1e4))
+    report = freeze(cifar(), images(8, 32), verify=False).report
+    assert report.bound is None and not report.rate and "no bound" in str(report) and "of the bound" not in str(report)
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------

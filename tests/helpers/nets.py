@@ -5,45 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from fastres.nn import BasicBlock, ConvBNReLU
-
-
-class SmallNet(nn.Module):
-    """Convolutions and norms under fixed names, and a forward given as a function of the network and its inputs.
-
-    conv, bn: 3 -> channels; conv2, bn2: channels -> channels, both 3x3 of stride 1; relu; fc: channels -> 5. Without a
-    function: relu(bn2(conv2(y)) + y) of y = relu(bn(conv(x))), the mean over the plane, fc: [N, 3, H, W] -> [N, 5].
-    """
-
-    def __init__(
-        self,
-        forward: Callable[..., Any] | None = None,
-        *,
-        bias: bool = False,
-        channels: int = 4,
-        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
-    ) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, channels, 3, padding=1, bias=bias), norm(channels)
-        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=bias), norm(channels)
-        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(channels, 5)
-        self.function = forward
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self.function is not None:
-            return self.function(self, x, *args, **kwargs)
-        y = F.relu(self.bn(self.conv(x)))
-        y = F.relu(self.bn2(self.conv2(y)) + y)
-        return self.fc(y.mean((2, 3)))
 
 
 def fused_network(width: int = 8) -> nn.Module:
