@@ -29,12 +29,15 @@ namespace {
 
 // The buffers of a call. Parameters are [C]; partial sums [chunks, C] are there for NHWC only.
 struct Scratch {
+  static constexpr uintptr_t kLine = 64 / sizeof(double);  // of the cache
   std::unique_ptr<double[]> memory;
   double *a, *b;                          // [chunks, C]
   float *scale, *bias, *mean_g, *slope;   // [C]
 
-  Scratch(int64_t channels, int64_t chunks)
-      : memory(new double[2 * (chunks + 1) * channels]), a(memory.get()), b(a + chunks * channels) {
+  Scratch(int64_t channels, int64_t chunks) : memory(new double[2 * (chunks + 1) * channels + kLine]) {
+    const auto address = reinterpret_cast<uintptr_t>(memory.get()) / sizeof(double);
+    a = memory.get() + (kLine - address % kLine) % kLine;  // a vector that lies in two cache lines costs two loads
+    b = a + chunks * channels;
     scale = reinterpret_cast<float*>(b + chunks * channels);
     bias = scale + channels;
     mean_g = bias + channels;
@@ -52,11 +55,9 @@ struct Shape {
   int64_t numel, channels, batch, plane;
   bool rows, cached;
 
-  // `images`: tensors of x's size that the passes touch.
-  Shape(const Tensor& x, bool channels_last, int64_t images = 4)
-      : numel(x.numel()), channels(x.size(1)), batch(x.size(0)) {
+  Shape(const Tensor& x, bool channels_last) : numel(x.numel()), channels(x.size(1)), batch(x.size(0)) {
     plane = numel / (batch * channels);
-    cached = is_cached(images * numel * (x.scalar_type() == ScalarType::Float ? 4 : 2));
+    cached = is_cached(numel * (x.scalar_type() == ScalarType::Float ? 4 : 2));
     rows = channels_last ? channels > 1 : plane == 1;
     if (channels_last && channels == 1) {
       plane = numel;
@@ -216,7 +217,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> bn_act(
     bool relu, bool overwrite) {
   const auto channels_last = channels_last_of(x);
   if (!channels_last || !x.is_cpu() || !has_kernel_dtype(x) || !looks_like(residual, x)) return {};
-  const Shape shape(x, *channels_last, !overwrite ? 4 : residual ? 2 : 1);
+  const Shape shape(x, *channels_last);
   for (const OptionalTensor* t : {&weight, &bias, &running_mean, &running_var}) {
     if (!is_per_channel(*t, shape.channels, x, overwrite)) return {};
   }

@@ -143,12 +143,12 @@ struct MapRows {
   FASTRES_HD void run(int64_t begin, int64_t end) const {
     const MapRows own = *this;  // in registers: what is stored might be a part of *this, for all that a compiler knows
     const bool vectors = part.channels % W == 0 && part.tile % W == 0;
-    if (vectors && cached) {
+    if (vectors && map.in_place()) {
+      own.template run_tiles<W, 1, false>(begin, end);
+    } else if (vectors && cached) {
       // Two rows at a time read the parameters half as often. Not from memory: twice the streams are more than the
       // prefetcher follows.
       own.template run_tiles<W, 2, false>(begin, end);
-    } else if (vectors && map.in_place()) {
-      own.template run_tiles<W, 1, false>(begin, end);
     } else if (vectors && map.template is_aligned<W>()) {
       own.template run_tiles<W, 1, true>(begin, end);
       end_stream();
