@@ -70,19 +70,6 @@ def saved(frozen, path):
     return fastres.load(path)
 
 
-@pytest.fixture(scope="module")
-def residual():
-    torch.manual_seed(0)
-    return freeze(Residual())
-
-
-@pytest.fixture(scope="module")
-def residual_file(residual, tmp_path_factory):
-    path = tmp_path_factory.mktemp("store") / "residual.fastres"
-    residual.save(path)
-    return path
-
-
 # ---- the same network
 
 

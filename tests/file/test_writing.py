@@ -16,20 +16,7 @@ import fastres
 from fastres import _files
 from fastres.graph.steps import Slot
 from fastres.inference.file import store
-from file_cases import Residual, X, assert_same, aten, freeze, run, through
-
-
-@pytest.fixture(scope="module")
-def residual():
-    torch.manual_seed(0)
-    return freeze(Residual())
-
-
-@pytest.fixture(scope="module")
-def residual_file(residual, tmp_path_factory):
-    path = tmp_path_factory.mktemp("store") / "residual.fastres"
-    residual.save(path)
-    return path
+from file_cases import X, assert_same, aten, freeze, run, through
 
 
 def test_paths(residual, tmp_path, monkeypatch):

@@ -48,3 +48,16 @@ def scaled(x, weight, bias=None, residual=None, scale=None, act="relu", **call):
     z = F.conv2d(x, weight, None, **call).to(stats_dtype(x)) * scale[:, None, None]
     z = z if bias is None else z + bias[:, None, None]
     return EAGER[act](z if residual is None else z + residual).to(x.dtype)
+
+
+def assert_outputs_and_gradients_agree(got, want, ours, theirs):
+    """Compare two outputs, and the gradients of what they are made of, which exist in both or in neither."""
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    if want.requires_grad:
+        dy = torch.randn_like(want)
+        got.backward(dy)
+        want.backward(dy)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)

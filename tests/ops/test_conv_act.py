@@ -11,7 +11,7 @@ import torchvision
 from torch.library import opcheck
 
 import fastres
-from conv_cases import GEOMETRY, eager, problem, skip_if_refused
+from conv_cases import GEOMETRY, assert_outputs_and_gradients_agree, eager, problem, skip_if_refused
 from fastres._dispatch import OPERATORS, BackendError
 from fastres.functional import conv_act
 from fastres.ops.conv_act import ACTS, _kind
@@ -117,15 +117,7 @@ def test_row50_gradients_and_only_those_asked_for(how, act):
         theirs = [t.detach().clone().requires_grad_(n) for t, n in zip(ours, needs, strict=True)]
         got = conv_act(*ours, **call, act=act, backend=how)
         want = eager(*theirs, **call, act=act)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        if any(needs):
-            dy = torch.randn_like(want)
-            got.backward(dy)
-            want.backward(dy)
-        for a, b in zip(ours, theirs, strict=True):
-            assert (a.grad is None) == (b.grad is None)
-            if a.grad is not None:
-                torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+        assert_outputs_and_gradients_agree(got, want, ours, theirs)
 
 
 def test_row7_gradients_of_every_layout(how):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 import fastres
-from conv_cases import EAGER, GEOMETRY, problem, scaled, skip_if_refused
+from conv_cases import EAGER, GEOMETRY, assert_outputs_and_gradients_agree, problem, scaled, skip_if_refused
 from fastres._dispatch import BackendError
 from fastres.functional import conv_act
 from fastres.ops._tensors import stats_dtype
@@ -61,15 +61,7 @@ def test_row50_gradients_with_a_scale_and_only_those_asked_for(act):
         ours = [t.clone().requires_grad_(n) for t, n in zip((x, weight, bias, residual, scale), needs, strict=True)]
         theirs = [t.detach().clone().requires_grad_(n) for t, n in zip(ours, needs, strict=True)]
         got, want = conv_act(*ours, **call, act=act), scaled(*theirs, **call, act=act)
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        if any(needs):
-            dy = torch.randn_like(want)
-            got.backward(dy)
-            want.backward(dy)
-        for a, b in zip(ours, theirs, strict=True):
-            assert (a.grad is None) == (b.grad is None)
-            if a.grad is not None:
-                torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+        assert_outputs_and_gradients_agree(got, want, ours, theirs)
 
 
 @pytest.mark.parametrize("act", ["relu", "none"])
