@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from fastres.graph.questions import hold, terms_of
 from fastres.graph.signature import Call
 
+_WORD = re.compile(r"[A-Za-z_]\w*")
 Dims = tuple["int | str", ...]  # a size, or the name of one that may vary
 
 
@@ -28,6 +31,7 @@ class Captured:
         constants: tensors that the source's forward makes.
         batch: what the varying size was in the capture.
         notes: for the report.
+        questions: about the sizes that vary, see questions.py; a call for which one has another answer needs another graph.
         dtype: what the source was in; tensors of the graph in another floating dtype are so because its code says so.
     """
 
@@ -39,7 +43,14 @@ class Captured:
     constants: dict[str, Tensor]
     batch: int
     notes: list[str] = field(default_factory=list)
+    questions: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self._batches = {dims[0] for dims, _ in self.inputs if dims}
+        names = {dim for dims, _ in self.inputs for dim in dims if isinstance(dim, str)}
+        self._terms = terms_of(self.questions, names)
+        self._answered: dict[tuple[int, ...], bool] = {}  # sizes that vary -> whether the questions hold
 
     def takes(self, call: Call) -> bool:
         """Tell whether the graph is of calls like this one: the same tree and constants, tensors of these sizes."""
@@ -54,15 +65,31 @@ class Captured:
             for size, dim in zip(t.shape, dims, strict=True):
                 if size != (dim if isinstance(dim, int) else sizes.setdefault(dim, size)):
                     return False
-        return True
+        # an image of one pixel is another network's: it broadcasts; a batch of one was compared with the source's
+        return all([size > 1 for dim, size in sizes.items() if dim not in self._batches]) and self._answers(sizes)
+
+    def _answers(self, sizes: dict[str, int]) -> bool:
+        """Tell whether the code's questions have the same answers for these sizes."""
+        if not self._terms:
+            return True
+        asked = tuple(sizes.values())
+        if torch.compiler.is_dynamo_compiling() or not all(type(size) is int for size in asked):
+            return hold(self._terms, sizes)
+        known = self._answered.get(asked)
+        if known is None:
+            known = hold(self._terms, sizes)
+            self._answered = {**dict([*self._answered.items()][-999:]), asked: known}  # replaced: threads read it
+        return known
 
     def describe(self) -> str:
-        """The sizes that it takes: `[N, 3, 224, 224]`."""
-        letters: dict[Any, str] = dict(zip(self._varying(), "NMKLJ", strict=False))
-        return ", ".join("[" + ", ".join(str(letters.get(d, d)) for d in dims) + "]" for dims, _ in self.inputs)
-
-    def _varying(self) -> list[str]:
-        return list(dict.fromkeys(dim for dims, _ in self.inputs for dim in dims if isinstance(dim, str)))
+        """The sizes that it takes: `[N, 3, H, W]`, and what is asked of them."""
+        batches = dict.fromkeys(dims[0] for dims, _ in self.inputs if dims and isinstance(dims[0], str))
+        others = [dim for dims, _ in self.inputs for dim in dims if isinstance(dim, str) and dim not in batches]
+        letters: dict[Any, str] = dict(zip(batches, "NMKLJ", strict=False))
+        letters |= dict(zip(dict.fromkeys(others), "HWDEFGIJPQ", strict=False))
+        shapes = ", ".join("[" + ", ".join(str(letters.get(d, d)) for d in dims) + "]" for dims, _ in self.inputs)
+        asked = ", ".join(_WORD.sub(lambda m: letters.get(m[0], m[0]), question) for question in self.questions[:4])
+        return f"{shapes} where {asked}" if asked else shapes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         return self  # never written to
@@ -70,7 +97,7 @@ class Captured:
     def __getstate__(self) -> dict[str, Any]:
         """Without the graph, which does not pickle and serves the source alone, and pickles have none."""
         trees = {name: _structure(spec) for name, spec in (("tree", self.tree), ("outputs", self.outputs))}
-        return {**self.__dict__, **trees, "graph": None, "constants": {}}
+        return {**self.__dict__, **trees, "graph": None, "constants": {}, "_answered": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         trees = {name: tree_flatten(state[name])[1] for name in ("tree", "outputs")}

@@ -1,8 +1,9 @@
 """A network as a graph of functional ATen operators: `torch.export`, tensors by their names, in-place calls undone.
 
-The capture is of one call: its arguments that are no tensors are constants, every size but the batch's is fixed. It is
-made at a batch of at least 2, because a size of 1 is silently frozen in, and holds no tensor of the source but the
-constants that its forward makes, only names.
+The capture is of one call: its arguments that are no tensors are constants. The batch and the sizes of images may vary
+as far as what the code asks of them has the same answers (questions.py). It is made at a batch of at least 2, because
+a size of 1 is silently frozen in, and holds no tensor of the source but the constants that its forward makes, only
+names.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from fastres.graph.captured import Captured, Dims
 from fastres.graph.functionalize import Impure, functionalize
+from fastres.graph.questions import questions_of
 from fastres.graph.signature import Call
 from fastres.nn.steps import has_global_hooks, is_bare
 
@@ -77,7 +79,7 @@ def own_memory(model: nn.Module) -> None:
 
 
 def capture(model: nn.Module, call: Call) -> Captured:
-    """The graph of ``model`` for calls like ``call``.
+    """The graph of ``model`` for calls like ``call``: any batch and, where its code allows that, any image size.
 
     Args:
         model: in eval mode; a copy of one's own (`sharing_copy`), since its forward runs once.
@@ -87,94 +89,107 @@ def capture(model: nn.Module, call: Call) -> Captured:
         CaptureError: with the reason: hooks, control flow that depends on data, state that the forward writes to.
     """
     _refuse_hooks(model)
-    batch = batch_of(call.tensors)
-    before, attributes = _plain_state(model), _attributes(model)
+    before, attributes = plain_state(model), _attributes(model)
     try:
-        program, written = _export(model, call, [_at_least_two(t, batch) for t in call.tensors], batch)
-        fixed = not _is_for_any_batch(program)
-        if fixed:  # as it is given: another batch takes another way, or has other numbers in it
-            program, written = _export(model, call, [t.detach().clone() for t in call.tensors], None)
-        changed = next((n for n, value in _plain_state(model).items() if before.get(n, _MISSING) != value), None)
+        captured = _capture_for_most(model, call)
+        after = plain_state(model)
+    except CaptureError:
+        raise
     except Exception as error:  # export raises whatever the model's code does with symbols
         raise CaptureError(f"torch.export: {type(error).__name__}: {_first_line(error)}") from error
     finally:
         _put_back(attributes)
-    if changed is not None:
+    changed = difference({name: before[name] for name in before if name in after}, after)
+    if changed:
         raise CaptureError(f"its forward changes {changed}")
-    captured = _read(program, call, batch if fixed else max(batch, 2))
     captured.dtype = dtype_of(model)
-    if written and WRITES_TO_INPUT not in captured.notes:
-        captured.notes.append(WRITES_TO_INPUT)
     return captured
 
 
-def _export(model: nn.Module, call: Call, tensors: list[Tensor], batch: int | None) -> tuple[Any, bool]:
+def _capture_for_most(model: nn.Module, call: Call) -> Captured:
+    """The graph for the most sizes that the model can be exported for."""
+    batch = batch_of(call.tensors)
+    pairs = [_at_least_two(t, batch) for t in call.tensors]
+    batches = [{0} if t.ndim and len(t) == batch else set() for t in call.tensors]
+    images = [set(range(2, t.ndim)) if t.is_floating_point() else set() for t in call.tensors]
+    for sizes in ([a | b for a, b in zip(batches, images, strict=True)], batches) if any(images) else (batches,):
+        try:
+            program, written = _export(model, call, pairs, sizes)
+            if _varies(program, batches):
+                captured = _read(program, call, max(batch, 2), questions_of(program), written)
+                if captured.takes(call):
+                    return captured
+        except Exception as error:
+            on_data = type(error).__name__ == "GuardOnDataDependentSymNode"
+            if sizes is batches or on_data or isinstance(error, CaptureError):
+                raise  # else, with fewer symbols its code may run
+    given = [t.detach().clone() for t in call.tensors]  # as it is: another batch has other numbers in it
+    program, written = _export(model, call, given, [set() for _ in given])
+    return _read(program, call, batch, (), written)
+
+
+def _export(model: nn.Module, call: Call, tensors: list[Tensor], varying: list[set[int]]) -> tuple[Any, bool]:
     """The exported program, without in-place calls, and whether one wrote to an input.
 
     Args:
         tensors: of the call.
-        batch: the first size of those tensors of ``call`` whose first size may vary; None: none.
+        varying: of each of them the dimensions that may be of any size.
     """
     shapes = ShapesCollection()
-    for t, given in zip(tensors, call.tensors, strict=True):
-        if given.ndim and len(given) == batch:
-            shapes[t] = {0: Dim.AUTO}
+    for t, dims in zip(tensors, varying, strict=True):
+        if dims:
+            shapes[t] = dict.fromkeys(sorted(dims), Dim.AUTO)
     args, kwargs = call.arguments(tensors)
     with LOCK, _quiet(), torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=cast(Any, shapes), strict=False)
-        if batch is not None and not _is_for_any_batch(program):
-            return program, False  # not to be used
         try:
             return program, functionalize(program.graph_module.graph, _lifted(program))
         except Impure:
+            if any(dims - {0} for dims in varying):
+                raise  # decomposed, its operators may depend on sizes in ways that are no questions
             return program.run_decompositions({}), False
 
 
-def _is_for_any_batch(program: Any) -> bool:
-    """Tell whether the sizes that vary may be any, not only the capture's: what the code asked of them holds.
-
-    ``if len(x) > 4`` is such a question; a shape that fits one batch alone is a size that varies no longer.
-    """
-    from sympy import Integer, false  # which export has loaded
-
-    inputs: list[Any] = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
-    sizes = [
-        size.node.expr
-        for t in inputs
-        if isinstance(t, Tensor)
-        for size in cast(Any, t.shape)
-        if not isinstance(size, int)
-    ]
-    if any(size.is_number for size in sizes):
-        return False
-    symbols = set().union(*(size.free_symbols for size in sizes))
-    if any(
-        program.range_constraints[s].lower > 2 or program.range_constraints[s].upper < _BATCHES[-1] for s in symbols
-    ):
-        return False
-    modes = [t.fake_mode for t in inputs if getattr(t, "fake_mode", None) is not None]
-    questions = [guard.expr for guard in modes[0].shape_env.guards] if symbols else []
-    return not any(
-        question.xreplace(dict.fromkeys(question.free_symbols, Integer(batch))) is false
-        for question in questions
-        for batch in _BATCHES
-    )
+def _varies(program: Any, batches: list[set[int]]) -> bool:
+    """Tell whether the batch has stayed a symbol: the code has not asked for one size of it."""
+    lifted = _lifted(program)
+    inputs = [n.meta["val"] for n in program.graph.nodes if n.op == "placeholder" and n.name not in lifted]
+    tensors = [t for t in inputs if isinstance(t, Tensor)]
+    sizes = [cast(Any, t).shape[0] for t, dims in zip(tensors, batches, strict=True) if dims]
+    return not any(isinstance(size, int) or size.node.expr.is_number for size in sizes)
 
 
 _MISSING = object()
-_BATCHES = (*range(2, 18), 31, 32, 64, 100, 127, 128, 256, 1000, 1024)  # that a graph for any batch is asked about
+_PLAIN = (bool, int, float, str)
+_TORCHS_OWN = {"training", "_is_full_backward_hook"}  # of every module; they change nothing in eval mode
 
 
-def _plain_state(model: nn.Module) -> dict[str, Any]:
-    """Numbers and strings of the modules and the lengths of their lists: a graph would not go on changing them."""
+def plain_state(model: nn.Module) -> dict[str, Any]:
+    """Classes of the modules, their numbers and strings, what is in their lists of those: what a graph has fixed."""
     state: dict[str, Any] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        state[prefix or "the model"] = type(module).__name__
         for name, value in module.__dict__.items():
-            if isinstance(value, bool | int | float | str):
-                state[f"{prefix}.{name}".lstrip(".")] = value
-            elif isinstance(value, list | dict | set) and name[:1] != "_":
-                state[f"{prefix}.{name}".lstrip(".")] = len(value)
+            place = f"{prefix}.{name}".lstrip(".")
+            if name in _TORCHS_OWN:
+                continue
+            if isinstance(value, _PLAIN):
+                state[place] = value
+            elif isinstance(value, list | tuple | dict | set) and name[:1] != "_":
+                plain = len(value) < 100 and all(isinstance(item, _PLAIN) for item in value)
+                state[place] = repr(value) if plain else len(value)
     return state
+
+
+def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What has another value in the second state: `head.scale, which was 1 and is 2`; empty where nothing has."""
+    for name in {**before, **after}:
+        was, now = before.get(name, _MISSING), after.get(name, _MISSING)
+        if now is _MISSING or was is _MISSING:
+            return f"{name}, which {'is gone' if now is _MISSING else 'was not there'}"
+        if was != now and (was == was or now == now):  # NaN is no change
+            return f"{name}, which was {was!r} and is {now!r}"
+    return ""
 
 
 def _attributes(model: nn.Module) -> list[tuple[Any, Any]]:
@@ -238,7 +253,8 @@ def _refuse_hooks(model: nn.Module) -> None:
 def _quiet() -> Iterator[None]:
     """Without torch's own warnings: what goes wrong is raised, and put into the report."""
     loggers = [
-        logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx", "torch.fx.experimental")
+        logging.getLogger(name)
+        for name in ("torch.export", "torch._export", "torch.fx", "torch.fx.experimental", "torch._subclasses")
     ]
     levels = [log.level for log in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # export prints the graph of a failure
@@ -263,8 +279,8 @@ def _lifted(program: Any) -> set[str]:
     return {spec.arg.name for spec in specs if spec.kind is not InputKind.USER_INPUT}
 
 
-def _read(program: Any, call: Call, batch: int) -> Captured:
-    """The exported program as a `Captured`."""
+def _read(program: Any, call: Call, batch: int, questions: tuple[str, ...], written: bool) -> Captured:
+    """The exported program as a `Captured`; `written`: it wrote to an input, which `functionalize` has undone."""
     signature = program.graph_signature
     for spec in signature.output_specs:
         if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION):
@@ -306,7 +322,7 @@ def _read(program: Any, call: Call, batch: int) -> Captured:
                 for value, spec in zip(node.args[0], signature.output_specs, strict=True)
                 if spec.kind is OutputKind.USER_OUTPUT
             ]
-            if len(kept) < len(node.args[0]):
+            if written or len(kept) < len(node.args[0]):
                 notes.append(WRITES_TO_INPUT)
             graph.output(tuple(values[value] if isinstance(value, fx.Node) else value for value in kept))
             continue
@@ -317,7 +333,9 @@ def _read(program: Any, call: Call, batch: int) -> Captured:
     fixed = batch if all(isinstance(dim, int) for dims, _ in inputs for dim in dims) else None
     if fixed is not None and inputs:
         notes.append(f"the network fixes its batch: captured for {fixed}, other sizes are captured on their first call")
-    return Captured(graph, inputs, program.call_spec.out_spec, call.tree, call.plain, constants, batch, notes)
+    return Captured(
+        graph, inputs, program.call_spec.out_spec, call.tree, call.plain, constants, batch, notes, questions
+    )
 
 
 def _constant_name(t: Tensor) -> str:
@@ -344,6 +362,8 @@ def _meta(node: fx.Node) -> dict[str, Any]:
         sizes = [size if isinstance(size, int) else size.node.hint for size in value.shape]
         if None not in sizes:  # as what nonzero() gives has it
             meta["size"] = tuple(int(size) for size in sizes)
+    elif isinstance(value, torch.SymInt):
+        meta["value"] = _size(value)
     stack = node.meta.get("nn_module_stack")
     if stack:
         meta["where"] = list(stack.values())[-1][0]

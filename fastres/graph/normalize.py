@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from fastres.graph.functionalize import passes
+from fastres.graph.questions import same_shape
 
 aten = torch.ops.aten
 _SAME = {
@@ -122,8 +123,8 @@ def _is_nothing(node: fx.Node) -> bool:
     value, x = node.args[1] if len(node.args) > 1 else None, node.args[0] if node.args else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not isinstance(x, fx.Node):
         return False
-    same = all(x.meta.get(key) == node.meta.get(key) for key in ("shape", "dtype"))
-    return same and "shape" in node.meta and value == _NEUTRAL.get(node.target)
+    same = same_shape(x.meta.get("shape"), node.meta.get("shape")) and x.meta["dtype"] == node.meta["dtype"]
+    return same and value == _NEUTRAL.get(node.target)
 
 
 def _pad(graph: fx.Graph, node: fx.Node) -> None:

@@ -8,6 +8,7 @@ from torch import fx
 
 from fastres.graph.constants import Constants, per_channel
 from fastres.graph.normalize import activation, aten
+from fastres.graph.questions import same_shape
 
 CONVS = (aten.conv2d.default, aten.conv1d.default, aten.conv3d.default)
 _ARITHMETIC = {
@@ -30,7 +31,7 @@ def is_residual_add(node: fx.Node, constants: Constants) -> bool:
     x, y = node.args
     if not isinstance(x, fx.Node) or not isinstance(y, fx.Node) or x is y or {x, y} & constants.nodes:
         return False
-    same = x.meta.get("shape") == y.meta.get("shape") == node.meta.get("shape")
+    same = same_shape(x.meta.get("shape"), y.meta.get("shape"), node.meta.get("shape"))
     return same and x.meta["dtype"] == y.meta["dtype"] == node.meta["dtype"] and x.meta["dtype"].is_floating_point
 
 
@@ -53,7 +54,7 @@ def is_affine(node: fx.Node, x: fx.Node, constants: Constants) -> bool:
     name = arithmetic(node)
     if not name or node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return False
-    if node.meta.get("shape") != x.meta.get("shape") or node.meta["dtype"] != x.meta["dtype"]:
+    if not same_shape(node.meta.get("shape"), x.meta.get("shape")) or node.meta["dtype"] != x.meta["dtype"]:
         return False
     if name in ("div", "rsub") and node.args[0] is not x:
         return False

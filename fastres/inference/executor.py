@@ -6,10 +6,13 @@ traced   under torch.export, torch.compile and torch.jit.trace the steps run sto
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +23,26 @@ from fastres.graph import export
 from fastres.graph.steps import Graph, filled
 from fastres.inference.lower import Call, lower
 
-_PLANS = 4  # signatures that an executor keeps a plan for
+logger = logging.getLogger("fastres")
+
+_PLANS = 64  # signatures that an executor keeps a plan for
+_HELD = 2, 64 << 20  # times the bytes of the constants, and bytes: what plans may hold beside them
 
 
-class _Plan(NamedTuple):
+@dataclass(eq=False)
+class _Plan:
     calls: list[Call]
     constants: Sequence[Tensor]  # that the calls hold
     stamp: Stamp
     ways: dict[int, str]
+    held: list[Tensor]  # packed weights; plans share those that are equal
+    used: int = 0  # in the order of use
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """What tensors take; each once."""
+    unique = {id(t): t for t in tensors}.values()
+    return sum(torch.ops.mkldnn._nbytes(t) if t.is_mkldnn else t.numel() * t.element_size() for t in unique)
 
 
 def is_traced(*tensors: Any) -> bool:
@@ -57,7 +72,9 @@ class Executor:
     def __init__(self, graph: Graph, choices: Mapping[str, str] | None = None, exact: bool = False) -> None:
         self.graph, self.choices, self.exact = graph, dict(choices or {}), exact
         self._plans: dict[Any, _Plan] = {}
-        self._stock = [(_stock(step.operator), step.args, step.kwargs, step.writes) for step in graph.steps]
+        self._clock = itertools.count(1)
+        self._warned = False
+        self._stock = [(stock_of(step.operator), step.args, step.kwargs, step.writes) for step in graph.steps]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Executor:
         return Executor(self.graph, self.choices, self.exact)
@@ -82,6 +99,7 @@ class Executor:
             plan = self._plans.get(key)
             if plan is None or not all(map(operator.is_, plan.constants, constants)) or not plan.stamp.holds():
                 return self._prepare(key, exact, inputs, constants)
+            plan.used = next(self._clock)
             values: list[Any] = [None] * self.graph.size
             values[: len(inputs)] = inputs
             for function, template, slots, writes, frees in plan.calls:
@@ -120,13 +138,27 @@ class Executor:
         with export.LOCK, torch.inference_mode(False), torch.no_grad():  # in this order: the first enables gradients
             stamp = Stamp(dict(enumerate(constants)))
             found = lower(self.graph, inputs, constants, self.choices, exact)
-            kept = [item for item in self._plans.items() if item[0] != key][1 - _PLANS :]
-            plan = _Plan(found.calls, constants, stamp, found.ways)
-            self._plans = {**dict(kept), key: plan}  # replaced: other threads read it
+            plan = _Plan(found.calls, constants, stamp, found.ways, found.held, next(self._clock))
+            self._plans = self._within_bounds({**self._plans, key: plan}, constants)  # replaced: other threads read it
         return found.outputs
 
+    def _within_bounds(self, plans: dict[Any, _Plan], constants: Sequence[Tensor]) -> dict[Any, _Plan]:
+        """The plans, without those used longest ago that are too many or hold too much."""
+        bound = _HELD[0] * _bytes(constants) + _HELD[1]
+        latest = sorted(plans.items(), key=lambda item: item[1].used)
+        while len(latest) > 1 and (len(latest) > _PLANS or _bytes(t for _, p in latest for t in p.held) > bound):
+            latest.pop(0)
+            if not self._warned:
+                self._warned = True
+                logger.warning(
+                    "frozen: inputs of more than %d signatures take turns; packed weights for the one used longest ago "
+                    "go, and are made again when it comes back. Fewer image and batch sizes are faster",
+                    len(latest),
+                )
+        return dict(latest)
 
-def _stock(operator: Callable[..., Any]) -> Callable[..., Any]:
+
+def stock_of(operator: Callable[..., Any]) -> Callable[..., Any]:
     """The operator, or for one of ours the stock operators that compute the same."""
     ours = operator_of(operator)
     return operator if ours is None or ours.stock is None else ours.stock

@@ -296,7 +296,8 @@ class FrozenModel(nn.Module):
     def is_stale(self) -> bool:
         """Tell whether a parameter or buffer of the source was replaced or written to since the snapshot was taken.
 
-        By identity and version counter, so a write through ``.data`` is not seen; False once the source is gone.
+        Or an attribute that is a number, a string, or a list of those was set. By identity and version counter, so a
+        write through ``.data`` is not seen; False once the source is gone.
         """
         return self._source.moved()
 
@@ -335,6 +336,9 @@ class FrozenModel(nn.Module):
         source = self._source.model
         if source is None:
             raise RuntimeError("refresh: the source is gone; freeze the model you have")
+        attribute = self._source.other_attribute()
+        if attribute and self._network is not None:
+            raise RuntimeError(f"refresh: the source has changed, freeze it again: {attribute}")
         try:
             made, rows = self._refold(source)
         except (AttributeError, KeyError, RuntimeError) as error:

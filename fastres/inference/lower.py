@@ -3,6 +3,9 @@
 The steps run once, one after another, each as its operator wants it on tensors like those (`Operator.bind`: packed
 weights on a CPU); what each came to, a function and its arguments, is the plan.
 
+What follows from the sizes of the inputs alone, such as a grid of positions, is computed in that run and kept: the plan
+is of that signature.
+
 A residual is written over where its memory is the network's own and nothing reads it later; which tensors share memory
 is seen in that run. Out of place it is copied first: 0.8 to 1.2 ms of a ResNet-18 at batch 8.
 
@@ -25,6 +28,7 @@ from fastres._dispatch import Argument, Choices, operator_of
 from fastres.graph.steps import Graph, Slot, Step, filled, slots_in
 
 _UNKNOWN_SHAPE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_SIZES = {getattr(torch.ops.aten, name).int for name in ("sym_size", "sym_stride")} | {torch.ops.aten.sym_numel.default}
 _MAKE_NAN = {
     *("sqrt", "rsqrt", "log", "log2", "log10", "log1p", "logit", "reciprocal", "pow", "float_power", "xlogy"),
     *("asin", "acos", "acosh", "atanh", "erfinv", "lgamma", "digamma", "tan", "fmod", "remainder", "std", "var"),
@@ -46,15 +50,17 @@ class Lowered(NamedTuple):
     """A Graph for one signature.
 
     Attributes:
-        calls: one for each step.
+        calls: one for each step that depends on what is in the inputs.
         outputs: of the run that it was made in.
         ways: by the place of its step, the way taken where there was a choice.
+        held: tensors that the calls hold, beside the constants: packed weights, what follows from the sizes.
         choices: those choices, alike ones once, with arguments to try the ways on; empty unless asked for.
     """
 
     calls: list[Call]
     outputs: list[Any]
     ways: dict[int, str]
+    held: list[Tensor]
     choices: dict[str, tuple[Choices, list[Any]]]
 
 
@@ -74,40 +80,77 @@ def lower(
         exact: every call is to pass NaN as eager's do.
         keep_choices: keep what `tune` measures; holds the arguments of those steps.
     """
+    settled = _of_sizes(graph) - {slot.index for slot in slots_in(graph.outputs)}
+    return _lower(graph, inputs, constants, wanted, exact, keep_choices, settled)
+
+
+def _lower(
+    graph: Graph,
+    inputs: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    wanted: Mapping[str, str],
+    exact: bool,
+    keep_choices: bool,
+    of_sizes: set[int],
+) -> Lowered:
     values: list[Any] = [*inputs, *constants, *[None] * len(graph.steps)]
+    known: dict[int, Any] = dict(enumerate(constants, graph.first_constant))
     memory = _Memory(graph, values)
     unsettled = _nan_reaches(graph)
     unknown: set[int] = set()  # slots whose shape does not follow from the signature
-    found = Lowered([], [], {}, {})
-    over: dict[int, tuple[int, Call]] = {}  # place of a call -> the slot to write over, the call that does
+    found = Lowered([], [], {}, [], {})
+    over: dict[
+        int, tuple[int, int, Call]
+    ] = {}  # place of a call -> its step, the slot to write over, the call that does
     for place, step in enumerate(graph.steps):
         arguments = filled(step.args, values)
         if unknown.intersection(step.reads) or _UNKNOWN_SHAPE.intersection(getattr(step.operator, "tags", ())):
             unknown.add(step.writes)
         fixed = exact or step.writes in unknown or step.writes in unsettled
-        choices = None if fixed else _choices(step, arguments)
+        choices = None if fixed or step.writes in of_sizes else _choices(step, arguments)
         if choices is None:
-            call = _plain(step, graph, constants)
+            call = _plain(step, known)
         else:
             if keep_choices and choices.key not in found.choices:
                 found.choices[choices.key] = choices, list(arguments)
             way = wanted.get(choices.key)
             found.ways[place] = way = way if way in choices.ways else next(iter(choices.ways))
             prepared = choices.ways[way]()
-            call = _flat(prepared.function, _spread(prepared.args, step), step, graph, constants)
+            call = _flat(prepared.function, _spread(prepared.args, step), step, known)
             if prepared.instead is not None and prepared.overwrites is not None:
-                writes_over = _spread(prepared.instead.args, step)
-                target = step.args[prepared.overwrites].index
-                over[place] = target, _flat(prepared.instead.function, writes_over, step, graph, constants)
-        found.calls.append(call)
+                writes_over = _flat(prepared.instead.function, _spread(prepared.instead.args, step), step, known)
+                over[len(found.calls)] = place, step.args[prepared.overwrites].index, writes_over
         run(call, values)
         memory.note(step, values)
+        if step.writes in of_sizes and step.writes not in unknown:
+            known[step.writes] = values[step.writes]
+            memory.taken.add(step.writes)
+        else:
+            found.calls.append(call)
         for slot in step.frees:
             values[slot] = None
-    for place, (slot, call) in over.items():
+    for at, (place, slot, call) in over.items():
         if memory.is_free(slot, place):
-            found.calls[place] = call
+            found.calls[at] = call
     found.outputs.extend(filled(graph.outputs, values))
+    kept = [value for slot, value in known.items() if slot >= graph.first_result]
+    if _storages(kept) & _storages(found.outputs):  # which are the caller's to write to
+        return _lower(graph, inputs, constants, wanted, exact, keep_choices, set())
+    own = {id(t) for t in constants}
+    held = [t for call in found.calls for t in call.args if isinstance(t, Tensor) and id(t) not in own]
+    found.held.extend({id(t): t for t in held}.values())
+    return found
+
+
+def _of_sizes(graph: Graph) -> set[int]:
+    """The slots whose values follow from the sizes of the inputs, and from constants."""
+    found: set[int] = set()
+    for step in graph.steps:
+        tags = getattr(step.operator, "tags", ())
+        asks = step.operator in _SIZES
+        if asks or (found.union(range(graph.first_constant, graph.first_result)).issuperset(step.reads)):
+            if torch.Tag.nondeterministic_seeded not in tags:
+                found.add(step.writes)
     return found
 
 
@@ -129,37 +172,38 @@ def _spread(args: tuple[Any, ...], step: Step) -> tuple[Any, ...]:
     return tuple(step.args[a.place] if isinstance(a, Argument) else a for a in args)
 
 
-def _plain(step: Step, graph: Graph, constants: Sequence[Tensor]) -> Call:
+def _plain(step: Step, known: Mapping[int, Any]) -> Call:
     """The step as its operator runs it on any tensors."""
     operator = operator_of(step.operator)
     function = step.operator if operator is None or operator.call is None else operator.call
-    if any(slots_in(step.kwargs)) or any(list(slots_in(a)) and not isinstance(a, Slot) for a in step.args):
-        slots = tuple(dict.fromkeys(step.reads))
-        nested = functools.partial(_nested, function, step.args, step.kwargs, slots)
-        return _flat(nested, tuple(map(Slot, slots)), step, graph, constants)
-    if step.kwargs:
-        function = functools.partial(function, **step.kwargs)
-    return _flat(function, step.args, step, graph, constants)
+    args, kwargs = (_settled(given, known) for given in (step.args, step.kwargs))
+    if any(slots_in(kwargs)) or any(list(slots_in(a)) and not isinstance(a, Slot) for a in args):
+        slots = tuple(dict.fromkeys(slot.index for slot in slots_in((args, kwargs))))
+        nested = functools.partial(_nested, function, args, kwargs, slots)
+        return _flat(nested, tuple(map(Slot, slots)), step, known)
+    if kwargs:
+        function = functools.partial(function, **kwargs)
+    return _flat(function, args, step, known)
+
+
+def _settled(value: Any, known: Mapping[int, Any]) -> Any:
+    """An argument with what is known of its slots in their places."""
+    return filled(value, {slot.index: known.get(slot.index, slot) for slot in slots_in(value)})
 
 
 def _nested(
     function: Callable[..., Any], args: Any, kwargs: dict[str, Any], slots: tuple[int, ...], *values: Any
 ) -> Any:
     """A call whose slots are inside lists or among named arguments."""
-    known = dict(zip(slots, values, strict=True))
-    return function(*filled(args, known), **filled(kwargs, known))
+    found = dict(zip(slots, values, strict=True))
+    return function(*filled(args, found), **filled(kwargs, found))
 
 
-def _flat(function: Any, args: tuple[Any, ...], step: Step, graph: Graph, constants: Sequence[Tensor]) -> Call:
-    """A call with the constants among its arguments in their places."""
-    first, end = graph.first_constant, graph.first_result
-    template, slots = list(args), []
-    for place, value in enumerate(args):
-        if isinstance(value, Slot):
-            template[place] = constants[value.index - first] if first <= value.index < end else None
-            if template[place] is None:
-                slots.append((place, value.index))
-    return Call(function, tuple(template), tuple(slots), step.writes, step.frees)
+def _flat(function: Any, args: tuple[Any, ...], step: Step, known: Mapping[int, Any]) -> Call:
+    """A call with what is known among its arguments in their places."""
+    settled = [_settled(a, known) if isinstance(a, Slot) else a for a in args]
+    slots = tuple((place, a.index) for place, a in enumerate(settled) if isinstance(a, Slot))
+    return Call(function, tuple(None if isinstance(a, Slot) else a for a in settled), slots, step.writes, step.frees)
 
 
 def _nan_reaches(graph: Graph) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -19,7 +20,7 @@ from fastres.inference.source import Source, source_tensors
 
 logger = logging.getLogger("fastres")
 
-VARIANTS = 8  # other calls that a frozen model keeps a network for
+VARIANTS = 32  # other calls that a frozen model keeps a network for; what is equal of their constants is shared
 
 
 def fold(
@@ -45,6 +46,7 @@ class Network:
 
     def __init__(self, captured: Captured, executor: Executor, constants: tuple[Tensor, ...] | None = None) -> None:
         self.captured, self.executor, self.constants = captured, executor, constants
+        self.used = 0  # in the order of use
 
     def captured_again(
         self, source: nn.Module, given: Call, dtype: torch.dtype, plan: Plan, constants: Sequence[Tensor]
@@ -65,10 +67,12 @@ class Network:
 
 
 class Variants:
-    """The networks of calls unlike the example, the newest last."""
+    """The networks of calls unlike the example; those used last are kept."""
 
     def __init__(self) -> None:
         self.networks: list[Network] = []
+        self._clock = itertools.count(1)
+        self._warned = False
 
     def __len__(self) -> int:
         return len(self.networks)
@@ -78,7 +82,10 @@ class Variants:
 
     def find(self, given: Call) -> Network | None:
         """The network that answers such calls."""
-        return next((n for n in reversed(self.networks) if n.captured.takes(given)), None)
+        found = next((n for n in reversed(self.networks) if n.captured.takes(given)), None)
+        if found is not None:
+            found.used = next(self._clock)
+        return found
 
     def capture(
         self,
@@ -116,7 +123,14 @@ class Variants:
             except CaptureError as error:
                 raise ValueError(f"{what}, and it cannot be for this: {error}") from error
             logger.info("freeze: %s captured again for %s", name, _describe(given))
-            self.networks = [*self.networks[1 - VARIANTS :], found]  # replaced: other threads read it
+            found.used = next(self._clock)
+            kept = sorted(self.networks, key=lambda network: network.used)
+            if len(kept) >= VARIANTS and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "freeze: more than %d kinds of calls of %s take turns: each is captured again", VARIANTS, name
+                )
+            self.networks = [*kept[1 - VARIANTS :], found]  # replaced: other threads read it
             return found
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres._stamp import Stamp
+from fastres.graph.export import difference, plain_state
 from fastres.graph.signature import Signature
 
 
@@ -21,11 +22,15 @@ def source_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Source:
-    """The origin of a snapshot: a weak reference, and what its tensors were. Copies share it, pickles drop it."""
+    """The origin of a snapshot: a weak reference, and what its tensors and attributes were.
+
+    Copies share it, pickles drop it.
+    """
 
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = None if model is None else weakref.ref(model)
         self._stamp = Stamp({} if model is None else source_tensors(model))
+        self._state = {} if model is None else plain_state(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Source:
         return self
@@ -39,9 +44,17 @@ class Source:
         return None if self._model is None else self._model()
 
     def moved(self) -> bool:
-        """Tell whether a tensor of the source was replaced, added, removed or written to since."""
+        """Tell whether a tensor of the source was replaced, added, removed or written to since, or an attribute set."""
         model = self.model
-        return model is not None and not self._stamp.holds(source_tensors(model))
+        return model is not None and (not self._stamp.holds(source_tensors(model)) or bool(self.other_attribute()))
+
+    def other_attribute(self) -> str:
+        """An attribute of the source that has another value than it had; empty where none has, or it is gone.
+
+        Such as a flag that its forward reads: a graph has one of its values in it.
+        """
+        model = self.model
+        return "" if model is None else difference(self._state, plain_state(model))
 
 
 class LikeItsSource:

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from fastres._dispatch import Argument, Choices, Prepared
 from fastres.inference.checks import without_writing
 from fastres.inference.frozen import FrozenModel
+from fastres.inference.parts import answers_each_alone
 from fastres.inference.report import FreezeReport
 from fastres.verify.runs import call, named_tensors
 
@@ -273,24 +273,20 @@ def _count_packed(frozen: FrozenModel, inputs: Any) -> int:
 
 
 def split(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
-    """Large batches a few images at a time where that is faster, and the outputs on the example are equal."""
+    """Large batches a few images at a time where that is faster, and each image is answered by itself."""
     images = inputs[0] if isinstance(inputs, tuple | list) and len(inputs) == 1 else inputs
     if not isinstance(images, Tensor) or images.ndim != 4:
         return
     sizes = [n for n in PARTS if len(images) >= 2 * n]
-    if not sizes:
+    if not sizes or not answers_each_alone(frozen, images):
         return
-    leaves, tree = tree_flatten(call(frozen, images))
-    if not all(isinstance(t, Tensor) and t.ndim and len(t) == len(images) for t in leaves):
-        return
+    want = named_tensors(call(frozen, images), "")
     candidates = {"whole": frozen}
     for n in sizes:
         part = copy.deepcopy(frozen)
         part.plan.images_at_a_time = n
-        got, its_tree = tree_flatten(call(part, images))
-        same = its_tree == tree and all(g.shape == t.shape for g, t in zip(got, leaves, strict=True))
-        # a network that mixes the images of a batch is off by everything, other packs by rounding
-        if same and all(close(g, t) for g, t in zip(got, leaves, strict=True)):
+        got = named_tensors(call(part, images), "")
+        if all(got[name].shape == t.shape and close(got[name], t) for name, t in want.items()):
             choose_ways(part, images[:n], device)
             candidates[str(n)] = part
     times = measure({n: _bound(candidate, images) for n, candidate in candidates.items()}, device)

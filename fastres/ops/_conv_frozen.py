@@ -7,13 +7,17 @@ to lose, and for the rest an executor runs conv_act, which passes NaN as eager d
 
 from __future__ import annotations
 
+import ctypes
+import weakref
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastres._dispatch import Argument, Choices, Prepared
+from fastres._stamp import version
 from fastres.ops._conv_backends import Conv, Maybe, epilogue, output_size, why_not_onednn
 from fastres.ops._tensors import is_channels_last
 
@@ -79,7 +83,7 @@ def bind(
 
     def packed() -> Prepared:
         reorder = torch.ops.mkldnn._reorder_convolution_weight
-        return on(reorder(weight.detach(), padding, stride, dilation, groups, list(x.shape)))
+        return on(_shared(weight, reorder(weight.detach(), padding, stride, dilation, groups, list(x.shape))))
 
     size = "x".join(map(str, x.shape))
     kernel = "x".join(map(str, weight.shape))
@@ -92,3 +96,23 @@ def bind(
 
 def _is_nhwc(t: Tensor) -> bool:
     return t.is_contiguous(memory_format=torch.channels_last)
+
+
+_packs: Any = WeakIdKeyDictionary()  # weight -> its packs, weakly, each with the weight's version
+
+
+def _shared(weight: Tensor, pack: Tensor) -> Tensor:
+    """This pack or an equal one that is there already: those for two image sizes are equal as a rule."""
+    kept = [(other, at) for other, at in _packs.get(weight, ()) if other() is not None and at == version(weight)]
+    for other, _ in kept:
+        found = other()
+        if found is not None and torch.equal(_raw(found), _raw(pack)):
+            return found  # type: ignore[no-any-return]
+    _packs[weight] = [*kept, (weakref.ref(pack), version(weight))]
+    return pack
+
+
+def _raw(pack: Tensor) -> Tensor:
+    """The bytes of a packed weight."""
+    size = torch.ops.mkldnn._nbytes(pack)
+    return torch.frombuffer((ctypes.c_ubyte * size).from_address(torch.ops.mkldnn.data_ptr(pack)), dtype=torch.uint8)

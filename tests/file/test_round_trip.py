@@ -162,8 +162,8 @@ def test_what_a_loaded_model_says_and_refuses(residual_file, residual, tmp_path)
     assert loaded.is_stale() is False
     with pytest.raises(RuntimeError, match="source is gone"):
         loaded.refresh()
-    with pytest.raises(RuntimeError, match=r"\[N, 3, 12, 12\]"):
-        loaded(torch.randn(2, 3, 16, 16))
+    with pytest.raises(RuntimeError, match=r"\[N, 3, H, W\]"):
+        loaded(torch.randn(2, 4, 16, 16))
     with pytest.raises(RuntimeError, match="snapshot"):
         loaded.train()
     loaded.save(tmp_path / "again")  # what is loaded can be saved, and is the same

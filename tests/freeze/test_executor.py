@@ -66,15 +66,32 @@ def test_52_a_kernel_as_wide_as_its_stride_and_the_image_in_bfloat16(batch):
 
 
 @needs_onednn
-def test_a_signature_is_lowered_on_its_first_call_and_few_are_kept():
+def test_row15_a_signature_is_lowered_on_its_first_call_and_those_used_last_are_kept(monkeypatch, caplog):
+    monkeypatch.setattr("fastres.inference.executor._PLANS", 4)
     net, frozen = frozen_pair()
     executor, _, _ = frozen.prepared(images(2, 16))
     assert operators(frozen, images(3, 16))[PACK] == 7
     for _ in range(2):
         assert PACK not in operators(frozen, images(3, 16)) and PACK not in operators(frozen, images(2, 16))
-    for batch in range(1, 15):
+    for batch in range(4, 15):
         frozen(images(batch, 16))
-    assert len(executor._plans) == 4  # bounded: each holds packed weights
+        assert PACK not in operators(frozen, images(2, 16))  # in use all along
+    assert len(executor._plans) == 4 and caplog.text.count("take turns") == 1
+
+
+@needs_onednn
+def test_row16_sizes_share_packed_weights_and_plans_are_bounded_by_bytes(monkeypatch):
+    net, frozen = frozen_pair()
+    executor, _, _ = frozen.prepared(images(2, 16))
+    packs = set()
+    for size in (16, 20, 24, 32):
+        compare(net, frozen, images(2, size))
+    for plan in executor._plans.values():
+        packs |= {id(t) for t in plan.held}
+    assert len(packs) < 4 * 7 and len(executor._plans) == 4
+    monkeypatch.setattr("fastres.inference.executor._HELD", (0, 0))
+    compare(net, frozen, images(2, 12))
+    assert len(executor._plans) == 1
     frozen.forget()
     assert not executor._plans
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastres
 from fastres.inference import FrozenModel
-from freeze_cases import freeze, images, settle
+from freeze_cases import fixed, freeze, images, settle
 
 BATCHES = (5, 2, 1)
 
@@ -119,13 +119,26 @@ def test_bf16(pair):
 
 
 def test_another_image_size_is_captured_first():
-    net = settle(Net())
+    net = fixed()
     fast, x = frozen(net), images(2, 20)
     with pytest.raises(Exception, match=r"capture\(example\) it before it is exported"):
         torch.export.export(fast, (x,))
     fast.capture(x)
-    program = torch.export.export(fast, (x,), dynamic_shapes=({0: Dim("batch")},))
+    program = torch.export.export(fast, (x,), dynamic_shapes=(({0: Dim("batch")},),))
     agree(program.module(), net, (20, 20))
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_row6_image_sizes_vary_in_an_export_too(asks):
+    class Even(Net):
+        def forward(self, x):
+            return super().forward(x * 2 if asks and x.shape[-1] % 2 else x)
+
+    net = settle(Even())
+    sizes = {0: Dim("batch"), 2: Dim("height", min=8, max=64), 3: 2 * Dim("width", min=4, max=32)}
+    program = torch.export.export(frozen(net), (images(2, 20),), dynamic_shapes=(sizes,))
+    for size in (16, 20, 26):
+        agree(program.module(), net, (size, size))
 
 
 def test_an_export_in_another_thread_changes_no_answer():

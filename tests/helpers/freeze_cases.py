@@ -87,6 +87,11 @@ class Net(nn.Module):
 # ---- comparison with eager -------------------------------------------------------------------------------------------
 
 
+def fixed() -> Net:
+    """A network whose graph is for one image width: its code loops over it."""
+    return Net(lambda net, x: sum(net.first(x)[..., i] for i in range(x.shape[-1])))
+
+
 def same(got: Any, want: Any, tol: float = 1e-4, dtypes: bool = True) -> None:
     """One structure, equal leaves: tensors to rounding, NaN as NaN, everything else exactly."""
     (gots, tree), (wants, wanted) = tree_flatten(got), tree_flatten(want)

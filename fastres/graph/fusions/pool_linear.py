@@ -45,7 +45,8 @@ def _is_global_pool(node: fx.Node) -> bool:
         dims = node.args[1]
         return len(shape) == 4 and sorted(d % 4 for d in pair(dims)) == [2, 3] and node.kwargs.get("dtype") is None
     if node.target is aten.avg_pool2d.default and len(shape) == 4:
-        return pair(node.args[1]) == list(shape[2:]) and len(node.args) <= 3  # no padding
+        kernel = [k.meta.get("value") if isinstance(k, fx.Node) else k for k in pair(node.args[1])]
+        return kernel == list(shape[2:]) and len(node.args) <= 3  # no padding
     return False
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastres.graph.captured import Captured
+from fastres.graph.questions import UnknownQuestion
 from fastres.graph.steps import Graph, Slot, Step, freed, slots_in
 from fastres.inference.file.likeness import likeness_from_json
 from fastres.inference.file.operators import name_of, operator_for
@@ -76,6 +77,7 @@ def to_json(stored: Stored) -> dict[str, Any]:
         "signature": signature_to_json(stored.signature),
         "inputs": encode([(tuple(dims), dtype) for dims, dtype in captured.inputs]),
         "batch": captured.batch,
+        "questions": encode(list(captured.questions)),
         "dtype": encode(stored.dtype),
         "device": encode(stored.device),
         "plan": encode(asdict(stored.plan)),
@@ -117,7 +119,7 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device
     return Stored(
         graph,
         {name: tensors[name].to(device) for name in names},
-        Captured(fx.Graph(), inputs, its_tree, tree, plain, {}, part("batch", int)),
+        _captured(inputs, its_tree, tree, plain, part("batch", int), tuple(part("questions", list[str]))),
         signature_from_json(document["signature"]),
         part("dtype", torch.dtype),
         part("plan", Plan),
@@ -125,6 +127,13 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device
         report,
         likeness_from_json(part("likeness", Any)),
     )
+
+
+def _captured(inputs: Any, outputs: Any, tree: Any, plain: Any, batch: int, questions: tuple[str, ...]) -> Captured:
+    try:
+        return Captured(fx.Graph(), inputs, outputs, tree, plain, {}, batch, [], questions)
+    except UnknownQuestion as error:
+        raise FrozenFileError(f"its network asks {short(str(error))}, which is no question of sizes") from error
 
 
 def _steps(rows: Any, first: int, moved: Mapping[torch.device, torch.device]) -> list[Step]:
