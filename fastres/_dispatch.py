@@ -228,6 +228,19 @@ def _choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> B
     return operator.backends[REFERENCE]
 
 
+def check_stock(operator: Operator, requested: str) -> None:
+    """Check the backend of a call that PyTorch's operators run: one in a transform of torch.func or forward-mode AD.
+
+    Raises:
+        ValueError: `requested` names no backend of this operator.
+        BackendError: it names one other than the reference.
+    """
+    check_name(requested, operator)
+    if requested not in (AUTO, REFERENCE):
+        why = "PyTorch's operators alone run under torch.func's transforms and forward-mode differentiation"
+        raise BackendError(f"{operator.name}: backend {requested!r} refuses: {why}")
+
+
 def explain(operator: str, x: Tensor, *args: object, backend: str = AUTO, **kwargs: object) -> Explanation:
     """Say which backend would run `operator` on `x`, and why not the others.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.ops._autograd import refuse_elsewhere
@@ -57,6 +58,24 @@ def reference_forward(
     if residual is not None:
         y.add_(residual)
     return (y.relu_() if act == "relu" else y), mean, var
+
+
+def by_stock(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+    momentum: float = 0.0,
+) -> Tensor:
+    """y by PyTorch's operators, the statistics moved; out of place, as a batch may be of some tensors only."""
+    y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    y = y if residual is None else y + residual
+    return torch.relu(y) if act == "relu" else y
 
 
 def statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:

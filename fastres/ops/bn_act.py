@@ -23,14 +23,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
+from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, check_stock, choose, register
 from fastres.ops import _bn_autograd, _bn_backends
-from fastres.ops._autograd import is_plain_eager, register_autograd
+from fastres.ops._autograd import is_plain_eager, is_transformed, register_autograd
 from fastres.ops._bn_autograd import Call, fast_path, update_running
-from fastres.ops._bn_backends import NATIVE, Grads, Outputs, statistics
+from fastres.ops._bn_backends import NATIVE, Grads, Outputs, by_stock, statistics
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -277,6 +276,14 @@ def bn_act(
             fast = fast_path(x, weight, bias, residual, call)
             if fast is not None:
                 return fast
+    if is_transformed():
+        _check(x, weight, bias, running_mean, running_var, residual, training, act)
+        check_stock(OPERATOR, backend)
+        if training and num_batches_tracked is not None:  # as _BatchNorm.forward
+            num_batches_tracked.add_(1)
+            momentum = 1.0 / float(num_batches_tracked) if momentum is None else momentum
+        factor = momentum or 0.0
+        return by_stock(x, weight, bias, running_mean, running_var, residual, training, eps, act, factor)
     y, mean, var = _OP(x, weight, bias, running_mean, running_var, residual, training, eps, act, backend)
     if training and x.numel():
         update_running(running_mean, running_var, num_batches_tracked, mean, var, momentum, x)
@@ -380,9 +387,7 @@ def _stock(
     if training or mean is None or var is None:
         found: Outputs = _OP(x, weight, bias, mean, var, *how)
         return found
-    y = F.batch_norm(x, mean, var, weight, bias, eps=eps)
-    y = y if residual is None else y + residual
-    return (torch.relu(y) if act == "relu" else y), mean, var
+    return by_stock(x, weight, bias, mean, var, residual, False, eps, act), mean, var
 
 
 OPERATOR.call, OPERATOR.stock = _call, _stock
