@@ -216,29 +216,36 @@ class ConvNormActAdapter(BlockAdapter):
     """timm's ConvNormAct: a convolution, then such a norm."""
 
     def ready(self, block: nn.Module) -> bool:
-        norm = block._modules["bn"]
-        adapter = _norm_act_of(norm)
-        return adapter is not None and is_bare(norm) and adapter.ready(norm) and super().ready(block)  # type: ignore[arg-type]
+        norm: Any = block._modules["bn"]
+        return _holds_act(norm) and is_bare(norm) and _NORM_ACT.ready(norm) and super().ready(block)
 
     def refusal(self, block: nn.Module) -> Refusal | None:
         norm: Any = block.bn
-        adapter = _norm_act_of(norm)
-        if adapter is None:
+        if not _holds_act(norm):
             return refuse_norm("bn", norm)
         if not is_bare(norm):
             return Refusal("HAS_HOOKS", "bn has hooks or a forward patched on the instance")
-        return adapter.refusal(norm) or super().refusal(block)
+        return _NORM_ACT.refusal(norm) or super().refusal(block)
 
 
-def _norm_act_of(norm: Any) -> NormActAdapter | None:
-    """The adapter of a norm that holds its activation, exactly of a class that is known."""
-    found = find_adapter(type(norm))
-    known = found is not None and isinstance(found[0], NormActAdapter) and found[1] is stock_class(type(norm))
-    return found[0] if known and found[0].knows(norm) else None  # type: ignore[index,return-value]
+_HOLDS_ACT: dict[type, bool] = {}
+
+
+def _holds_act(norm: nn.Module) -> bool:
+    """Say whether a norm is exactly of a known class that holds its activation."""
+    cls = type(norm)
+    if cls not in _HOLDS_ACT:
+        found = find_adapter(cls)
+        exactly = found is not None and found[1] is stock_class(cls)
+        _HOLDS_ACT[cls] = exactly and isinstance(found[0], NormActAdapter) and found[0].knows(norm)  # type: ignore[index]
+    return _HOLDS_ACT[cls]
 
 
 def _norm_act(block: Any, x: Tensor) -> Tensor:
     return bn_step(x, block, None, _act(block.act) or "none", *_how(block))
+
+
+_NORM_ACT = NormActAdapter(_norm_act)
 
 
 def _conv_norm_act(block: Any, x: Tensor) -> Tensor:

@@ -169,6 +169,20 @@ def test_a_detector_trains_and_detects_as_stock():
     assert_same(*results, tolerance=1e-7)
 
 
+@pytest.mark.parametrize(
+    "build",
+    [lambda: frozen_tiny(FROZEN["torchvision"]), lambda: scramble(nn.Sequential(ConvNormAct(3, 8, 3))).double()],
+    ids=["frozen", "timm"],
+)
+@pytest.mark.parametrize("train", [False, True])
+def test_compiled(build, train):
+    stock, x = build().train(train), images()
+    net = copy.deepcopy(stock)
+    swap(net, strict=True)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(net, backend="aot_eager", fullgraph=True)(x), stock(x))
+
+
 # ---- eps -------------------------------------------------------------------------------------------------------------
 
 
