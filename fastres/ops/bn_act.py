@@ -366,7 +366,7 @@ def _call(
     residual, training, eps, act, *backend = how
     if training or mean is None or var is None:
         return _forward(x, weight, bias, mean, var, *how)
-    y = bn_act(x, mean, var, weight, bias, residual, act=act, eps=eps, backend=(*backend, AUTO)[0])
+    y = normalize(x, mean, var, weight, bias, residual, act, False, 0.0, eps, None, (*backend, AUTO)[0])
     return y, mean, var
 
 
