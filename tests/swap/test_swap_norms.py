@@ -251,6 +251,27 @@ def test_conv_norm_act_units(build, rows, calls):
     assert_same_steps(net, stock, x)
 
 
+def hugging_face_layer(path, name, *arguments):
+    return getattr(transformers_module(f"transformers.models.{path}"), name)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("layer", "calls"),
+    [
+        (("regnet.modeling_regnet", "RegNetConvLayer", 3, 8), 1),
+        (("regnet.modeling_regnet", "RegNetShortCut", 3, 8), 1),
+        (("rt_detr.modeling_rt_detr_resnet", "RTDetrResNetConvLayer", 3, 8), 1),
+        (("rt_detr.modeling_rt_detr_resnet", "RTDetrResNetShortCut", 3, 8), 1),
+    ],
+    ids=lambda value: value[1] if isinstance(value, tuple) else "",
+)
+def test_hugging_face_layers_train_and_evaluate_the_same(layer, calls):
+    stock = scramble(hugging_face_layer(*layer)).double()
+    net = copy.deepcopy(stock)
+    assert statuses(swap(net)) == {"": "swapped"} and fused_calls(copy.deepcopy(net), images()) == calls
+    assert_same_steps(net, stock, images())
+
+
 ZOO = {
     "inception_v3": {"swapped": 188},
     "cspresnet50": {"ACT_TYPE": 76, "swapped": 34},  # LeakyReLU
