@@ -176,6 +176,29 @@ def reload_environment() -> None:
         operator.chosen.clear()
 
 
+def environment_problem() -> str | None:
+    """Say what is wrong with FASTRES_BACKEND or FASTRES_DISABLE; None when nothing is."""
+    known = {name for op in OPERATORS.values() for name in op.backends}
+    can_disable = known - {REFERENCE} | {"ext", "all"}
+    unknown = sorted(_settings.disabled - can_disable)
+    if _settings.backend not in known | {AUTO}:
+        return f"FASTRES_BACKEND: got {_settings.backend!r}, expected one of {sorted(known | {AUTO})}"
+    if unknown:
+        return f"FASTRES_DISABLE: got {', '.join(map(repr, unknown))}, expected some of {sorted(can_disable)}"
+    return None
+
+
+def check_environment() -> None:
+    """Raises ValueError if FASTRES_BACKEND or FASTRES_DISABLE, as last read, holds a name that nothing has.
+
+    Asked by `swap` and whenever an operator chooses a backend for a new kind of call: at import the operators are not
+    known yet.
+    """
+    problem = environment_problem()
+    if problem is not None:
+        raise ValueError(problem)
+
+
 def refusals(backend: Backend, x: Tensor, *kind: Hashable) -> list[str]:
     """List why `backend` cannot take a call whose input is `x` (of this kind); empty when it can."""
     if _settings.disabled and _settings.disables(backend.name):
@@ -197,7 +220,7 @@ def choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> Ba
     """The backend that runs `operator` on `x` (a call of this kind).
 
     Raises:
-        ValueError: `requested` names no backend of this operator.
+        ValueError: `requested` names no backend of this operator, or the environment none of any.
         BackendError: `requested` names a backend that refuses.
     """
     key = (requested, x.dtype, x.device, *kind)
@@ -210,8 +233,8 @@ def choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> Ba
 
 
 def _choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> Backend:
+    check_environment()
     if requested == AUTO:
-        check_name(_settings.backend)
         if _settings.backend in operator.backends:  # else other operators have it, and this one chooses for itself
             requested = _settings.backend
     if requested != AUTO:
@@ -226,6 +249,19 @@ def _choose(operator: Operator, requested: str, x: Tensor, *kind: Hashable) -> B
         if not refusals(backend, x, *kind):
             return backend
     return operator.backends[REFERENCE]
+
+
+def check_stock(operator: Operator, requested: str) -> None:
+    """Check the backend of a call that PyTorch's operators run: one in a transform of torch.func or forward-mode AD.
+
+    Raises:
+        ValueError: `requested` names no backend of this operator.
+        BackendError: it names one other than the reference.
+    """
+    check_name(requested, operator)
+    if requested not in (AUTO, REFERENCE):
+        why = "PyTorch's operators alone run under torch.func's transforms and forward-mode differentiation"
+        raise BackendError(f"{operator.name}: backend {requested!r} refuses: {why}")
 
 
 def explain(operator: str, x: Tensor, *args: object, backend: str = AUTO, **kwargs: object) -> Explanation:

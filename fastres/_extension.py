@@ -105,6 +105,16 @@ _CPU = _Native("fastres._C", "cpu")
 _CUDA = _Native("fastres._C_cuda", "cuda")
 
 
+def _free_in_child() -> None:
+    """A forked child has the forking thread alone; another one may have been loading."""
+    for native in (_CPU, _CUDA):
+        native._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_in_child)
+
+
 def native_cpu() -> ModuleType | None:
     """`fastres._C`, loaded on the first call, or None; `why_not_cpu` tells why not."""
     return _CPU.module()

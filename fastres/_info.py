@@ -308,6 +308,9 @@ def _fixes(info: Info) -> list[str]:
     missing = sorted({_EXTRA[name] for name, found in info["versions"].items() if found is None and name in _EXTRA})
     if missing:
         fixes.append(f'optional packages: pip install "fastres[{",".join(missing)}]"')
-    if info["environment"].get("FASTRES_DISABLE"):
+    problem = _dispatch.environment_problem()
+    if problem is not None:
+        fixes.append(problem)
+    elif info["environment"].get("FASTRES_DISABLE"):
         fixes.append("FASTRES_DISABLE is set: unset it to use the backends it names")
     return fixes

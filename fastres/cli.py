@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a result that falls short, 2 bad input, 130 interrupted.
 
 # Annotations are evaluated here, not kept as strings: typer reads them from functions that import it locally.
 
+import errno
 import importlib.util
 import inspect
 import json
@@ -24,6 +25,9 @@ INTERRUPTED = 130
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `fastres` with `arguments` (default: the process's) and return its exit code; one line per user error."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as in `fastres info >&-`: what is written is lost
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if arguments is None:
         arguments = sys.argv[1:]
         if arguments[:1] in (["demo"], ["train"], ["paper"], ["freeze"]):
@@ -35,8 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     import typer
 
+    from fastres._dispatch import environment_problem
     from fastres.lab.errors import AccuracyError, LabError, RefereeError
 
+    problem = environment_problem()
+    if problem is not None and arguments[:1] in (["demo"], ["train"], ["paper"], ["freeze"], ["bench"]):
+        return _fail(problem, 2)
     usage_error: type[Exception] = next(
         base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
     )
@@ -52,6 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader is gone, as in `fastres info | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail(f"standard output: {error.strerror}", 2)
     except usage_error as error:  # an unknown command or option, a value of the wrong type
         return _fail(f"{error.format_message()} (see fastres --help)", 2)  # type: ignore[attr-defined]
     return _fail("interrupted", INTERRUPTED) if code == INTERRUPTED else int(code)
@@ -126,11 +139,20 @@ def _app(arguments: list[str]) -> "Typer":
     def bench(
         pytest_arguments: Annotated[list[str] | None, typer.Argument(help="Passed on to pytest.")] = None,
     ) -> int:
-        """Run the benchmarks of a source checkout: pytest benchmarks/ with the given options."""
+        """Run the benchmarks of a source checkout: pytest benchmarks/ with the given options.
+
+        All of them take 15 to 20 minutes on two cores. Fewer: a file, -k EXPRESSION, --peers eager, --budget tiny.
+        """
         from fastres.lab.errors import require
 
         folder = _benchmarks()
         require("pytest_benchmark", "bench", "bench")
+        if not pytest_arguments:
+            typer.echo(
+                f"fastres bench: every benchmark of {folder}, 15 to 20 minutes on two cores; for less, -k EXPRESSION "
+                "chooses some, --peers eager leaves the other engines out, --budget tiny tries that all run",
+                err=True,
+            )
         command = [sys.executable, "-m", "pytest", str(folder), *(pytest_arguments or [])]
         return subprocess.run(command, cwd=folder.parent).returncode
 

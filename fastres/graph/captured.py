@@ -31,7 +31,7 @@ class Captured:
         constants: tensors that the source's forward makes.
         batch: what the varying size was in the capture.
         notes: for the report.
-        questions: about the sizes that vary, see questions.py; a call for which one has another answer needs another graph.
+        questions: about the sizes that vary, see questions.py; a call with another answer to one needs another graph.
         dtype: what the source was in; tensors of the graph in another floating dtype are so because its code says so.
     """
 

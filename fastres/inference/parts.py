@@ -2,7 +2,8 @@
 
 The steps say whether they do. Of the operators known here, each image of a batch is computed from that image alone, or
 the batch is summed, sorted or indexed. Behind an operator that is not known here, images are replaced by noise: the
-answers to the others must not change by a bit. That outputs agree on the example shows nothing: its images may be alike.
+answers to the others must not change by a bit. Outputs that agree on the
+example show nothing: its images may be alike.
 """
 
 from __future__ import annotations

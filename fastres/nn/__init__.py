@@ -1,6 +1,6 @@
 """Drop-in modules that call the fused operators, with torchvision's constructor arguments, child names and state_dict.
 
-A step whose norm is not exactly `nn.BatchNorm2d` (SyncBatchNorm after conversion, FrozenBatchNorm2d, a parametrized or
+A step whose norm is neither `nn.BatchNorm2d` nor a FrozenBatchNorm2d (SyncBatchNorm after conversion, a parametrized or
 hooked child) runs its stock modules instead, with the same result.
 """
 

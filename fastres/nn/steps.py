@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn.memory import may_recompute
+from fastres.nn.norms import is_frozen_norm, norm_arguments, runs_stock, stock_step
 from fastres.ops.add_relu import add_relu
-from fastres.ops.bn_act import batch_norm_arguments, bn_act
+from fastres.ops.bn_act import normalize
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,6 +45,13 @@ def is_plain(module: Any, cls: type[M]) -> TypeGuard[M]:
     return type(module) is cls and is_bare(module)
 
 
+def is_norm(module: Any) -> bool:
+    """Say whether `module` is a bare BatchNorm2d or FrozenBatchNorm2d, without an activation: a fused step's norm."""
+    if type(module) is not nn.BatchNorm2d and (not is_frozen_norm(module) or module._modules):
+        return False
+    return is_bare(module)
+
+
 def fused_bn_act(x: Tensor, residual: Tensor | None, act: str, backend: str, **batch_norm: Any) -> Tensor:
     """The operator call. A residual that the operator refuses but eager's `out += residual` takes is added apart.
 
@@ -58,8 +66,8 @@ def fused_bn_act(x: Tensor, residual: Tensor | None, act: str, backend: str, **b
         y: [N, C, H, W], x's dtype.
     """
     if residual is None or (residual.dtype == x.dtype and residual.shape == x.shape):
-        return bn_act(x, residual=residual, act=act, backend=backend, **batch_norm)
-    y = bn_act(x, act="none", backend=backend, **batch_norm)
+        return normalize(x, residual=residual, act=act, backend=backend, **batch_norm)
+    y = normalize(x, residual=None, act="none", backend=backend, **batch_norm)
     y = (y + residual.expand_as(y)).to(y.dtype)
     return torch.relu(y) if act == "relu" else y
 
@@ -76,13 +84,13 @@ torch.fx.wrap("fused_bn_act")
 
 def bn_step(
     x: Tensor,  # [N, C, H, W]
-    bn: nn.BatchNorm2d,
+    bn: nn.Module,
     residual: Tensor | None = None,  # [N, C, H, W]
     act: str = "relu",
     backend: str = "auto",
     memory: str = "default",
 ) -> Tensor:
-    """act(bn(x) [+ residual]) as one operator call, by `bn`'s own flags. `bn` must be plain (see `is_plain`).
+    """act(bn(x) [+ residual]) as one operator call, by `bn`'s own flags. `bn` must be a plain norm (see `is_norm`).
 
     Args:
         memory: "min" computes y again in backward instead of keeping it; see fastres/nn/memory.py.
@@ -90,7 +98,9 @@ def bn_step(
     Returns:
         y: [N, C, H, W].
     """
-    arguments = batch_norm_arguments(bn)
+    if runs_stock(bn, x):
+        return stock_step(x, bn, residual, act)
+    arguments = norm_arguments(bn)
     if memory == "min" and may_recompute():
         weight = arguments["weight"]
         # frozen, it keeps y and not x: as little, and nothing to compute
@@ -106,7 +116,7 @@ def norm_act(
     backend: str = "auto",
     memory: str = "default",
 ) -> Tensor:
-    """act(norm(x) [+ residual]), fused when `norm` is a plain BatchNorm2d and `act` a plain ReLU or None.
+    """act(norm(x) [+ residual]), fused when `norm` is a plain norm (see `is_norm`) and `act` a plain ReLU or None.
 
     `memory="min"` computes the result again in backward instead of keeping it for that.
 
@@ -120,7 +130,7 @@ def norm_act(
         >>> norm_act(x, torch.nn.BatchNorm2d(3), torch.nn.ReLU(), residual=x).shape
         torch.Size([2, 3, 4, 4])
     """
-    if is_plain(norm, nn.BatchNorm2d) and (act is None or is_plain(act, nn.ReLU)):
+    if is_norm(norm) and (act is None or is_plain(act, nn.ReLU)):
         return bn_step(x, norm, residual, "none" if act is None else "relu", backend, memory)
     x = norm(x)
     if residual is not None:

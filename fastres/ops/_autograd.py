@@ -47,13 +47,23 @@ def is_plain_eager(first: object, *others: object) -> bool:
     )
 
 
+def is_transformed() -> bool:
+    """Say whether a functorch transform or a level of forward-mode differentiation is active.
+
+    There an operator's public function runs PyTorch's operators, which have the rules that ours lack: batching,
+    tangents, gradients of gradients inside a transform. Asked on the dispatcher path alone: the fast path has refused
+    such a call before (`is_plain_eager`).
+    """
+    return _transforms() or forward_ad._current_level >= 0
+
+
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
     """Forward mode has no formula here: without this, a tangent would be lost without a word."""
     for t in args:
         if isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None:
             raise NotImplementedError(
-                f"fastres::{name}: got a tensor with a tangent, expected none: forward-mode differentiation is not "
-                "implemented; use backward, or the stock modules"
+                f"fastres::{name}: got a tensor with a tangent, expected none: the functions of fastres.functional run "
+                "PyTorch's operators there, the operator itself has no forward-mode formula"
             )
 
 

@@ -27,7 +27,7 @@ from torch.autograd.graph import increment_version
 
 from fastres._dispatch import Backend
 from fastres.ops import _ownership
-from fastres.ops._autograd import any_requires_grad, is_plain_eager
+from fastres.ops._autograd import any_requires_grad, is_plain_eager, is_transformed
 from fastres.ops._bn_backends import NATIVE, NATIVE_BACKWARD, composite_backward
 from fastres.ops._tensors import is_channels_last, memory_format
 
@@ -116,7 +116,7 @@ def _gradients(ctx: Any, dy: Tensor, saved: Saved) -> Grads:
     needs = [*ctx.needs[:3], needs_residual and ctx.act == "relu"]
     if x is None:  # only its layout is asked for
         x = dy.contiguous(memory_format=ctx.format) if y is None else y.detach()
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_transformed():
         grads = composite_backward(dy, x, y, weight, mean, var, ctx.training, ctx.eps)
     else:
         grads = torch.ops.fastres.bn_act_backward.default(

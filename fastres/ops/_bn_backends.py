@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.ops._autograd import refuse_elsewhere
-from fastres.ops._tensors import is_channels_last, stats_dtype
+from fastres.ops._tensors import check_activation, is_channels_last, stats_dtype
 
+ACTS = ("relu", "none")
 Outputs = tuple[Tensor, Tensor, Tensor]  # y [N, C, H, W]; mean, var [C]: what it was normalized with
 Grads = Sequence[Tensor | None]  # dx, dweight, dbias, dresidual; None unless needed
 
@@ -34,6 +36,42 @@ NATIVE = torch.ops.fastres._bn_act_native.default
 NATIVE_BACKWARD = torch.ops.fastres._bn_act_backward_native.default
 for _name in ("_bn_act_native", "_bn_act_backward_native"):
     refuse_elsewhere(_LIB, _name)
+
+
+def check(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    act: str,
+) -> None:
+    """Raises a typed error that names the argument unless the call's arguments fit each other."""
+    check_activation("bn_act", "x", x)
+    if x.ndim != 4:
+        raise ValueError(f"bn_act: x: got {x.ndim} dimensions {list(x.shape)}, expected 4: [N, C, H, W]")
+    channels = x.shape[1]
+    per_channel = ("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)
+    for name, t in per_channel:
+        if t is None:
+            continue
+        if t.ndim != 1 or t.shape[0] != channels:
+            raise ValueError(f"bn_act: {name}: got shape {list(t.shape)}, expected [{channels}], x's channels")
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"bn_act: {name}: got dtype {t.dtype}, expected a floating dtype")
+        if t.device != x.device:
+            raise ValueError(f"bn_act: {name}: got device {t.device}, expected x's device {x.device}")
+    if residual is not None:
+        check_activation("bn_act", "residual", residual, like=x)
+    if act not in ACTS:
+        raise ValueError(f"bn_act: act: got {act!r}, expected one of {ACTS}")
+    if training:
+        if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            raise ValueError(f"bn_act: x: expected more than 1 value per channel when training, got {list(x.shape)}")
+    elif running_mean is None or running_var is None:
+        raise ValueError("bn_act: running_mean and running_var: got None, expected [C] tensors when training is False")
 
 
 def reference_forward(
@@ -57,6 +95,24 @@ def reference_forward(
     if residual is not None:
         y.add_(residual)
     return (y.relu_() if act == "relu" else y), mean, var
+
+
+def by_stock(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+    momentum: float = 0.0,
+) -> Tensor:
+    """y by PyTorch's operators, the statistics moved; out of place, as a batch may be of some tensors only."""
+    y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    y = y if residual is None else y + residual
+    return torch.relu(y) if act == "relu" else y
 
 
 def statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hardswish": lambda z: F.hardswish(z, inplace=True),
     "silu": lambda z: F.silu(z, inplace=True),
 }  # in place, on a tensor of our own
+OUT_OF_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "none": lambda z: z,
+    "relu6": F.relu6,
+    "hardswish": F.hardswish,
+    "silu": F.silu,
+}
 ACTS = tuple(ACTIVATIONS)
 
 

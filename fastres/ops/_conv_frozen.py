@@ -18,8 +18,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastres._dispatch import Argument, Choices, Prepared
 from fastres._stamp import version
-from fastres.ops._conv_backends import Conv, Maybe, epilogue, output_size, why_not_onednn
-from fastres.ops._tensors import is_channels_last
+from fastres.ops._conv_backends import OUT_OF_PLACE, Conv, Maybe, output_size, why_not_onednn
+from fastres.ops._tensors import is_channels_last, stats_dtype
 
 _UNARY: dict[str, tuple[str, list[float]]] = {
     "none": ("none", []),
@@ -34,10 +34,14 @@ _X, _RESIDUAL = Argument(0), Argument(3)
 
 
 def stock(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, *where: Any) -> Tensor:
-    """The call by PyTorch's operators."""
+    """The call by PyTorch's operators; nothing in place, as under vmap a batch may be of the residual alone."""
     *geometry, act = where[:5]  # a backend may follow
     z = F.conv2d(x, weight, None if scale is not None else bias, *geometry)  # [N, K, P, Q]
-    return epilogue(z, bias, residual, scale, act)
+    if scale is not None:
+        z = z.to(stats_dtype(x)) * scale[:, None, None]
+        z = z if bias is None else z + bias[:, None, None]
+    z = z if residual is None else z + residual
+    return OUT_OF_PLACE[act](z).to(x.dtype)
 
 
 def bind(

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
-from fastres.ops._autograd import is_plain_eager, refuse_elsewhere, register_autograd
+from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, check_stock, choose, register
+from fastres.ops._autograd import is_plain_eager, is_transformed, refuse_elsewhere, register_autograd
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -74,7 +74,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (y,), needs = ctx.saved_tensors, ctx.needs_input_grad
     dx: Tensor | None = None
-    if torch.is_grad_enabled():  # create_graph=True: linear in dy, so one mask serves every order
+    if torch.is_grad_enabled() or is_transformed():  # create_graph=True: linear in dy, so one mask serves every order
         dx = torch.where(y.detach() <= 0, 0, dy)
     elif is_plain_eager(dy, y) and choose(OPERATOR, ctx.backend, y).native:
         dx = _NATIVE_BACKWARD(dy, y)
@@ -187,8 +187,11 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = AUTO) -> Tensor:
         fast: Tensor | None = _fast_path(x, residual, backend) if grad else _NATIVE(x, residual)
         if fast is not None:
             return fast
-    y: Tensor = _OP(x, residual, backend)
-    return y
+    if not is_transformed():
+        return _OP(x, residual, backend)  # type: ignore[no-any-return]
+    _check(x, residual)
+    check_stock(OPERATOR, backend)
+    return torch.relu(x + residual)
 
 
 OPERATOR.call = lambda x, residual, backend=AUTO: add_relu(x, residual, backend=backend)

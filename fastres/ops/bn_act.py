@@ -23,16 +23,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, choose, register
+from fastres._dispatch import AUTO, REFERENCE, Backend, Operator, check_stock, choose, register
 from fastres.ops import _bn_autograd, _bn_backends
-from fastres.ops._autograd import is_plain_eager, register_autograd
+from fastres.ops._autograd import is_plain_eager, is_transformed, register_autograd
 from fastres.ops._bn_autograd import Call, fast_path, update_running
-from fastres.ops._bn_backends import NATIVE, Grads, Outputs, statistics
+from fastres.ops._bn_backends import ACTS, NATIVE, Grads, Outputs, by_stock, check, statistics
 from fastres.ops._tensors import (
-    check_activation,
     empty_elementwise,
     is_channels_last,
     memory_format,
@@ -43,8 +41,6 @@ from fastres.ops._tensors import (
     why_not_triton,
     with_strides,
 )
-
-ACTS = ("relu", "none")
 
 _LIB = torch.library.Library("fastres", "FRAGMENT")
 _LIB.define(
@@ -58,41 +54,6 @@ _LIB.define(
 
 
 # ---- operator: checks, kernel, fake, autograd ------------------------------------------------------------------------
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    residual: Tensor | None,
-    training: bool,
-    act: str,
-) -> None:
-    check_activation("bn_act", "x", x)
-    if x.ndim != 4:
-        raise ValueError(f"bn_act: x: got {x.ndim} dimensions {list(x.shape)}, expected 4: [N, C, H, W]")
-    channels = x.shape[1]
-    per_channel = ("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)
-    for name, t in per_channel:
-        if t is None:
-            continue
-        if t.ndim != 1 or t.shape[0] != channels:
-            raise ValueError(f"bn_act: {name}: got shape {list(t.shape)}, expected [{channels}], x's channels")
-        if not t.dtype.is_floating_point:
-            raise TypeError(f"bn_act: {name}: got dtype {t.dtype}, expected a floating dtype")
-        if t.device != x.device:
-            raise ValueError(f"bn_act: {name}: got device {t.device}, expected x's device {x.device}")
-    if residual is not None:
-        check_activation("bn_act", "residual", residual, like=x)
-    if act not in ACTS:
-        raise ValueError(f"bn_act: act: got {act!r}, expected one of {ACTS}")
-    if training:
-        if x.shape[0] * x.shape[2] * x.shape[3] == 1:
-            raise ValueError(f"bn_act: x: expected more than 1 value per channel when training, got {list(x.shape)}")
-    elif running_mean is None or running_var is None:
-        raise ValueError("bn_act: running_mean and running_var: got None, expected [C] tensors when training is False")
 
 
 def _empty_output(x: Tensor, residual: Tensor | None, act: str, device: torch.device | str) -> Tensor:
@@ -131,7 +92,7 @@ def _forward(
     act: str,
     backend: str = AUTO,
 ) -> Outputs:
-    _check(x, weight, bias, running_mean, running_var, residual, training, act)
+    check(x, weight, bias, running_mean, running_var, residual, training, act)
     chosen, dtype = choose(OPERATOR, backend, x), stats_dtype(x)
     mean, var = (None if training else _per_channel(t, dtype) for t in (running_mean, running_var))
     if x.numel() == 0:
@@ -145,7 +106,7 @@ def _forward(
 
 def _fake_forward(x: Tensor, *others: Any) -> Outputs:
     weight, bias, running_mean, running_var, residual, training, _, act = others[:8]
-    _check(x, weight, bias, running_mean, running_var, residual, training, act)
+    check(x, weight, bias, running_mean, running_var, residual, training, act)
     return _empty_output(x, residual, act, x.device), *statistics(x, None, None)
 
 
@@ -251,7 +212,7 @@ def bn_act(
 
     Raises:
         ValueError: wrong rank, shape or device, one value per channel in training, missing running statistics in eval
-            mode, unknown act or backend.
+            mode, eps not above 0, unknown act or backend.
         TypeError: not a tensor, dtypes not floating or different between x and residual.
         BackendError: the named backend refuses; the message says why.
 
@@ -267,6 +228,33 @@ def bn_act(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"bn_act: x: got {type(x).__name__}, expected a Tensor")
+    if eps <= 0.0:
+        raise ValueError(_EPS.format(eps))
+    running = running_mean, running_var
+    return normalize(
+        x, *running, weight, bias, residual, act, training, momentum, eps, num_batches_tracked, backend, recompute
+    )
+
+
+_EPS = "bn_act: batch_norm eps must be positive, but got {}"  # PyTorch's words
+
+
+def normalize(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    act: str,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    num_batches_tracked: Tensor | None,
+    backend: str,
+    recompute: bool = False,
+) -> Tensor:
+    """`bn_act` with any eps: a frozen norm's may be 0."""
     if momentum is None and training and running_mean is not None and num_batches_tracked is None:
         raise ValueError("bn_act: num_batches_tracked: got None, expected a scalar tensor when momentum is None")
     tensors = weight, bias, running_mean, running_var, residual
@@ -277,6 +265,14 @@ def bn_act(
             fast = fast_path(x, weight, bias, residual, call)
             if fast is not None:
                 return fast
+    if is_transformed():
+        check(x, weight, bias, running_mean, running_var, residual, training, act)
+        check_stock(OPERATOR, backend)
+        if training and num_batches_tracked is not None:  # as _BatchNorm.forward
+            num_batches_tracked.add_(1)
+            momentum = 1.0 / float(num_batches_tracked) if momentum is None else momentum
+        factor = momentum or 0.0
+        return by_stock(x, weight, bias, running_mean, running_var, residual, training, eps, act, factor)
     y, mean, var = _OP(x, weight, bias, running_mean, running_var, residual, training, eps, act, backend)
     if training and x.numel():
         update_running(running_mean, running_var, num_batches_tracked, mean, var, momentum, x)
@@ -339,6 +335,8 @@ def bn_act_module(
 
 def batch_norm_arguments(bn: nn.BatchNorm2d) -> dict[str, Any]:
     """`bn_act`'s arguments that mean what `bn.forward` would do now (torch.nn.modules.batchnorm._BatchNorm.forward)."""
+    if bn.eps <= 0.0:
+        raise ValueError(_EPS.format(bn.eps))
     parameters, buffers = bn._parameters, bn._buffers  # a Module's own attribute look-up costs ten times as much
     if "weight" in parameters:
         weight, bias = parameters["weight"], parameters["bias"]
@@ -368,7 +366,7 @@ def _call(
     residual, training, eps, act, *backend = how
     if training or mean is None or var is None:
         return _forward(x, weight, bias, mean, var, *how)
-    y = bn_act(x, mean, var, weight, bias, residual, act=act, eps=eps, backend=(*backend, AUTO)[0])
+    y = normalize(x, mean, var, weight, bias, residual, act, False, 0.0, eps, None, (*backend, AUTO)[0])
     return y, mean, var
 
 
@@ -380,9 +378,7 @@ def _stock(
     if training or mean is None or var is None:
         found: Outputs = _OP(x, weight, bias, mean, var, *how)
         return found
-    y = F.batch_norm(x, mean, var, weight, bias, eps=eps)
-    y = y if residual is None else y + residual
-    return (torch.relu(y) if act == "relu" else y), mean, var
+    return by_stock(x, weight, bias, mean, var, residual, False, eps, act), mean, var
 
 
 OPERATOR.call, OPERATOR.stock = _call, _stock

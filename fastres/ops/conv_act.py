@@ -18,7 +18,7 @@ act="none". With a scale, what follows the convolution is computed in float32 (f
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastres._dispatch import AUTO, REFERENCE, Backend, Choices, Operator, choose, register
+from fastres._dispatch import AUTO, REFERENCE, Backend, Choices, Operator, check_stock, choose, register
 from fastres.ops import _conv_backends, _conv_frozen
-from fastres.ops._autograd import any_requires_grad, is_plain_eager, register_autograd
+from fastres.ops._autograd import any_requires_grad, is_plain_eager, is_transformed, register_autograd
 from fastres.ops._conv_backends import ACTS, Conv, Maybe, Pair, output_size, pair
 from fastres.ops._tensors import (
     check_activation,
@@ -39,8 +39,6 @@ from fastres.ops._tensors import (
     stats_dtype,
     with_strides,
 )
-
-_BEHIND: dict[str, Callable[[Tensor], Tensor]] = {"relu6": F.relu6, "hardswish": F.hardswish, "silu": F.silu}
 
 _LIB = torch.library.Library("fastres", "FRAGMENT")
 _LIB.define(
@@ -211,7 +209,7 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
     stride, padding, dilation, groups = ctx.where
     if y is None:
         g = dy
-    elif torch.is_grad_enabled():  # create_graph=True: linear in dy, so one mask serves every order
+    elif torch.is_grad_enabled() or is_transformed():  # create_graph=True: linear in dy, one mask serves every order
         g = torch.where(y.detach() <= 0, 0, dy)
     else:
         g = torch.ops.fastres.add_relu_backward.default(dy, y)
@@ -344,11 +342,16 @@ def conv_act(
     where = pair(stride, "stride"), pair(padding, "padding"), pair(dilation, "dilation"), groups
     if is_plain_eager(*tensors) and not (torch.is_grad_enabled() and any_requires_grad(*tensors)):
         return _forward(*tensors, *where, act, backend)
+    if is_transformed():
+        _check(*tensors, *where, act)
+        check_stock(OPERATOR, backend)
+        return _conv_frozen.stock(*tensors, *where, act)
     if not torch.compiler.is_compiling():
         _tell_flop_counters()
-    if act in _BEHIND and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if wants_grad and act in ACTS[2:]:
         z: Tensor = _OP(*tensors, *where, "none", backend)
-        return _BEHIND[act](z)
+        return _conv_backends.OUT_OF_PLACE[act](z)
     y: Tensor = _OP(*tensors, *where, act, backend)
     return y
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastres._dispatch import check_name
+from fastres._dispatch import check_environment, check_name
 from fastres.nn.memory import MEMORY
 from fastres.swap.adapters import BlockAdapter, register_block
 from fastres.swap.fused import Options, convert, restore
@@ -50,8 +50,9 @@ def swap(
 ) -> SwapReport:
     """Makes the blocks of `model` run the fused operators, in place.
 
-    Every known block (torchvision and timm BasicBlock and Bottleneck, their stems, Hugging Face ResNet layers,
-    sequences of convolution, BN and ReLU, classes given to `register_block`) keeps its children, their names and its
+    Every known block (torchvision and timm BasicBlock and Bottleneck, their stems, Hugging Face ResNet layers, timm's
+    ConvNormAct and BatchNormAct2d, sequences of convolution, BN and ReLU, classes given to `register_block`; a BN may
+    be a FrozenBatchNorm2d of torchvision, timm or Hugging Face) keeps its children, their names and its
     state_dict; its class becomes a fused subclass, which also runs its stock forward whenever a child was hooked,
     parametrized or replaced since. What is not swapped has a row with the reason. Global module hooks see the block
     alone: the BN and ReLU modules inside it are not called. Nothing made of weights is kept: every write to one is
@@ -83,8 +84,8 @@ def swap(
 
     Raises:
         TypeError: `model` is not a Module, a filter is of another type.
-        ValueError: unknown backend, fusion, memory or checkpoint_bn; nothing to swap with `strict=True`; `verify` does
-            not run through the model.
+        ValueError: unknown backend (that of FASTRES_BACKEND or FASTRES_DISABLE too), fusion, memory or checkpoint_bn;
+            nothing to swap with `strict=True`; `verify` does not run through the model.
 
     Example:
         >>> import torch, fastres
@@ -97,6 +98,7 @@ def swap(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     check_name(backend)
+    check_environment()
     for argument, got, known in (
         ("fusion", fusion, FUSION),
         ("memory", memory, MEMORY),

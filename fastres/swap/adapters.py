@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastres.nn.steps import is_bare, is_plain
+from fastres.nn.norms import is_frozen_norm
+from fastres.nn.steps import is_bare, is_norm, is_plain
 
 ReasonCode = Literal[
     "NOT_MATCHED",  # no adapter for this class
-    "NORM_TYPE",  # a norm that is not exactly BatchNorm2d
+    "NORM_TYPE",  # a norm that is neither BatchNorm2d nor a FrozenBatchNorm2d
     "ACT_TYPE",  # an activation that is not exactly ReLU
     "HAS_HOOKS",  # a hook, or a forward patched on the instance, on a module that fusing would pass over
     "HAS_PARAMETRIZATION",
@@ -45,9 +46,10 @@ def stock_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 def refuse_norm(name: str, module: Any) -> Refusal | None:
     """Say why the child `module` cannot be fused as a BN."""
-    if is_plain(module, nn.BatchNorm2d):
+    if is_norm(module):
         return None
-    return _refuse(name, module, "NORM_TYPE", "BatchNorm2d")
+    expected = type(module).__name__ if is_frozen_norm(module) and not module._modules else "BatchNorm2d"
+    return _refuse(name, module, "NORM_TYPE", expected)
 
 
 def refuse_act(name: str, module: Any) -> Refusal | None:
@@ -84,7 +86,8 @@ class BlockAdapter:
             each convolution and BN with `fastres.nn.conv_norm_act(x, block.conv, block.bn, block.relu, residual,
             block.fastres_backend, block.fastres_memory)`, and a BN without a convolution before it with
             `fastres.nn.norm_act(x, ...)`.
-        norms: children that must be plain BatchNorm2d for that (others make the block run its stock forward).
+        norms: children that must be plain BatchNorm2d or FrozenBatchNorm2d for that (others make the block run its
+            stock forward).
         acts: children that must be plain ReLU.
         absent: optional children that must be None or Identity.
         pattern: the name in the report; the class's name if empty.
@@ -120,7 +123,7 @@ class BlockAdapter:
         """Say whether the fused forward means what the stock one means now: a few microseconds, every call."""
         children = block._modules  # getattr on a Module costs ten times as much
         for name in self.norms:
-            if not is_plain(children.get(name), nn.BatchNorm2d):
+            if not is_norm(children.get(name)):
                 return False
         for name in self.acts:
             if not is_plain(children.get(name), nn.ReLU):

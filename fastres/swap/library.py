@@ -9,14 +9,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastres.nn.conv_steps import conv_bn_act, run_sequence
 from fastres.nn.memory import call_reading
-from fastres.nn.steps import is_bare, is_plain
+from fastres.nn.norms import is_frozen_norm, same_code
+from fastres.nn.steps import bn_step, is_bare, is_norm, is_plain
 from fastres.swap.adapters import (
     BlockAdapter,
     Refusal,
+    find_adapter,
     refuse_act,
     refuse_extra,
     refuse_norm,
@@ -25,6 +28,9 @@ from fastres.swap.adapters import (
 )
 
 HF = "transformers.models.resnet.modeling_resnet"
+HF_DETR = "transformers.models.rt_detr.modeling_rt_detr_resnet"
+HF_REGNET = "transformers.models.regnet.modeling_regnet"
+HF_CONVS = (f"{HF}:ResNetConvLayer", f"{HF_DETR}:RTDetrResNetConvLayer", f"{HF_REGNET}:RegNetConvLayer")
 
 
 def _how(block: Any) -> tuple[str, str]:
@@ -37,6 +43,11 @@ def _how(block: Any) -> tuple[str, str]:
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
+
+
+def _act(module: Any) -> str | None:
+    """The fused step's name of an activation; None for one that it does not have."""
+    return "relu" if is_plain(module, nn.ReLU) else "none" if is_plain(module, nn.Identity) else None
 
 
 def _is_act(module: nn.Module) -> bool:
@@ -121,10 +132,7 @@ class HFConvAdapter(BlockAdapter):
 
     def ready(self, block: nn.Module) -> bool:
         children = block._modules
-        act = children["activation"]
-        return is_plain(children["normalization"], nn.BatchNorm2d) and (
-            is_plain(act, nn.ReLU) or is_plain(act, nn.Identity)
-        )
+        return is_norm(children["normalization"]) and _act(children["activation"]) is not None
 
     def refusal(self, block: nn.Module) -> Refusal | None:
         act = block.activation
@@ -135,7 +143,7 @@ class HFConvAdapter(BlockAdapter):
 
 
 def _hf_conv(block: Any, hidden_state: Tensor) -> Tensor:
-    act = "relu" if type(block.activation) is nn.ReLU else "none"
+    act = _act(block.activation) or "none"
     return conv_bn_act(hidden_state, block.convolution, block.normalization, None, act, *_how(block))
 
 
@@ -145,7 +153,7 @@ def _hf_shortcut(block: Any, input: Tensor) -> Tensor:
 
 def _is_hf_conv(module: nn.Module) -> bool:
     cls = stock_class(type(module))
-    return cls.__module__ == HF and cls.__qualname__ == "ResNetConvLayer"
+    return f"{cls.__module__}:{cls.__qualname__}" in HF_CONVS
 
 
 class HFResidualAdapter(BlockAdapter):
@@ -160,7 +168,7 @@ class HFResidualAdapter(BlockAdapter):
         return (
             _is_hf_conv(last)
             and is_bare(last)
-            and is_plain(children["normalization"], nn.BatchNorm2d)
+            and is_norm(children["normalization"])
             and is_plain(children["activation"], nn.Identity)
         )
 
@@ -185,6 +193,80 @@ def _hf_residual(block: Any, hidden_state: Tensor) -> Tensor:
         out = module(out)
     residual = block.shortcut(hidden_state)  # [N, C, H/s, W/s]
     return conv_bn_act(out, last.convolution, last.normalization, residual, "relu", *_how(block))
+
+
+# ---- a norm with its activation, and a convolution before it: timm, torchvision's GoogLeNet and Inception ------------
+
+
+class NormActAdapter(BlockAdapter):
+    """timm's BatchNormAct2d and FrozenBatchNormAct2d, which hold their activation: drop is Identity."""
+
+    def ready(self, block: nn.Module) -> bool:
+        return is_plain(block._modules["drop"], nn.Identity) and _act(block._modules["act"]) is not None
+
+    def refusal(self, block: nn.Module) -> Refusal | None:
+        act = block.act
+        return refuse_extra("drop", block.drop) or (None if _act(act) is not None else refuse_act("act", act))
+
+    def knows(self, block: nn.Module) -> bool:
+        return super().knows(block) and (isinstance(block, nn.BatchNorm2d) or is_frozen_norm(block))
+
+
+class ConvNormActAdapter(BlockAdapter):
+    """timm's ConvNormAct: a convolution, then such a norm."""
+
+    def ready(self, block: nn.Module) -> bool:
+        norm: Any = block._modules["bn"]
+        return _holds_act(norm) and is_bare(norm) and _NORM_ACT.ready(norm) and super().ready(block)
+
+    def refusal(self, block: nn.Module) -> Refusal | None:
+        norm: Any = block.bn
+        if not _holds_act(norm):
+            return refuse_norm("bn", norm)
+        if not is_bare(norm):
+            return Refusal("HAS_HOOKS", "bn has hooks or a forward patched on the instance")
+        return _NORM_ACT.refusal(norm) or super().refusal(block)
+
+
+_HOLDS_ACT: dict[type, bool] = {}
+
+
+def _holds_act(norm: nn.Module) -> bool:
+    """Say whether a norm is exactly of a known class that holds its activation."""
+    cls = type(norm)
+    if cls not in _HOLDS_ACT:
+        found = find_adapter(cls)
+        exactly = found is not None and found[1] is stock_class(cls)
+        _HOLDS_ACT[cls] = exactly and isinstance(found[0], NormActAdapter) and found[0].knows(norm)  # type: ignore[index]
+    return _HOLDS_ACT[cls]
+
+
+def _norm_act(block: Any, x: Tensor) -> Tensor:
+    return bn_step(x, block, None, _act(block.act) or "none", *_how(block))
+
+
+_NORM_ACT = NormActAdapter(_norm_act)
+
+
+def _conv_norm_act(block: Any, x: Tensor) -> Tensor:
+    return conv_bn_act(x, block.conv, block.bn, None, _act(block.bn.act) or "none", *_how(block))
+
+
+class BasicConvAdapter(BlockAdapter):
+    """BasicConv2d: convolution, BN and a ReLU that is a function, so that the forward is compared as a whole."""
+
+    def knows(self, block: nn.Module) -> bool:
+        return same_code(stock_class(type(block)).forward, _basic_conv_stock)
+
+
+def _basic_conv_stock(self: Any, x: Any) -> Any:
+    x = self.conv(x)
+    x = self.bn(x)
+    return F.relu(x, inplace=True)
+
+
+def _basic_conv(block: Any, x: Tensor) -> Tensor:
+    return conv_bn_act(x, block.conv, block.bn, None, "relu", *_how(block))
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -233,15 +315,31 @@ def _register() -> None:
     )
 
     unit = _reads(("convolution", "normalization"))
-    register_library(
-        HF, "ResNetConvLayer", HFConvAdapter(_hf_conv, pattern="conv-bn-relu", reads=unit | {"activation"})
-    )
-    register_library(
-        HF, "ResNetShortCut", BlockAdapter(_hf_shortcut, ("normalization",), pattern="conv-bn", reads=unit)
-    )
+    conv = HFConvAdapter(_hf_conv, pattern="conv-bn-relu", reads=unit | {"activation"})
+    for path in HF_CONVS:
+        module, _, name = path.partition(":")
+        register_library(module, name, conv)
+    shortcut = BlockAdapter(_hf_shortcut, ("normalization",), pattern="conv-bn", reads=unit)
     residual = _reads(("layer", "shortcut", "activation"))
-    for name, pattern in (("ResNetBasicLayer", "basic"), ("ResNetBottleNeckLayer", "bottleneck")):
-        register_library(HF, name, HFResidualAdapter(_hf_residual, pattern=pattern, reads=residual))
+    for module, prefix in ((HF, "ResNet"), (HF_DETR, "RTDetrResNet"), (HF_REGNET, "RegNet")):
+        register_library(module, f"{prefix}ShortCut", shortcut)
+    for module, prefix in ((HF, "ResNet"), (HF_DETR, "RTDetrResNet")):
+        for name, pattern in (("BasicLayer", "basic"), ("BottleNeckLayer", "bottleneck")):
+            adapter = HFResidualAdapter(_hf_residual, pattern=pattern, reads=residual)
+            register_library(module, prefix + name, adapter)
+
+    flags = _reads(("eps", "drop", "act"))
+    for name, reads in (
+        ("BatchNormAct2d", flags | {"momentum", "training", "track_running_stats"}),
+        ("FrozenBatchNormAct2d", flags),
+    ):
+        register_library("timm.layers.norm_act", name, NormActAdapter(_norm_act, pattern="bn-act", reads=reads))
+    reads = _reads(("conv", "bn", "aa"))
+    conv_norm = ConvNormActAdapter(_conv_norm_act, absent=("aa",), pattern="conv-bn-act", reads=reads)
+    register_library("timm.layers.conv_bn_act", "ConvNormAct", conv_norm)
+    for module in ("googlenet", "inception"):
+        basic_conv = BasicConvAdapter(_basic_conv, ("bn",), pattern="conv-bn-relu")
+        register_library(f"torchvision.models.{module}", "BasicConv2d", basic_conv)
 
 
 _register()

@@ -236,6 +236,7 @@ NAMED = {
     "fastres/functional.py": (2, "the public names"),
     "fastres/nn/steps.py": (8, "the modules' calls"),
     "fastres/nn/conv_steps.py": (2, "the modules' calls"),
+    "fastres/nn/norms.py": (1, "the modules' calls"),
     "fastres/verify/floor.py": (5, "how exact an operator is"),
     "fastres/ops/conv_act.py": (1, "its ReLU's gradient is add_relu's"),
     "kernels/configs.py": (7, "tile sizes by kernel"),

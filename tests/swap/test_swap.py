@@ -120,7 +120,7 @@ def test_class_patched_by_another_tool_is_left_alone(monkeypatch):
     ("change", "code"),
     [
         (lambda b: setattr(b, "bn1", nn.SyncBatchNorm(4)), "NORM_TYPE"),
-        (lambda b: setattr(b, "bn2", torchvision.ops.FrozenBatchNorm2d(4)), "NORM_TYPE"),
+        (lambda b: setattr(b, "bn2", nn.LocalResponseNorm(4)), "NORM_TYPE"),
         (lambda b: setattr(b, "bn2", nn.GroupNorm(2, 4)), "NORM_TYPE"),
         (lambda b: setattr(b, "relu", nn.ReLU6()), "ACT_TYPE"),
         (lambda b: b.bn1.register_forward_hook(lambda *a: None), "HAS_HOOKS"),
@@ -152,7 +152,7 @@ def test_reason_codes(change, code):
         ([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU6()], "ACT_TYPE"),
         ([nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU()], "ACT_TYPE"),
         ([nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU()], "NORM_TYPE"),
-        ([nn.Conv2d(3, 4, 3), torchvision.ops.FrozenBatchNorm2d(4), nn.ReLU()], "NORM_TYPE"),
+        ([nn.Conv2d(3, 4, 3), nn.SyncBatchNorm(4), nn.ReLU()], "NORM_TYPE"),
     ],
 )
 def test_reason_codes_of_sequences(layers, code):

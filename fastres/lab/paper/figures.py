@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastres.lab.errors import require
 from fastres.lab.figures import new_figure, save_png, style
 from fastres.lab.paper.tables import Curve, Panel
 
@@ -42,9 +43,13 @@ def _panel(axes: Any, panel: Panel) -> None:
     style(axes, panel.title)
     axes.set_xlabel(panel.xlabel, fontsize=9)
     axes.set_ylabel(panel.ylabel, fontsize=9)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
+    axes.xaxis.get_major_locator().set_params(
+        integer=True, min_n_ticks=1
+    )  # iterations and layers, of which there may be two
     if panel.log:
         axes.set_yscale("log")
+        _label_plainly(axes)
     elif not any(min(curve.low or curve.y, default=0.0) < 0 for curve in panel.curves):
         axes.set_ylim(bottom=0)
     if panel.points:
@@ -52,11 +57,22 @@ def _panel(axes: Any, panel: Panel) -> None:
     axes.legend(fontsize=7.5, frameon=False, ncols=2 if len(panel.curves) > 4 else 1)
 
 
+def _label_plainly(axes: Any) -> None:
+    """Label a log axis 0.1 and 1, not by powers of 10, at the places where matplotlib labels it."""
+
+    class Plain(require("matplotlib.ticker", "the figure", "viz").LogFormatter):  # type: ignore[misc]
+        def __call__(self, value: float, place: int | None = None) -> str:
+            return f"{value:g}" if super().__call__(value, place) else ""
+
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain())
+
+
 def _curve(axes: Any, curve: Curve, scale: float, points: bool) -> None:
     look: dict[str, Any] = {"color": COLORS[curve.color % len(COLORS)], "linestyle": curve.style, "markersize": 4}
     width = 1.6 * (0.6 if curve.style == "dashed" else 1.0)
     y = [scale * value for value in curve.y]
-    axes.plot(curve.x, y, **look, linewidth=width, label=curve.label, marker="o" if points else None)
+    axes.plot(curve.x, y, **look, linewidth=width, label=curve.label, marker="o" if points or len(y) == 1 else None)
     if curve.low and curve.low != curve.high:
         low, high = ([scale * value for value in values] for values in (curve.low, curve.high))
         axes.fill_between(curve.x, low, high, color=look["color"], alpha=0.13, linewidth=0)
