@@ -43,7 +43,7 @@ from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
 import fastres
-from fastres.lab.data import Digits, digits
+from fastres.lab.datasets import Digits, digits
 from fastres.lab.errors import LabError
 from fastres.lab.evaluation import accuracy
 from fastres.lab.results import environment, prepare_folder, write_json

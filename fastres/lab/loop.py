@@ -32,22 +32,25 @@ from torch.nn.parallel import DistributedDataParallel
 import fastres
 from fastres.lab import datasets, networks
 from fastres.lab.batches import DataSet, stream
-from fastres.lab.devices import channels_last
+from fastres.lab.devices import Place, channels_last, interrupts, place
 from fastres.lab.errors import DivergedError, RunError
 from fastres.lab.loop_state import (
     DTYPES,
+    RUN,
+    Log,
     Point,
     Progress,
     RunResult,
     RunSpec,
     Step,
+    lock_run_folder,
     read_checkpoint,
+    read_json,
+    result_in,
     write_checkpoint,
 )
-from fastres.lab.processes import Place, interrupts, place
 from fastres.lab.recipes import TrainRecipe
 from fastres.lab.results import environment, write_json
-from fastres.lab.run_folder import RUN, Log, lock_run_folder, read_json, result_in
 
 __all__ = ["Point", "RunResult", "RunSpec", "Step", "run", "trained"]
 
@@ -122,7 +125,7 @@ def trained(folder: Path, data_root: Path | None = None) -> nn.Module:
     Raises LabError for a folder without a run or with a damaged one.
     """
     spec = RunSpec.from_dict(read_json(folder / "spec.json"))
-    model = _network(spec, datasets.load(spec.data, data_root))
+    model = network(spec, datasets.load(spec.data, data_root))
     read_checkpoint(folder / "checkpoint.pt", spec, {"model": model})
     return model.eval()
 
@@ -140,7 +143,7 @@ class _Training:
         self.parts = each // (recipe.bn_batch or each)
         self.checkpoint_every, self.last_checkpoint = checkpoint_every, time.perf_counter()
 
-        self.model = _network(spec, data).to(here.device)
+        self.model = network(spec, data).to(here.device)
         self.norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         self.optimizer = torch.optim.SGD(_groups(self.model, recipe), recipe.lr, recipe.momentum)
         self.scaler = torch.amp.grad_scaler.GradScaler(here.device.type, enabled=spec.dtype == "fp16")
@@ -288,7 +291,7 @@ class _Training:
         )
 
 
-def _network(spec: RunSpec, data: DataSet) -> nn.Module:
+def network(spec: RunSpec, data: DataSet) -> nn.Module:
     """The network on the CPU, initialized from the seed; fused or stock, in the layout asked for."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(spec.seed, "weights"))

@@ -16,12 +16,11 @@ from typer import Argument, Option
 from fastres._info import usable_cores
 from fastres.lab.devices import pick_device
 from fastres.lab.paper import imagenet
-from fastres.lab.paper.experiment import Context, Evaluation, Experiment
 from fastres.lab.paper.presets import PaperError, Preset, preset
 from fastres.lab.paper.published import CLAIMS
 from fastres.lab.paper.registry import EXPERIMENTS, estimate, experiment, numbers
 from fastres.lab.paper.report import page, stem, write
-from fastres.lab.paper.runs import Place, execute
+from fastres.lab.paper.runs import Context, Evaluation, Experiment, Place, execute
 from fastres.lab.paper.tables import Outcome, Table, percent
 from fastres.lab.results import environment, prepare_folder
 from fastres.lab.terminal import Device, progress

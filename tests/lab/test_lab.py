@@ -124,7 +124,7 @@ def test_paired_ratio_needs_a_pair():
 
 def test_digits_split_is_stratified_disjoint_and_fixed():
     pytest.importorskip("sklearn")
-    from fastres.lab import data
+    from fastres.lab import datasets as data
 
     a, b = data.digits(), data.digits()
     assert torch.equal(a.train_images, b.train_images) and torch.equal(a.test_labels, b.test_labels)
@@ -142,7 +142,7 @@ def test_digits_split_is_stratified_disjoint_and_fixed():
 def test_photographs_are_the_two_real_ones_normalized():
     pytest.importorskip("sklearn")
     pytest.importorskip("torchvision")
-    from fastres.lab.data import photographs
+    from fastres.lab.datasets import photographs
 
     photos = photographs()
     assert photos.names == ["china.jpg", "flower.jpg"]
@@ -152,7 +152,7 @@ def test_photographs_are_the_two_real_ones_normalized():
 
 
 def test_missing_package_names_the_extra(monkeypatch):
-    from fastres.lab import data
+    from fastres.lab import datasets as data
 
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingExtra, match=r'pip install "fastres\[train\]"'):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from fastres.lab import networks
 from fastres.lab.loop_state import RunSpec
-from fastres.lab.paper import degradation, depth, imagenet, responses, shortcuts, skips
-from fastres.lab.paper.experiment import Experiment
+from fastres.lab.paper import degradation, imagenet, responses, shortcuts
 from fastres.lab.paper.presets import PaperError, Preset, preset
 from fastres.lab.paper.published import Published, find
-from fastres.lab.paper.runs import layers
+from fastres.lab.paper.runs import Experiment, layers
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (degradation, shortcuts, responses, depth, skips, imagenet)
+    each.name: each
+    for each in sorted(
+        (each for module in (degradation, shortcuts, responses, imagenet) for each in module.EXPERIMENTS),
+        key=lambda each: each.number,
+    )
 }
 GPU_FLOPS = 5e12  # sustained in training: an assumption, about what small networks reach on a large GPU
 

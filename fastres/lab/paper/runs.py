@@ -10,9 +10,10 @@ import hashlib
 import json
 import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import torch
 from fastres.lab import loop
 from fastres.lab.errors import LabError, RunError
 from fastres.lab.loop_state import RunResult, RunSpec
+from fastres.lab.paper.presets import Preset
+from fastres.lab.paper.tables import Outcome
 
 _PATIENCE_S = 60.0  # for a worker to write its checkpoint
 
@@ -133,76 +136,101 @@ def _teller(spec: RunSpec, tell: Callable[[int], None]) -> Callable[[Any], None]
     return on_step
 
 
-class _Worker:
-    """A single-threaded process that executes one run after another, and its current run."""
-
-    def __init__(self, context: Any, place: Place) -> None:
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, place), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.spec: RunSpec | None = None
-
-    def start_next(self, todo: list[RunSpec]) -> None:
-        """Send the next run, or None if there is none."""
-        self.spec = todo.pop(0) if todo else None
-        self.pipe.send(self.spec)
-
-
 def _in_parallel(todo: list[RunSpec], place: Place, meter: _Meter) -> None:
+    """Execute the runs in single-threaded processes, one for each run."""
     context = multiprocessing.get_context("spawn")
-    workers: list[_Worker] = []
+    busy: dict[Any, tuple[Any, RunSpec]] = {}  # by pipe
     try:
-        for _ in range(min(place.workers, len(todo))):
-            workers.append(_Worker(context, place))
-            workers[-1].start_next(todo)
-        while busy := {worker.pipe: worker for worker in workers if worker.spec is not None}:
-            for pipe in connection.wait(list(busy)):
-                _receive(busy[pipe], todo, meter)
+        while todo or busy:
+            while todo and len(busy) < place.workers:
+                spec = todo.pop(0)
+                pipe, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(theirs, spec, place), daemon=True)
+                process.start()
+                theirs.close()
+                busy[pipe] = process, spec
+            for ready in connection.wait(list(busy)):
+                process, spec = busy[ready]
+                try:
+                    message = ready.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    process.join(_PATIENCE_S)
+                    if process.exitcode != 0:
+                        code = f"its process ended with exit code {process.exitcode}"
+                        raise RunError(
+                            f"run of {spec.network}: {code}, expected a result; run it again to resume"
+                        ) from None
+                    del busy[ready]
+                    meter.end(spec)
+                    continue
+                if isinstance(message, BaseException):
+                    raise message
+                meter.at(spec, message)
     finally:
-        for worker in workers:
-            if worker.spec is not None:  # in progress: it writes its checkpoint and exits
-                worker.process.terminate()
-        for worker in workers:
-            worker.process.join(_PATIENCE_S)
-            if worker.process.exitcode is None:
-                worker.process.kill()
-                worker.process.join()
-            worker.pipe.close()
+        for process, _ in busy.values():
+            process.terminate()  # it writes its checkpoint and exits
+        for process, _ in busy.values():
+            process.join(_PATIENCE_S)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
 
 
-def _receive(worker: _Worker, todo: list[RunSpec], meter: _Meter) -> None:
-    assert worker.spec is not None
-    try:
-        message = worker.pipe.recv()
-    except EOFError:
-        worker.process.join(_PATIENCE_S)
-        code, name = worker.process.exitcode, worker.spec.network
-        raise RunError(
-            f"run of {name}: its process ended with exit code {code}, expected a result; run it again to resume"
-        ) from None
-    if isinstance(message, BaseException):
-        raise message
-    if isinstance(message, int):
-        meter.at(worker.spec, message)
-    else:
-        meter.end(worker.spec)
-        worker.start_next(todo)
-
-
-def _work(pipe: Any, place: Place) -> None:
-    """A worker's main function: execute the runs that arrive on the pipe; send iterations, then None or the error."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # between two runs; within one, the loop handles it and writes its checkpoint
+def _work(pipe: Any, spec: RunSpec, place: Place) -> None:
+    """A process's main function: execute one run; send its iterations, and its error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the loop handles it and writes its checkpoint
     torch.set_num_threads(1)
     try:
-        while (spec := pipe.recv()) is not None:
-            try:
-                _run(spec, place, _teller(spec, pipe.send))
-            except Exception as error:
-                pipe.send(error if isinstance(error, LabError) else RunError(f"run of {spec.network}: {error!r}"))
-                return
-            pipe.send(None)
-    except (KeyboardInterrupt, EOFError, BrokenPipeError):  # stopped, or the parent is gone
-        return
+        _run(spec, place, _teller(spec, pipe.send))
+    except (KeyboardInterrupt, BrokenPipeError):  # stopped, or the parent is gone
+        sys.exit(1)
+    except Exception as error:
+        pipe.send(error if isinstance(error, LabError) else RunError(f"run of {spec.network}: {error!r}"))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The network, weights and views of experiment 6."""
+
+    network: str | None = None
+    weights: Path | None = None
+    shortcut: str | None = None
+    views: tuple[str, ...] = ("1-crop", "10-crop", "multi-scale")
+
+
+@dataclass(frozen=True)
+class Context:
+    """The input of an experiment's `outcome`: its preset and its finished runs."""
+
+    preset: Preset
+    place: Place
+    results: dict[RunSpec, RunResult] = field(default_factory=dict)
+    evaluation: Evaluation = Evaluation()
+    tell: Callable[[str], None] = lambda text: None
+
+    def of(self, network: str, **options: object) -> list[RunResult]:
+        """The results of one network, one per seed."""
+        return [self.results[self.preset.spec(network, seed, **options)] for seed in self.preset.seeds]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment of the paper.
+
+    Args:
+        number, name, title: "1", "degradation", ...
+        source: tables and figures of the paper.
+        specs: the runs it needs under a preset; none for experiments that train nothing.
+        outcome: makes tables and plot of the results.
+        presets: the presets it can run with.
+        note: on its cost, for the list.
+    """
+
+    number: int
+    name: str
+    title: str
+    source: str
+    specs: Callable[[Preset], Sequence[RunSpec]]
+    outcome: Callable[[Context], Outcome]
+    presets: tuple[str, ...] = ("ci", "digits", "cifar10")
+    note: str = ""
