@@ -149,10 +149,11 @@ def _in_parallel(todo: list[RunSpec], place: Place, meter: _Meter) -> None:
                 process.start()
                 theirs.close()
                 busy[pipe] = process, spec
+            ready: Any
             for ready in connection.wait(list(busy)):
                 process, spec = busy[ready]
                 try:
-                    message = ready.recv()  # type: ignore[union-attr]
+                    message = ready.recv()
                 except EOFError:
                     process.join(_PATIENCE_S)
                     if process.exitcode != 0:
