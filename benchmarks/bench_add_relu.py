@@ -11,9 +11,8 @@ from typing import ClassVar
 
 import torch
 
-from activation_case import ActivationCase
 from fastres.functional import add_relu
-from peers import Forward, backend_of
+from peers import ActivationCase, Forward, backend_of
 from shapes import BATCH, BLOCK_END, Activation, with_role
 
 MODES = {

@@ -15,9 +15,8 @@ import torchvision
 from torch import nn
 
 import fastres
-from judge import judge_call
 from measure import Case, Prepared
-from peers import forward_only, module_variants, with_gradients
+from peers import forward_only, judge_call, module_variants, with_gradients
 from shapes import BATCH
 
 MODES = {"train": "training, forward+backward", "eval": "eval, forward, no grad"}

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 import roofline
 from fastres.verify import calibrate
-from judge import judge_outputs
 from measure import Case, Prepared
-from peers import DTYPES
+from peers import DTYPES, judge_outputs
 from roofline import Work
 from runtimes import BUILDERS
 

@@ -20,9 +20,8 @@ import torchvision
 from torch import nn
 
 import fastres
-from judge import judge_call
 from measure import Case, Prepared
-from peers import DTYPES, module_variants
+from peers import DTYPES, judge_call, module_variants
 from shapes import BATCH
 
 

@@ -92,15 +92,15 @@ def _rss() -> int:
 def measure_apart(network: str, variant: str, options: argparse.Namespace) -> dict[str, int]:
     """`measure` in a new process; on a CPU in a second one too, for "mapped"."""
     command = [sys.executable, __file__, "--one", variant, "--networks", network]
-    for name in ("batch", "size", "dtype", "device"):
-        command += [f"--{name}", str(getattr(options, name))]
+    command += [
+        part for name in ("batch", "size", "dtype", "device") for part in (f"--{name}", str(getattr(options, name)))
+    ]
 
     def run(more: dict[str, str]) -> dict[str, int]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | more)
         if done.returncode:
             raise RuntimeError(f"{network}, {variant}: {done.stderr.strip().splitlines()[-1:]}")
-        found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        return json.loads(done.stdout.splitlines()[-1])
 
     found = run({})
     return found | ({"mapped": run(MAPPED)["rss"]} if "rss" in found else {})

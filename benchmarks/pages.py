@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastres.lab.errors import MissingExtra
-from fastres.lab.results import write_atomically, write_json
+from fastres.lab.results import write_json, write_text
 
 Cells = Sequence[str]
 
@@ -43,25 +43,6 @@ def torch_version() -> str:
     return torch.__version__.partition("+")[0]
 
 
-def new_figure(size: tuple[float, float]) -> Any:
-    """A matplotlib figure without a display. Raises MissingExtra where matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as missing:
-        raise MissingExtra('the plot needs matplotlib, which is not installed: pip install "fastres[viz]"') from missing
-    return Figure(figsize=size, dpi=110, layout="constrained")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG. Raises OutputError where `path` cannot be written."""
-    write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fastres"}))
-
-
-def save_text(path: Path, text: str) -> None:
-    """Write a text file. Raises OutputError where `path` cannot be written."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
 def write_result(
     base: Path, data: dict[str, Any], page: str, draw: Callable[[dict[str, Any], Path], None] | None = None
 ) -> tuple[list[Path], str | None]:
@@ -71,7 +52,7 @@ def write_result(
     """
     json, text, picture = (base.with_name(f"{base.name}{suffix}") for suffix in (".json", ".md", ".png"))
     write_json(json, data)
-    save_text(text, page)
+    write_text(text, page)
     if draw is None:
         return [json, text], None
     try:

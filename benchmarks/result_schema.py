@@ -12,32 +12,18 @@ _RATIO = {"median": float, "low": float, "high": float, "n": int, "coverage": fl
 _VERDICT = {"passed": bool, "error_ratio": (float, None), "message": str}
 _PEER = {
     "samples": [float],  # seconds of `iterations` calls, round by round
-    "median": float,  # seconds of one call
-    "q1": float,
-    "q3": float,
-    "bytes_per_s": (float, None),  # the bytes that the fused kernels must move, over the median
-    "of_bandwidth": (float, None),
-    "flops_per_s": (float, None),
-    "of_bound": (float, None),  # the roofline's bound over the median
-    "images_per_s": (float, None),
+    **dict.fromkeys(("median", "q1", "q3"), float),  # seconds of one call
+    # of the bytes that the fused kernels must move, over the median; `of_bound` is of the roofline's bound
+    **dict.fromkeys(("bytes_per_s", "of_bandwidth", "flops_per_s", "of_bound", "images_per_s"), (float, None)),
     "peak_bytes": (int, None),
     "verdict": (_VERDICT, None),  # None for a baseline
     "speedup": {str: _RATIO},  # over every peer that is not ours; the entry of the baseline is the headline
 }
 _CASE = {
-    "id": str,
-    "what": str,
-    "mode": str,
-    "layout": (str, None),
-    "dtype": (str, None),
-    "backend": (str, None),
-    "threads": int,
-    "iterations": int,
-    "rounds": int,
-    "bytes_moved": (float, None),
-    "flops": (float, None),
-    "bound_s": (float, None),  # by the roofline, at the rates of this session
-    "baseline": str,
+    **dict.fromkeys(("id", "what", "mode", "baseline"), str),
+    **dict.fromkeys(("layout", "dtype", "backend"), (str, None)),
+    **dict.fromkeys(("threads", "iterations", "rounds"), int),
+    **dict.fromkeys(("bytes_moved", "flops", "bound_s"), (float, None)),  # the roofline's, at this session's rates
     "ours": [str],
     "peers": {str: _PEER},
     "left_out": {str: str},
@@ -101,9 +87,8 @@ def check(data: Any) -> dict[str, Any]:
     """Return the data of a result. Raises ValueError saying what is wrong with them."""
     got = data.get("schema") if isinstance(data, dict) else type(data).__name__
     if got != SCHEMA_NAME:
-        raise ValueError(
-            f"not a result of these benchmarks: got the schema {got!r}, expected the key 'schema' to be {SCHEMA_NAME!r}"
-        )
+        wanted = f"expected the key 'schema' to be {SCHEMA_NAME!r}"
+        raise ValueError(f"not a result of these benchmarks: got the schema {got!r}, {wanted}")
     if data.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(
             f"schema_version: got {data.get('schema_version')!r}, expected {SCHEMA_VERSION}: the file was written by "

@@ -1,7 +1,7 @@
 """`make gpu`: build, test, sanitize, measure convolutions, tune and benchmark on a GPU, in one command.
 
 Most of what it runs belongs to the benchmarks, and so do all of its results: cases, timing, roofline, result schema,
-`results/`. The runner (`__main__`, `needs`, `checkout`, `run`, `phases`, `tests`, `summary`, `files`, `record`) imports
+`results/`. The runner (`__main__`, `needs`, `checkout`, `run`, `phases`, `tests`, `summary`, `files`) imports
 only the standard library, so it can report at once what a machine lacks. `convs`, `tune` and `bench` are programs that
 it starts, and `import_results` is `make gpu-import`.
 

@@ -30,8 +30,7 @@ from fastres.lab.errors import LabError
 from fastres.lab.results import write_json
 from fastres.lab.timing import Timer
 from fastres.ops._conv_backends import tf32_allowed
-from gpu_run.clock import Clocks, cold_timer
-from gpu_run.program import Program, memory
+from gpu_run.program import Clocks, Program, cold_timer, memory
 from measure import TINY, Case, Effort, Result, measure, one_line
 from peers import DTYPES
 from plot import draw

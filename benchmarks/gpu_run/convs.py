@@ -34,10 +34,9 @@ from torch import Tensor
 from fastres.functional import conv_act
 from fastres.lab.timing import Timer, interleave
 from fastres.ops import _conv_tiles
-from gpu_run.clock import cold_timer
 from gpu_run.layers import Call, Layer, batch_for, candidates, capability, planned, reference, tiny, yardsticks
 from gpu_run.problems import differs
-from gpu_run.program import Program, workers
+from gpu_run.program import Program, cold_timer, workers
 from gpu_run.tune import FAULTS
 from measure import cuda_graph, one_line
 from peers import DTYPES

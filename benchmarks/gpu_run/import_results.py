@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,31 +89,26 @@ _RUN = {
 }
 
 
-def _check_bench(bench: Any) -> None:
-    result_schema.check(bench)
-    result_schema.validate(bench, {"environment": _ENVIRONMENT, "run": {"dry_run": bool}})
-
-
-def _check_tuned(tuned: Any) -> None:
-    measured.checked(tuned, configs.TABLE, files.TUNED)
-    schema = {"environment": _ENVIRONMENT, "dry_run": bool, "entries": [{"speedup": float}]}
-    result_schema.validate(tuned, schema, files.TUNED)
-
-
-def _check_convs(convs: Any) -> None:
-    _conv_tiles.checked(convs, files.CONVS)
-    schema = {"environment": _ENVIRONMENT, "dry_run": bool, "entries": [{"conv": str, "beside": {str: float}}]}
-    result_schema.validate(convs, schema, files.CONVS)
-
-
-MEASURED = {files.BENCH: _check_bench, files.TUNED: _check_tuned, files.CONVS: _check_convs}
+_TABLE = {"environment": _ENVIRONMENT, "dry_run": bool}
+# How a file is checked, and what else it has.
+MEASURED: dict[str, tuple[Callable[[Any], object], dict[str, Any]]] = {
+    files.BENCH: (result_schema.check, {"environment": _ENVIRONMENT, "run": {"dry_run": bool}}),
+    files.TUNED: (
+        lambda data: measured.checked(data, configs.TABLE, files.TUNED),
+        _TABLE | {"entries": [{"speedup": float}]},
+    ),
+    files.CONVS: (
+        lambda data: _conv_tiles.checked(data, files.CONVS),
+        _TABLE | {"entries": [{"conv": str, "beside": {str: float}}]},
+    ),
+}
 
 
 def check(found: dict[str, Any]) -> None:
     """Raise Refused unless the files are valid, of one run, and of a GPU."""
     run = found[files.RUN]
-    schema = (files.RUN_SCHEMA, files.RUN_VERSION)
-    if not isinstance(run, dict) or (run.get("schema"), run.get("schema_version")) != schema:
+    known = (files.RUN_SCHEMA, files.RUN_VERSION)
+    if not isinstance(run, dict) or (run.get("schema"), run.get("schema_version")) != known:
         raise Refused(f"{files.RUN}: expected the schema {files.RUN_SCHEMA!r}, version {files.RUN_VERSION}")
     try:
         result_schema.validate(run, _RUN, files.RUN)
@@ -125,7 +120,9 @@ def check(found: dict[str, Any]) -> None:
         raise Refused(f"has none of {', '.join(MEASURED)}: nothing was measured")
     for name in (name for name in MEASURED if name in found):
         try:
-            MEASURED[name](found[name])
+            valid, schema = MEASURED[name]
+            valid(found[name])
+            result_schema.validate(found[name], schema, name)
         except ValueError as error:
             raise Refused(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
         _same_run(name, found[name], run)

@@ -29,7 +29,6 @@ import torch
 from fastres.kernels import configs, measured
 
 from fastres.lab.timing import interleave, paired_ratio
-from gpu_run.clock import cold_timer
 from gpu_run.problems import (
     Entry,
     Problem,
@@ -42,7 +41,7 @@ from gpu_run.problems import (
     rank,
     tiny_problems,
 )
-from gpu_run.program import Program, memory, workers
+from gpu_run.program import Program, cold_timer, memory, workers
 from measure import cuda_graph, one_line
 
 COMPILING = 0.65  # of the time

@@ -1,6 +1,7 @@
 """The data sets of the experiments: digits (bundled with scikit-learn), CIFAR-10 and ImageNet (from a folder).
 
-Nothing is downloaded.
+Nothing is downloaded. Digits: 1797 handwritten digits, 8x8, 16 gray levels (Alpaydin and Kaynak, UCI, 1998); the demo's
+photographs, china.jpg and flower.jpg, 427x640 (CC BY), come with scikit-learn too.
 """
 
 from __future__ import annotations
@@ -30,15 +31,11 @@ def load(name: str, root: Path | None = None, workers: int | None = None) -> Dat
         root: the folder that holds cifar-10-batches-py/, or train/ and val/; needed for all but the digits.
         workers: processes that decode ImageNet's files, by default one per core; the other data sets use none.
 
-    Raises:
-        DataError: an unknown name; a folder without the data set, with what to download and where to put it; a corrupt
-            file, by name.
-        MissingExtra: a package that is not installed.
+    Raises DataError for an unknown name, a folder without the data set, a corrupt file; MissingExtra.
 
-    Example:
-        >>> data = load("digits")
-        >>> data.train_size, data.test_size, data.channels, data.size
-        (1437, 360, 1, 16)
+    >>> data = load("digits")
+    >>> data.train_size, data.test_size, data.channels, data.size
+    (1437, 360, 1, 16)
     """
     if name in ("digits", "digits8"):
         split = digits(8 if name == "digits8" else 16)
@@ -80,14 +77,6 @@ class Digits:
     test_labels: Tensor  # [n_test]
 
 
-@dataclass(frozen=True)
-class Photographs:
-    """The two photographs, preprocessed."""
-
-    names: list[str]
-    images: Tensor  # [2, 3, size, size] fp32, normalized as torchvision's ImageNet networks expect
-
-
 def digits(size: int = 16, test_fraction: float = 0.2, seed: int = 0) -> Digits:
     """scikit-learn's handwritten digits in a stratified split, upsampled from 8x8 to size x size.
 
@@ -110,14 +99,12 @@ def digits(size: int = 16, test_fraction: float = 0.2, seed: int = 0) -> Digits:
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
-def photographs(size: int = 224) -> Photographs:
-    """scikit-learn's two photographs through torchvision's ImageNet preprocessing.
-
-    Resized to 256 at size 224 (in proportion at other sizes), center-cropped, normalized.
+def photographs(size: int = 224) -> tuple[list[str], Tensor]:
+    """scikit-learn's two photographs through torchvision's ImageNet preprocessing: names, images [2, 3, size, size].
 
     Raises MissingExtra where scikit-learn, Pillow or torchvision is not installed.
 
-    >>> photographs().images.shape
+    >>> photographs()[1].shape
     torch.Size([2, 3, 224, 224])
     """
     bundle = require("sklearn.datasets", "the photographs", "train").load_sample_images()
@@ -125,4 +112,4 @@ def photographs(size: int = 224) -> Photographs:
     weights = require("torchvision.models", "the photographs", "train").ResNet50_Weights.IMAGENET1K_V1
     preprocess = weights.transforms(crop_size=size, resize_size=size * 256 // 224)
     images = [preprocess(open_array(pixels)) for pixels in bundle.images]  # 2 x [3, size, size]
-    return Photographs([name.rsplit("/", 1)[-1] for name in bundle.filenames], torch.stack(images))
+    return [name.rsplit("/", 1)[-1] for name in bundle.filenames], torch.stack(images)

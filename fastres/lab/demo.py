@@ -75,10 +75,12 @@ def run(console: Console, request: Request, command: str) -> None:
     console.print(f"fastres {fastres.__version__} on {_machine(device)}, torch {torch.__version__}", soft_wrap=True)
 
     digits_result, same_answers = _digits(console, device, request.quick)
-    pictures = photographs(effort.size)
-    console.print(f"\n[bold]3  ResNet-50 on photographs[/]: {', '.join(pictures.names)} at {effort.size}x{effort.size}")
+    names, images = photographs(effort.size)
+    console.print(f"\n[bold]3  ResNet-50 on photographs[/]: {', '.join(names)} at {effort.size}x{effort.size}")
     with progress(console, "   running", remaining=False) as report:
-        table = demo_photographs.compare_configurations(network, pictures, device, request.weights, effort, report)
+        table = demo_photographs.compare_configurations(network, images, device, request.weights, effort, report)
+    if request.weights is not None:
+        table.answers.update(demo_photographs.answers(table, names))
     _show(console, table)
 
     console.print("\n[bold]4  Results[/]")

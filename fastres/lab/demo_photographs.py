@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import fastres
 from fastres._info import cpu, load_average, native_bf16
-from fastres.lab.datasets import Photographs
 from fastres.lab.devices import channels_last
 from fastres.lab.errors import require
 from fastres.lab.timing import Ratio, interleave, paired_ratio, timer_for
@@ -113,7 +112,7 @@ def verdict_dict(verdict: Verification | None) -> dict[str, Any] | None:
 
 def compare_configurations(
     model: nn.Module,
-    photographs: Photographs,
+    photographs: Tensor,  # [2, 3, size, size]
     device: torch.device,
     weights: Path | None,
     effort: Effort,
@@ -127,7 +126,7 @@ def compare_configurations(
     """
     total = 4 + effort.rounds
     model = model.to(device)
-    images = photographs.images.to(device)  # [2, 3, size, size]
+    images = photographs.to(device)
     on_progress(0, total, "preparing")
     calibrated = weights is None and bool(calibrate(model, images))
     batch = images if device.type == "cpu" else images.repeat(GPU_BATCH // len(images), 1, 1, 1)
@@ -166,9 +165,8 @@ def compare_configurations(
         row.seconds = samples[row.name]
         row.ratio = None if row is baseline else paired_ratio(samples[baseline.name], row.seconds)
     source = str(weights) if weights else "random (seed 0)"
-    answers = _answers(rows[3](), photographs.names) if weights else {}
     notes = _notes(device, calibrated, effort, rows)
-    return Table(rows, baseline.name, len(batch), effort.size, blocks, source, answers, notes)
+    return Table(rows, baseline.name, len(batch), effort.size, blocks, source, {}, notes)
 
 
 def _fastest(rows: list[Row], samples: dict[str, list[float]]) -> Row:
@@ -181,7 +179,9 @@ def _plan(frozen: fastres.FrozenModel) -> dict[str, str]:
     return {"layout": layout, "cuda_graph": report.cuda_graph, "folded": str(report.folded)}
 
 
-def _answers(logits: Tensor, names: list[str]) -> dict[str, str]:
+def answers(table: Table, names: list[str]) -> dict[str, str]:
+    """The class that the frozen network names for each photograph."""
+    logits = next(row for row in table.rows if row.name == "frozen fp32")()
     categories = require("torchvision.models", "ResNet-50", "train").ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     probability, index = logits.float().softmax(1).max(1)  # [batch]
     return {name: f"{categories[int(index[i])]} ({float(probability[i]):.0%})" for i, name in enumerate(names)}

@@ -30,14 +30,12 @@ def pick_device(name: str = "auto") -> torch.device:
     Raises DeviceError for a name that is not auto, cpu, cuda or cuda:N, and for a GPU that is not there.
     """
     count = torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if count else "cpu"
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if count else "cpu") if name == "auto" else name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"fastres runs on no {device.type}")
     except RuntimeError as error:
         raise DeviceError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise DeviceError(f"device: got {name!r}, expected auto, cpu, cuda or cuda:N")
     if device.type == "cpu":
         return torch.device("cpu")
     if (device.index or 0) >= count:

@@ -38,9 +38,9 @@ def save_png(figure: Any, path: Path, footnote: str = "") -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", metadata={"Software": "fastres"}))
 
 
-def style(axes: Any, title: str, grid: str = "both") -> None:
+def style(axes: Any, title: str, grid: str = "both", size: float = 10) -> None:
     """The common look of all axes: title on the left, a light grid behind the data, no box."""
-    axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+    axes.set_title(title, loc="left", fontsize=size, fontweight="bold")
     axes.grid(True, axis=grid, color="#e0e0e0", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

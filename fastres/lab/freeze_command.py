@@ -61,14 +61,8 @@ class Request:
 def run(console: Console, request: Request, command: str) -> FrozenModel:
     """Build the network, freeze it for images of the size asked for, and show or write what was asked for.
 
-    Args:
-        console: for the findings; on a terminal, standard error shows the current activity.
-        request: the options.
-        command: the command line, for the JSON file.
-
-    Raises:
-        LabError: a bad option, model, weights file or output path, before any work that it would waste.
-        RefereeError: the referee rejects the frozen network; the report has been shown and written, nothing saved.
+    Raises LabError for a bad option, model, weights file or output path, before any work that it would waste;
+    RefereeError where the referee rejects the frozen network: the report has been shown and written, nothing saved.
     """
     shape, dtype, device = _checked(request)
     logging.getLogger("fastres").addHandler(logging.NullHandler())  # its warnings are in the report

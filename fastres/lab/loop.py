@@ -84,18 +84,15 @@ def run(
         checkpoint_every: iterations between two checkpoints; None writes one every 30 s.
         command: for the result file; None takes the process's own.
 
-    Raises:
-        LabError: bad input (RunError for a folder that holds another run or is in use), or the loss is no longer a
-            number.
-        KeyboardInterrupt: after Ctrl-C, once the iteration is done and the checkpoint written; a second one
-            interrupts immediately.
+    Raises LabError for bad input (RunError for a folder that holds another run or is in use) and for a loss that is no
+    longer a number; KeyboardInterrupt after Ctrl-C, once the iteration is done and the checkpoint written (a second
+    one interrupts immediately).
 
-    Example:
-        >>> import tempfile
-        >>> from fastres.lab.recipes import recipe
-        >>> spec = RunSpec("resnet8", "digits", recipe("digits-quick"))
-        >>> run(spec, Path(tempfile.mkdtemp()), device="cpu", stop_after=2).iterations
-        2
+    >>> import tempfile
+    >>> from fastres.lab.recipes import recipe
+    >>> spec = RunSpec("resnet8", "digits", recipe("digits-quick"))
+    >>> run(spec, Path(tempfile.mkdtemp()), device="cpu", stop_after=2).iterations
+    2
     """
     finished = result_in(folder, spec)
     if finished is not None:
@@ -307,7 +304,7 @@ def network(spec: RunSpec, data: DataSet) -> nn.Module:
 
 def _groups(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
     """The parameters with weight decay, and those without."""
-    decayed = [p for p in model.parameters() if recipe.decay == "all" or p.dim() == 4]
-    plain = [p for p in model.parameters() if recipe.decay != "all" and p.dim() != 4]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: dict[float, list[nn.Parameter]] = {}
+    for p in model.parameters():
+        groups.setdefault(recipe.weight_decay if recipe.decay == "all" or p.dim() == 4 else 0.0, []).append(p)
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items()]

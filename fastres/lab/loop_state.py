@@ -29,33 +29,22 @@ CHECKPOINT = "fastres.checkpoint/2"
 class RunSpec:
     """One training run. Two runs of equal specs on one CPU process have equal weights, bit for bit.
 
-    Args:
-        network, options: for :func:`fastres.lab.networks.build`, such as ("resnet20", (("shortcut", "B"),)).
-        data: for :func:`fastres.lab.datasets.load`.
-        recipe: batch size, schedule, augmentation.
-        seed: of the initial weights, the order and the augmentation.
-        dtype: "fp32", or autocast's "bf16" or "fp16" (with a gradient scaler).
-        channels_last: the layout of weights and activations.
-        swap: fused blocks; False runs stock BN, addition and ReLU.
+    Raises RunError: an unknown dtype.
 
-    Raises:
-        RunError: an unknown dtype.
-
-    Example:
-        >>> from fastres.lab.recipes import recipe
-        >>> spec = RunSpec("resnet20", "digits", recipe("digits"), options=(("shortcut", "B"),))
-        >>> RunSpec.from_dict(spec.to_dict()) == spec
-        True
+    >>> from fastres.lab.recipes import recipe
+    >>> spec = RunSpec("resnet20", "digits", recipe("digits"), options=(("shortcut", "B"),))
+    >>> RunSpec.from_dict(spec.to_dict()) == spec
+    True
     """
 
-    network: str
-    data: str
+    network: str  # and options: for fastres.lab.networks.build, such as ("resnet20", (("shortcut", "B"),))
+    data: str  # for fastres.lab.datasets.load
     recipe: TrainRecipe
-    seed: int = 0
+    seed: int = 0  # of the initial weights, the order and the augmentation
     options: tuple[tuple[str, Any], ...] = ()
-    dtype: str = "fp32"
+    dtype: str = "fp32"  # or autocast's "bf16" or "fp16" (with a gradient scaler)
     channels_last: bool = True
-    swap: bool = True
+    swap: bool = True  # fused blocks; False runs stock BN, addition and ReLU
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -74,10 +63,7 @@ class RunSpec:
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """The fields in which `other`, a spec as a dict, differs, such as "seed 1, not 0": its value first."""
         mine, theirs = _flat(self.to_dict()), _flat(other)
-        names = [*mine, *(name for name in theirs if name not in mine)]
-        return [
-            f"{name} {theirs.get(name)}, not {mine.get(name)}" for name in names if mine.get(name) != theirs.get(name)
-        ]
+        return [f"{n} {theirs.get(n)}, not {mine.get(n)}" for n in {**mine, **theirs} if mine.get(n) != theirs.get(n)]
 
 
 @dataclass(frozen=True)
@@ -148,12 +134,8 @@ class Progress:
 
 def write_checkpoint(path: Path, spec: RunSpec, progress: Progress, parts: Mapping[str, Any]) -> None:
     """Write `progress` and the state of `parts`, such as {"model": model, "optimizer": optimizer}, atomically."""
-    content = {
-        "schema": CHECKPOINT,
-        "spec": spec.to_dict(),
-        "progress": asdict(progress),
-        **{name: part.state_dict() for name, part in parts.items()},
-    }
+    content = {"schema": CHECKPOINT, "spec": spec.to_dict(), "progress": asdict(progress)}
+    content |= {name: part.state_dict() for name, part in parts.items()}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
@@ -189,10 +171,7 @@ def read_checkpoint(path: Path, spec: RunSpec, parts: Mapping[str, Any]) -> Prog
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 
@@ -263,15 +242,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Log:
-    """log.csv and events.out.* in `folder`.
+    """log.csv and events.out.* in `folder`; raises OutputError where they cannot be written.
 
-    Args:
-        folder: of the run.
-        history: the points so far, as the checkpoint has them: what a run logged after its last checkpoint is dropped.
-        iteration: done so far.
-
-    Raises:
-        OutputError: the file cannot be written.
+    `history` has the points so far, as the checkpoint has them: what a run logged after its last checkpoint is dropped.
     """
 
     def __init__(self, folder: Path, history: list[Point], iteration: int) -> None:

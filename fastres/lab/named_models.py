@@ -52,14 +52,11 @@ def build(name: str, weights: Path | None = None, channels: int | None = None) -
         weights: a file with the state_dict; None for random weights, or for `hf:` the folder's if it has any.
         channels: of the input, where the library lets one choose.
 
-    Raises:
-        ModelError: an unknown name, with the nearest ones; a network that cannot be built.
-        MissingExtra: the library is not installed; the message says how to install it.
-        CheckpointError: `weights` do not fit this network.
+    Raises ModelError: an unknown name, with the nearest ones, or a network that cannot be built; MissingExtra;
+    CheckpointError: `weights` do not fit this network.
 
-    Example:
-        >>> build("fastres:cifar_resnet8").weights
-        'random weights (seed 0); load others with --weights FILE'
+    >>> build("fastres:cifar_resnet8").weights
+    'random weights (seed 0); load others with --weights FILE'
     """
     kind, colon, rest = name.partition(":")
     if ".py:" in name:

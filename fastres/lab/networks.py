@@ -46,17 +46,13 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **options: Any
     Args:
         name: one of :func:`names`, or `resnetN` or `plainN` for a CIFAR network of another depth.
         num_classes, in_channels: of the data.
-        options: those of the network's class: shortcut, zeros, init, zero_init_residual for all; stride_in_1x1,
-            conv1_bias, ceil_pool for ImageNet's (:class:`fastres.models.ResNet`); layers_per_block for CIFAR's
-            (:class:`fastres.models.CifarResNet`).
+        options: those of :class:`fastres.models.ResNet` or :class:`fastres.models.CifarResNet`.
 
-    Raises:
-        NetworkError: an unknown name, with the nearest ones; an option or a depth that the network does not take.
+    Raises NetworkError: an unknown name, with the nearest ones; an option or a depth that the network does not take.
 
-    Example:
-        >>> net = build("resnet20", 10, 1, shortcut="B")
-        >>> sum(p.numel() for p in net.parameters())
-        272186
+    >>> net = build("resnet20", 10, 1, shortcut="B")
+    >>> sum(p.numel() for p in net.parameters())
+    272186
     """
     make: Any
     taken: type[nn.Module]

@@ -51,7 +51,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """Write strict JSON (no NaN), indented, atomically."""
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically. Raises OutputError."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

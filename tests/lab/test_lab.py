@@ -144,10 +144,10 @@ def test_photographs_are_the_two_real_ones_normalized():
     pytest.importorskip("torchvision")
     from fastres.lab.datasets import photographs
 
-    photos = photographs()
-    assert photos.names == ["china.jpg", "flower.jpg"]
-    assert photos.images.shape == (2, 3, 224, 224) and photos.images.dtype == torch.float32
-    red = photos.images[:, 0] * 0.229 + 0.485
+    names, images = photographs()
+    assert names == ["china.jpg", "flower.jpg"]
+    assert images.shape == (2, 3, 224, 224) and images.dtype == torch.float32
+    red = images[:, 0] * 0.229 + 0.485
     assert 0 <= red.min() and red.max() <= 1 and red.std() > 0.1
 
 

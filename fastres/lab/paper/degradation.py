@@ -170,10 +170,9 @@ def one_step(network: str, preset: Preset, device_name: str) -> dict[str, Any]:
 
     On a CPU the memory is the growth of the process's peak resident set, so this runs in a process of its own.
 
-    Example:
-        >>> from fastres.lab.paper.presets import preset
-        >>> sorted(one_step("resnet8", preset("ci"), "cpu"))
-        ['batch', 'loss', 'memory_bytes', 'parameters', 'seconds']
+    >>> from fastres.lab.paper.presets import preset
+    >>> sorted(one_step("resnet8", preset("ci"), "cpu"))
+    ['batch', 'loss', 'memory_bytes', 'parameters', 'seconds']
     """
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:

@@ -41,8 +41,7 @@ def check(asked: Evaluation) -> tuple[str, Path]:
 def outcome(context: Context) -> Outcome:
     """The measured errors, a row for each published number, and their difference.
 
-    Raises:
-        LabError: no network or checkpoint, one that does not fit, no data.
+    Raises LabError: no network or checkpoint, one that does not fit, no data.
     """
     asked = context.evaluation
     network, weights = check(asked)

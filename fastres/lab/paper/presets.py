@@ -35,33 +35,23 @@ class PaperError(LabError, ValueError):
 
 @dataclass(frozen=True)
 class Preset:
-    """One protocol.
+    """One protocol."""
 
-    Args:
-        name: "ci", "digits" or "cifar10".
-        title: of the data, for tables.
-        data: for :func:`fastres.lab.datasets.load`; size, channels and classes are its images'.
-        recipe: for every run; `recipe_110` for those of 110 layers, where it differs.
-        depths: plain and residual (experiments 1, 3); more_depths: residual only (experiment 4, Table 6).
-        seeds: for every network.
-        deepest: the depth that is built and run for a single step.
-        seconds_per_layer: time of one iteration on one CPU core, measured over a whole experiment on a machine that had
-            other work too (a step by itself takes half of it); None where only a GPU makes sense.
-    """
-
-    name: str
-    title: str
-    data: str
+    name: str  # "ci", "digits" or "cifar10"
+    title: str  # of the data, for tables
+    data: str  # for fastres.lab.datasets.load; size, channels and classes are its images'
     size: int
     channels: int
     recipe: TrainRecipe
-    depths: tuple[int, ...]
-    more_depths: tuple[int, ...]
+    depths: tuple[int, ...]  # plain and residual (experiments 1, 3)
+    more_depths: tuple[int, ...]  # residual only (experiment 4, Table 6)
     skip_depths: tuple[int, ...]
-    seeds: tuple[int, ...]
-    recipe_110: TrainRecipe | None = None
-    deepest: int = 1202
+    seeds: tuple[int, ...]  # for every network
+    recipe_110: TrainRecipe | None = None  # for networks of 110 layers, where it differs
+    deepest: int = 1202  # built and run for a single step
     classes: int = 10
+    # Time of one iteration on one CPU core, measured over a whole experiment on a machine that had other work too (a
+    # step by itself takes half of it); None where only a GPU makes sense.
     seconds_per_layer: float | None = None
 
     def spec(self, network: str, seed: int, **options: Any) -> RunSpec:
@@ -130,14 +120,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset(name: str) -> Preset:
-    """The preset called `name`.
+    """The preset called `name`; raises PaperError, which lists them.
 
-    Raises:
-        PaperError: no such preset; the message lists them.
-
-    Example:
-        >>> preset("digits").recipe.milestones
-        (320, 480)
+    >>> preset("digits").recipe.milestones
+    (320, 480)
     """
     if name not in PRESETS:
         raise PaperError(f"preset: got {name!r}, expected {', '.join(PRESETS)}")

@@ -12,25 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Published:
-    """One published error, or a pair of them.
+    """One published error, or a pair of them, as fractions."""
 
-    Args:
-        network: as :func:`fastres.lab.networks.names` calls it.
-        source: "Table 6", or another publisher.
-        data: "cifar10" or "imagenet".
-        protocol: "1-crop", "10-crop", "multi-scale" or "single view".
-        top1, top5: errors as fractions; None where the source has none.
-        shortcut: "A", "B", "C"; None for plain networks.
-        note: a remark on the number.
-    """
-
-    network: str
-    source: str
-    data: str
-    protocol: str
+    network: str  # as fastres.lab.networks.names calls it
+    source: str  # "Table 6", or another publisher
+    data: str  # "cifar10" or "imagenet"
+    protocol: str  # "1-crop", "10-crop", "multi-scale" or "single view"
     top1: float
     top5: float | None = None
-    shortcut: str | None = None
+    shortcut: str | None = None  # "A", "B", "C"; None for plain networks
     note: str = ""
 
 
@@ -119,20 +109,12 @@ PARAMETERS: dict[str, tuple[int, int, int]] = {
 }
 
 
-def find(
-    network: str | None = None,
-    *,
-    data: str | None = None,
-    source: str | None = None,
-    protocol: str | None = None,
-    shortcut: str | None = None,
-) -> list[Published]:
-    """The published errors that match every argument given, in the paper's order.
+def find(network: str | None = None, **wanted: str | None) -> list[Published]:
+    """The published errors that match every argument given (data, source, protocol, shortcut), in the paper's order.
 
-    Example:
-        >>> find("resnet110", source="Table 6")[0].top1
-        0.0643
+    >>> find("resnet110", source="Table 6")[0].top1
+    0.0643
     """
-    wanted = {"network": network, "data": data, "source": source, "protocol": protocol, "shortcut": shortcut}
+    wanted["network"] = network
     given = {key: value for key, value in wanted.items() if value is not None}
     return [each for each in PUBLISHED if all(getattr(each, key) == value for key, value in given.items())]

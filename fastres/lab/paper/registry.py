@@ -20,14 +20,10 @@ GPU_FLOPS = 5e12  # sustained in training: an assumption, about what small netwo
 
 
 def experiment(name: str) -> Experiment:
-    """The experiment called `name`.
+    """The experiment called `name`; raises PaperError, which lists them.
 
-    Raises:
-        PaperError: no such experiment; the message lists them.
-
-    Example:
-        >>> experiment("responses").source
-        'Fig. 7'
+    >>> experiment("responses").source
+    'Fig. 7'
     """
     if name not in EXPERIMENTS:
         raise PaperError(f"experiment: got {name!r}, expected {', '.join(EXPERIMENTS)}, or report")
@@ -49,9 +45,8 @@ def estimate(name: str, preset_name: str) -> str:
     A training iteration costs three times the multiply-adds of a forward pass, each two operations. The CPU's seconds
     for each layer and iteration are measured (presets.py); a GPU is assumed to sustain 5 TFLOP/s.
 
-    Example:
-        >>> estimate("degradation", "digits")
-        'about 21 min on two CPU cores'
+    >>> estimate("degradation", "digits")
+    'about 21 min on two CPU cores'
     """
     chosen = experiment(name)
     if preset_name not in chosen.presets:

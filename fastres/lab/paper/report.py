@@ -21,7 +21,7 @@ from fastres.lab.paper.presets import PaperError, Preset
 from fastres.lab.paper.published import CLAIMS
 from fastres.lab.paper.runs import Experiment
 from fastres.lab.paper.tables import Curve, Outcome, Panel, Table
-from fastres.lab.results import write_atomically, write_json
+from fastres.lab.results import write_json, write_text
 
 SCHEMA = "fastres.paper/1"
 PAPER = "He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016"
@@ -54,7 +54,7 @@ def write(
         paths.append(out / f"{name}.png")
         footnote = f"line: mean of the seeds, band: minimum to maximum. {machine(where)}"
         draw(outcome.panels, paths[-1], f"{experiment.title} ({experiment.source}) - {preset.title}", footnote)
-    write_atomically(paths[1], lambda file: file.write((markdown(document, "#") + "\n").encode()))
+    write_text(paths[1], markdown(document, "#") + "\n")
     write_json(paths[0], document)  # last: if it exists, so do the others
     return paths
 
@@ -84,8 +84,7 @@ def markdown(document: dict[str, Any], heading: str = "##") -> str:
 def documents(out: Path) -> list[dict[str, Any]]:
     """The results in a folder, in the paper's order.
 
-    Raises:
-        PaperError: there are none, or a file is damaged.
+    Raises PaperError: there are none, or a file is damaged.
     """
     found = []
     for path in sorted(out.glob("paper-*.json")):
@@ -106,8 +105,7 @@ def documents(out: Path) -> list[dict[str, Any]]:
 def page(out: Path, kind: str = "md") -> Path:
     """Write report.md or report.html, one page with all results in `out`; the HTML embeds its plots.
 
-    Raises:
-        PaperError: nothing to report, or an unknown kind; OutputError: the page cannot be written.
+    Raises PaperError: nothing to report, or an unknown kind; OutputError: the page cannot be written.
     """
     if kind not in ("md", "html"):
         raise PaperError(f"format: got {kind!r}, expected md or html")
@@ -115,7 +113,7 @@ def page(out: Path, kind: str = "md") -> Path:
     if kind == "html":
         text = _html(text, out)
     path = out / f"report.{kind}"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
     return path
 
 
@@ -154,8 +152,7 @@ COLORS = ("#1f6fb4", "#d1741f", "#3a8f4d", "#8a4fa3", "#c8452f", "#5b6570")
 def draw(panels: Sequence[Panel], path: Path, title: str, footnote: str) -> None:
     """Write `panels`, two to a row, as a PNG at `path`.
 
-    Raises:
-        MissingExtra: matplotlib is not installed. OutputError: `path` cannot be written. ValueError: no panels.
+    Raises MissingExtra: matplotlib is not installed. OutputError: `path` cannot be written. ValueError: no panels.
     """
     if not panels:
         raise ValueError("panels: got none, expected at least one")

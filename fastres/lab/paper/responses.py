@@ -53,16 +53,12 @@ def responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
         model: fused or not; its mode and its hooks are restored.
         batches: images [N, C, H, W] on the model's device.
 
-    Returns:
-        The deviations by the convolution's name, in the order of the network.
+    Returns the deviations by the convolution's name, in the order of the network. Raises ValueError: no batches, or a
+    network without 3x3 layers.
 
-    Raises:
-        ValueError: no batches, or a network without 3x3 layers.
-
-    Example:
-        >>> from fastres.models import cifar_resnet
-        >>> len(responses(cifar_resnet(20), [torch.randn(2, 3, 8, 8)]))
-        19
+    >>> from fastres.models import cifar_resnet
+    >>> len(responses(cifar_resnet(20), [torch.randn(2, 3, 8, 8)]))
+    19
     """
     norms = layers_of(model)
     if not norms:

@@ -33,19 +33,12 @@ Report = Callable[[int, int, str], None]  # (iterations done, of all runs, text)
 
 @dataclass(frozen=True)
 class Place:
-    """The place and the manner in which runs execute.
+    """The place and the manner in which runs execute."""
 
-    Args:
-        out: the experiments' folder.
-        device: for :func:`fastres.lab.loop.run`; several runs at a time need "cpu".
-        workers: runs at a time; with several, each uses one thread.
-        data_root: of data that is not bundled.
-    """
-
-    out: Path
-    device: str = "auto"
-    workers: int = 1
-    data_root: Path | None = None
+    out: Path  # the experiments' folder
+    device: str = "auto"  # several runs at a time need "cpu"
+    workers: int = 1  # runs at a time; with several, each uses one thread
+    data_root: Path | None = None  # of data that is not bundled
 
 
 def folder(out: Path, spec: RunSpec) -> Path:
@@ -78,14 +71,8 @@ def cost(spec: RunSpec) -> int:
 def execute(specs: Sequence[RunSpec], place: Place, report: Report | None = None) -> dict[RunSpec, RunResult]:
     """Execute the runs that are not done yet, longest first, and return all results.
 
-    After an interrupt, a second call resumes.
-
-    Args:
-        specs: may contain duplicates.
-        report: called in this process with the work done so far, in units of iterations x layers.
-
-    Raises:
-        LabError: what `loop.run` raises.
+    `report` is called in this process with the work done so far, in units of iterations x layers. After an interrupt, a
+    second call resumes. Raises LabError, as `loop.run` does.
     """
     unique = list(dict.fromkeys(specs))
     todo = sorted((spec for spec in unique if not finished(place.out, spec)), key=cost, reverse=True)
@@ -216,22 +203,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment of the paper.
-
-    Args:
-        number, name, title: "1", "degradation", ...
-        source: tables and figures of the paper.
-        specs: the runs it needs under a preset; none for experiments that train nothing.
-        outcome: makes tables and plot of the results.
-        presets: the presets it can run with.
-        note: on its cost, for the list.
-    """
+    """One experiment of the paper."""
 
     number: int
     name: str
     title: str
-    source: str
-    specs: Callable[[Preset], Sequence[RunSpec]]
+    source: str  # tables and figures of the paper
+    specs: Callable[[Preset], Sequence[RunSpec]]  # the runs it needs; none for experiments that train nothing
     outcome: Callable[[Context], Outcome]
     presets: tuple[str, ...] = ("ci", "digits", "cifar10")
-    note: str = ""
+    note: str = ""  # on its cost, for the list

@@ -63,9 +63,8 @@ def times(
 ) -> dict[str, list[float]]:
     """Seconds of a training step (forward and backward) of `network` with A, B and C, in interleaved rounds.
 
-    Example:
-        >>> sorted(times("resnet8", 10, 4, 1, 8, "cpu", rounds=3))
-        ['A', 'B', 'C']
+    >>> sorted(times("resnet8", 10, 4, 1, 8, "cpu", rounds=3))
+    ['A', 'B', 'C']
     """
     device = pick_device(device_name)
     images = torch.randn(batch, channels, size, size, device=device)
