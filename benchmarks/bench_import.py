@@ -34,7 +34,6 @@ print(json.dumps({{
 
 
 def imported(fastres: bool) -> dict[str, Any]:
-    """Time the imports in a new process."""
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT.format(fastres=fastres)], capture_output=True, text=True, timeout=120, check=True
     )

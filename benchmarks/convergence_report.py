@@ -97,7 +97,6 @@ def verdicts(network: str, runs: Sequence[Run], test_images: int, dtypes: Sequen
 
 
 def standard_error(a: Sequence[float], b: Sequence[float]) -> float:
-    """The standard error of the difference of two samples' means."""
     return math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
 
 
@@ -117,7 +116,6 @@ def apart(run: Run, way: str) -> int | None:
 def document(
     runs: Mapping[str, Sequence[Run]], settings: Mapping[str, Run], where: Run, test_images: int = 360
 ) -> dict[str, Any]:
-    """The data of the result file."""
     ways = [name for name in next(iter(runs.values()))[0]["ways"] if name != "float64"]
     return {
         "schema": SCHEMA_NAME,
@@ -147,7 +145,6 @@ QUESTIONS = {
 
 
 def text(data: dict[str, Any]) -> list[str]:
-    """One line per verdict."""
     return [
         f"{'ok    ' if v['passed'] else 'FAILED'} {v['network']:<15} {v['dtype']}  ({v['question']}) {v['what']:<39}"
         f" eager {v['eager']:.3g}, swapped {v['swapped']:.3g}; limit {v['limit']}"
@@ -156,7 +153,6 @@ def text(data: dict[str, Any]) -> list[str]:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The verdicts and the seeds' results as a Markdown page."""
     lines = pages.heading("Training: swapped against eager", data["environment"])
     for name, one in data["settings"].items():
         lines.append(

@@ -38,7 +38,6 @@ def rate(batches, count, batch_size, use=lambda images, labels: None):
 
 
 def compare(name, data, network, recipe, device, count, pipeline_count):
-    """Print one row of the table."""
     net = channels_last(networks.build(network, data.classes, data.channels).to(device))
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
 

@@ -36,8 +36,6 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """The time to measure a case for."""
-
     budget_s: float  # timed seconds for a case of weight 1, all peers together
     rounds: int  # at most
     min_rounds: int = 6
@@ -79,8 +77,6 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """One row of the benchmark."""
-
     what: ClassVar[str]
     weight: ClassVar[float] = 1.0  # how many budgets it may use
     baselines: ClassVar[tuple[str, ...]] = ("eager",)  # speed-ups are over the fastest of these

@@ -48,7 +48,6 @@ def prepare(folder: Path) -> None:
 
 
 def junit(tests: list[dict[str, Any]]) -> str:
-    """Format records of tests as JUnit XML."""
     kinds = {"failed": "failure", "error": "error", "skipped": "skipped"}
     attributes = {"failed": "failures", "error": "errors", "skipped": "skipped"}
     counts = {key: str(sum(t["outcome"] == name for t in tests)) for name, key in attributes.items()}

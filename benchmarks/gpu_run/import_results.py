@@ -29,8 +29,7 @@ import result_schema
 from fastres.lab.errors import MissingExtra
 from fastres.ops import _conv_tiles
 from gpu_run import files
-from gpu_run.checkout import ROOT, digest
-from gpu_run.summary import commit
+from gpu_run.checkout import ROOT, commit, digest
 from plot import draw
 
 MODES = {
@@ -255,13 +254,12 @@ def write_all(out: dict[Path, str]) -> None:
 def pictures(out: dict[Path, str]) -> list[str]:
     """Plot each result of whole networks; returns lines to print."""
     lines = []
-    for path in out:
-        if path.suffix == ".json" and path.name.startswith("networks"):
-            try:
-                draw(result_schema.load(path), path.with_suffix(".png"))
-            except MissingExtra as missing:
-                return [f"note: no plot: {missing}"]
-            lines.append(str(path.with_suffix(".png")))
+    for path in (p for p in out if p.suffix == ".json" and p.name.startswith("networks")):
+        try:
+            draw(result_schema.load(path), path.with_suffix(".png"))
+        except MissingExtra as missing:
+            return [f"note: no plot: {missing}"]
+        lines.append(str(path.with_suffix(".png")))
     return lines
 
 

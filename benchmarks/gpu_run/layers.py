@@ -86,7 +86,6 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def own_kernels(layer: Layer, device: torch.device) -> Sequence[_conv_tiles.Kernel]:
-    """The kernels of fastres._C_cuda that support the layer."""
     return _conv_tiles.taken_by(layer.problem(device))[0] if device.type == "cuda" else ()
 
 

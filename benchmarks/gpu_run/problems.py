@@ -27,8 +27,6 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Problem:
-    """One launch function at one shape."""
-
     what: str  # a key of MAKERS
     shape: tuple[int, ...]  # of x
     layout: str

@@ -46,7 +46,6 @@ class Program:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of GPU memory."""
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 

@@ -52,8 +52,6 @@ class Ended:
 
 @dataclass
 class Run:
-    """One run of `make gpu`."""
-
     results: Path
     build: Path
     gpu: Gpu | None  # None: a dry run

@@ -22,11 +22,7 @@ from gpu_run.run import FAILED, PASSED, SKIPPED, Ended, Outcome, Run
 Record = dict[str, Any]
 
 # The reasons for which a gpu test may be skipped: the hardware lacks something. Any other skip fails the run.
-HARDWARE = (
-    r"needs [\d.]+ Gi?B of GPU memory",
-    r"needs \d+ GPUs",
-    r"needs compute capability",
-)
+HARDWARE = (r"needs [\d.]+ Gi?B of GPU memory", r"needs \d+ GPUs", r"needs compute capability")
 DRY = r"(no|needs a) CUDA device|dry run"
 TOOLS = ("memcheck", "racecheck")
 CANNOT = r"Device not supported|Unable to find injection library|not supported on this"
@@ -50,7 +46,6 @@ def accepted(reason: str, run: Run) -> bool:
 def gpu_tests(run: Run, limit_s: float) -> Outcome:
     """Run `pytest -m gpu` in parallel, then the large tests, which need all of the GPU's memory, one by one."""
     record = run.path("tests.jsonl")
-    chosen = gpu_files(run.root)
     workers = min(WORKERS, (os.cpu_count() or 1) // 2, run.gpu.memory_mib // WORKER_MIB if run.gpu else 1)
     parallel = ["-n", str(workers)] if run.has("xdist") and workers > 1 else ["-p", "no:xdist"]
     environment = {"FASTRES_TEST_DEVICE": "cpu"} if run.dry else {}
@@ -61,15 +56,13 @@ def gpu_tests(run: Run, limit_s: float) -> Outcome:
     ended: list[Ended] = []
     end = time.monotonic() + limit_s
     for marks, how, share in (("gpu and not full", parallel, 0.7), ("gpu and full", ["-p", "no:xdist"], 1.0)):
-        arguments = ["-m", "pytest", *chosen, "-q", "-rs", "-p", "no:cacheprovider", "-m", marks, *how]
-        arguments += ["-o", "faulthandler_timeout=60"]  # shows in the log where a test hangs
-        limit = _left(end) * (1.0 if run.dry else share)  # a dry run has no second part
-        ended.append(run.python([*arguments, *plugin(record)], limit, environment, on_tick=write))
-        if run.dry:
+        if run.dry and ended:  # a dry run has no second part
             break
+        arguments = ["-m", "pytest", *gpu_files(run.root), "-q", "-rs", "-p", "no:cacheprovider", "-m", marks, *how]
+        arguments += ["-o", "faulthandler_timeout=60", *plugin(record)]  # shows in the log where a test hangs
+        ended.append(run.python(arguments, _left(end) * (1.0 if run.dry else share), environment, on_tick=write))
     write()
-    tests = once(files.read_lines(record))
-    return judged(run, tests, ended)
+    return judged(run, once(files.read_lines(record)), ended)
 
 
 def _left(end: float) -> float:
@@ -97,18 +90,16 @@ def judged(run: Run, tests: list[Record], ended: list[Ended]) -> Outcome:
     bad = [test for test in tests if test["outcome"] in ("failed", "error")]
     skips = Counter(test["message"] for test in tests if test["outcome"] == "skipped")
     wrong = {reason: n for reason, n in skips.items() if not accepted(reason, run)}
-    lines = [f"{test['outcome']}: {test['test']}: {_reason(test['message'])}" for test in bad]
-    lines += [f"skipped without a hardware reason: {n} x {reason}" for reason, n in wrong.items()]
-    lines += [f"skipped: {n} x {reason}" for reason, n in skips.items() if reason not in wrong]
+    lines = [] if counts["passed"] else ["no test passed"]
     for i, end in enumerate(ended):
         if end.out_of_time:
-            lines.insert(0, f"pytest ran out of time ({i + 1} of {len(ended)})")
+            lines.append(f"pytest ran out of time ({i + 1} of {len(ended)})")
         elif end.code not in (0, 1, 5):  # 1: tests failed, they are listed; 5: no tests of this kind
-            lines.insert(0, f"pytest ended with {end.code}: {end.last}")
-    none = not counts["passed"]
-    if none:
-        lines.insert(0, "no test passed")
-    failed = bool(bad or wrong or none) or any(e.out_of_time or e.code not in (0, 5) for e in ended)
+            lines.append(f"pytest ended with {end.code}: {end.last}")
+    failed = bool(lines or bad or wrong) or any(end.code not in (0, 5) for end in ended)
+    lines += [f"{test['outcome']}: {test['test']}: {_reason(test['message'])}" for test in bad]
+    lines += [f"skipped without a hardware reason: {n} x {reason}" for reason, n in wrong.items()]
+    lines += [f"skipped: {n} x {reason}" for reason, n in skips.items() if reason not in wrong]
     message = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "error", "skipped") if counts[name])
     facts = {"counts": dict(counts), "skips": dict(skips)}
     return Outcome(FAILED if failed else PASSED, message or "nothing ran", lines, facts)
@@ -179,12 +170,12 @@ class Recorder:
     def pytest_runtest_logreport(self, report: Any) -> None:
         if self.worker:  # the controller of xdist sees it too
             return
-        if report.when == "call" or report.outcome != "passed":
-            outcome = report.outcome
-            if outcome == "failed" and report.when != "call":
-                outcome = "error"
+        outcome = report.outcome
+        if report.when == "call" or outcome != "passed":
             if hasattr(report, "wasxfail"):
-                outcome = "xfailed" if report.outcome == "skipped" else report.outcome
+                outcome = "xfailed" if outcome == "skipped" else outcome
+            elif outcome == "failed" and report.when != "call":
+                outcome = "error"
             self._write(report, outcome, report.duration)
 
     def pytest_collectreport(self, report: Any) -> None:
@@ -196,9 +187,5 @@ class Recorder:
         skipped = outcome == "skipped" and isinstance(report.longrepr, tuple)
         message = str(report.longrepr[2]).removeprefix("Skipped: ") if skipped else report.longreprtext
         line = {"test": report.nodeid, "outcome": outcome, "seconds": seconds, "message": message}
-        data = (json.dumps(line) + "\n").encode()
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(file, data)  # one call: lines of several processes do not mix
-        finally:
-            os.close(file)
+        with open(self.path, "ab", buffering=0) as file:
+            file.write((json.dumps(line) + "\n").encode())  # one call: lines of several processes do not mix

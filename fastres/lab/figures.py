@@ -15,8 +15,6 @@ OURS, THEIRS, FAILED = "#1f6fb4", "#9aa3ab", "#c8452f"
 
 @dataclass(frozen=True)
 class Bar:
-    """One row of a throughput chart."""
-
     name: str
     images_per_s: float
     label: str  # written at the bar's end, such as "1.31x"

@@ -31,24 +31,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastres
 from fastres.lab import datasets, networks
+from fastres.lab import loop_state as state
 from fastres.lab.batches import DataSet, stream
 from fastres.lab.devices import Place, channels_last, interrupts, place
 from fastres.lab.errors import DivergedError, RunError
-from fastres.lab.loop_state import (
-    DTYPES,
-    RUN,
-    Log,
-    Point,
-    Progress,
-    RunResult,
-    RunSpec,
-    Step,
-    lock_run_folder,
-    read_checkpoint,
-    read_json,
-    result_in,
-    write_checkpoint,
-)
+from fastres.lab.loop_state import Point, RunResult, RunSpec, Step
 from fastres.lab.recipes import TrainRecipe
 from fastres.lab.results import environment, write_json
 
@@ -94,11 +81,11 @@ def run(
     >>> run(spec, Path(tempfile.mkdtemp()), device="cpu", stop_after=2).iterations
     2
     """
-    finished = result_in(folder, spec)
+    finished = state.result_in(folder, spec)
     if finished is not None:
         return finished
     data = datasets.load(spec.data, data_root, workers)
-    with place(device) as here, lock_run_folder(folder, spec, here):
+    with place(device) as here, state.lock_run_folder(folder, spec, here):
         cuda = [here.device] if here.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), interrupts(here) as interrupted:
             training = _Training(spec, folder, data, here, checkpoint_every)
@@ -112,7 +99,9 @@ def run(
                 raise KeyboardInterrupt
         if here.first and result.iterations == spec.recipe.iterations:
             about = environment(here.device, command or shlex.join(sys.argv))
-            write_json(folder / "result.json", {"schema": RUN, **about, "processes": here.part.of, **result.to_dict()})
+            write_json(
+                folder / "result.json", {"schema": state.RUN, **about, "processes": here.part.of, **result.to_dict()}
+            )
         return result
 
 
@@ -121,15 +110,13 @@ def trained(folder: Path, data_root: Path | None = None) -> nn.Module:
 
     Raises LabError for a folder without a run or with a damaged one.
     """
-    spec = RunSpec.from_dict(read_json(folder / "spec.json"))
+    spec = RunSpec.from_dict(state.read_json(folder / "spec.json"))
     model = network(spec, datasets.load(spec.data, data_root))
-    read_checkpoint(folder / "checkpoint.pt", spec, {"model": model})
+    state.read_checkpoint(folder / "checkpoint.pt", spec, {"model": model})
     return model.eval()
 
 
 class _Training:
-    """A run in progress: the loop and its state."""
-
     def __init__(self, spec: RunSpec, folder: Path, data: DataSet, here: Place, checkpoint_every: int | None) -> None:
         self.spec, self.folder, self.data, self.here = spec, folder, data, here
         recipe = spec.recipe
@@ -145,10 +132,10 @@ class _Training:
         self.optimizer = torch.optim.SGD(_groups(self.model, recipe), recipe.lr, recipe.momentum)
         self.scaler = torch.amp.grad_scaler.GradScaler(here.device.type, enabled=spec.dtype == "fp16")
         self.saved: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        self.progress = Progress(warmed_up=recipe.warmup_lr is None)
+        self.progress = state.Progress(warmed_up=recipe.warmup_lr is None)
         if (folder / "checkpoint.pt").exists():
-            self.progress = read_checkpoint(folder / "checkpoint.pt", spec, self.saved)
-        self.log = Log(folder, self.progress.history, self.progress.iteration) if here.first else None
+            self.progress = state.read_checkpoint(folder / "checkpoint.pt", spec, self.saved)
+        self.log = state.Log(folder, self.progress.history, self.progress.iteration) if here.first else None
         # the checkpoint holds the first process's sums: the others' share of one point is lost
         sums = self.progress.sums if here.first else [0.0] * 3
         self.sums = torch.tensor(sums, dtype=torch.float64, device=here.device)
@@ -253,7 +240,7 @@ class _Training:
 
     def _autocast(self) -> torch.autocast:
         on = self.spec.dtype != "fp32"
-        return torch.autocast(self.here.device.type, DTYPES[self.spec.dtype] if on else None, enabled=on)
+        return torch.autocast(self.here.device.type, state.DTYPES[self.spec.dtype] if on else None, enabled=on)
 
     def _step(self, loss: float) -> Step:
         recipe, done, size = self.spec.recipe, self.progress.iteration, self.data.train_size
@@ -269,7 +256,7 @@ class _Training:
         self.progress.sums = self.sums.tolist()
         if self.log is not None:
             self.log.flush()
-        write_checkpoint(self.folder / "checkpoint.pt", self.spec, self.progress, self.saved)
+        state.write_checkpoint(self.folder / "checkpoint.pt", self.spec, self.progress, self.saved)
         self.last_checkpoint = time.perf_counter()
 
     def result(self) -> RunResult:

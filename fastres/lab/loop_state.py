@@ -51,7 +51,6 @@ class RunSpec:
             raise RunError(f"dtype: got {self.dtype!r}, expected {', '.join(DTYPES)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
         made: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         return {**made, "options": dict(self.options)}
 
@@ -96,7 +95,6 @@ class RunResult:
     history: list[Point]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**fields, "spec": self.spec.to_dict(), "history": [asdict(point) for point in self.history]}
 

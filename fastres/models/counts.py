@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Counts:
-    """The cost of one network."""
-
     parameters: int
     multiply_adds: int  # for one image
 

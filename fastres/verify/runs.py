@@ -29,7 +29,6 @@ class Run:
     cotangents: dict[str, Tensor] = field(default_factory=dict)
 
     def get(self, kind: str, name: str) -> Tensor | None:
-        """The tensor of that kind and name, or None."""
         return (self.outputs if kind == "output" else self.grads if kind == "grad" else self.buffers).get(name)
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor | None]]:

@@ -66,7 +66,6 @@ class Verification:
 
     @property
     def worst(self) -> Row | None:
-        """The row with the largest ratio."""
         return max(self.rows, key=lambda row: row.ratio, default=None)
 
     def __bool__(self) -> bool:

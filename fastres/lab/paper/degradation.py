@@ -27,17 +27,7 @@ from fastres.lab.paper import tables
 from fastres.lab.paper.presets import Preset
 from fastres.lab.paper.published import PARAMETERS, find
 from fastres.lab.paper.runs import Context, Experiment
-from fastres.lab.paper.tables import (
-    Comparison,
-    Outcome,
-    Panel,
-    Table,
-    curve,
-    error_panel,
-    over_seeds,
-    per_seed,
-    percent,
-)
+from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table
 
 KINDS = {"plain": "plain", "resnet": "residual"}
 _ERRORS = {"test": "solid", "train": "dashed"}
@@ -56,7 +46,6 @@ def compared(preset: Preset) -> tuple[str, ...]:
 
 
 def specs(preset: Preset) -> list[RunSpec]:
-    """Plain and residual networks of every depth, every seed."""
     return preset.specs(compared(preset))
 
 
@@ -89,9 +78,9 @@ def outcome(context: Context) -> Outcome:
             "seeds": [r.spec.seed for r in results],
             "parameters": results[0].parameters,
             "best_test_error": [r.best_test_error for r in results],
-            **{value: per_seed(results, value) for value in ("test_error", "train_error", "train_loss")},
+            **{value: tables.per_seed(results, value) for value in ("test_error", "train_error", "train_loss")},
             "first_gradient_norm": starts[network],
-            "gradient_norm": per_seed(results, "gradient_norm"),
+            "gradient_norm": tables.per_seed(results, "gradient_norm"),
             "seconds": [r.seconds for r in results],
         }
         for network, results in found.items()
@@ -101,24 +90,29 @@ def outcome(context: Context) -> Outcome:
 
 def _table_6(network: str) -> str:
     errors = find(network, source="Table 6")
-    return percent(errors[0].top1) if errors else "> 60, not displayed" if network == "plain110" else "-"
+    return tables.percent(errors[0].top1) if errors else "> 60, not displayed" if network == "plain110" else "-"
 
 
 def _panels(preset: Preset, found: dict[str, list[RunResult]]) -> Iterator[Panel]:
     depths = tuple(enumerate(preset.depths))
 
     def curves(kind: str, value: str, name: str, style: str) -> Iterator[tables.Curve]:
-        return (over_seeds(found[f"{kind}{d}"], value, f"{kind}-{d}{name}", color, style) for color, d in depths)
+        return (tables.over_seeds(found[f"{kind}{d}"], value, f"{kind}-{d}{name}", color, style) for color, d in depths)
 
     for kind, title in KINDS.items():
         styles = _ERRORS.items()
-        yield error_panel(title, (c for what, s in styles for c in curves(kind, f"{what}_error", f" {what}", s)))
+        yield tables.error_panel(title, (c for what, s in styles for c in curves(kind, f"{what}_error", f" {what}", s)))
     ends = (
-        curve(((d, per_seed(found[f"{kind}{d}"], f"{what}_error")) for d in preset.depths), f"{name} {what}", i, style)
+        tables.curve(
+            ((d, tables.per_seed(found[f"{kind}{d}"], f"{what}_error")) for d in preset.depths),
+            f"{name} {what}",
+            i,
+            style,
+        )
         for i, (kind, name) in enumerate(KINDS.items())
         for what, style in _ERRORS.items()
     )
-    yield error_panel("at the end, by depth", ends, by_depth=True)
+    yield tables.error_panel("at the end, by depth", ends, by_depth=True)
     norms = [*curves("plain", "gradient_norm", "", "dashed"), *curves("resnet", "gradient_norm", "", "solid")]
     yield Panel("gradient norm", "iteration", "norm of all gradients", tuple(norms), log=True)
 
@@ -137,7 +131,7 @@ def _findings(preset: Preset, found: dict[str, list[RunResult]]) -> Iterator[str
     """Each claim of section 4.2 against the measurements."""
 
     def compare(a: str, b: str, what: str, claim: str, higher: bool) -> str:
-        first, second = (per_seed(found[network], what) for network in (a, b))
+        first, second = (tables.per_seed(found[network], what) for network in (a, b))
         return Comparison(_dashed(a), first, _dashed(b), second).finding(claim, higher)
 
     first, last = preset.depths[0], preset.depths[-1]
@@ -161,7 +155,6 @@ def _dashed(network: str) -> str:
 
 
 def depth_specs(preset: Preset) -> list[RunSpec]:
-    """Residual networks of every depth, every seed."""
     return preset.specs(tuple(f"resnet{depth}" for depth in preset.more_depths))
 
 
@@ -221,7 +214,7 @@ def depth_outcome(context: Context) -> Outcome:
     """Table 6 next to the errors measured here, and the deepest network's step."""
     preset = context.preset
     found = {depth: context.of(f"resnet{depth}") for depth in preset.more_depths}
-    errors = {depth: per_seed(results, "test_error") for depth, results in found.items()}
+    errors = {depth: tables.per_seed(results, "test_error") for depth, results in found.items()}
     table = Table.of(
         f"Residual networks by depth: {preset.title}",
         {
@@ -259,10 +252,12 @@ def depth_outcome(context: Context) -> Outcome:
         ends.finding("test error falls with depth", higher=False),
         f"{deepest} builds and takes a step: loss {step['loss']:.3f}, {mib} MiB",
     )
-    train = ((depth, per_seed(results, "train_error")) for depth, results in found.items())
-    at_the_end = curve(errors.items(), "test", 0), curve(train, "train", 0, "dashed")
-    by_iteration = (over_seeds(each, "test_error", f"resnet-{d}", i) for i, (d, each) in enumerate(found.items()))
-    panels = error_panel("at the end", at_the_end, by_depth=True), error_panel("test error", by_iteration)
+    train = ((depth, tables.per_seed(results, "train_error")) for depth, results in found.items())
+    at_the_end = tables.curve(errors.items(), "test", 0), tables.curve(train, "train", 0, "dashed")
+    by_iteration = (
+        tables.over_seeds(each, "test_error", f"resnet-{d}", i) for i, (d, each) in enumerate(found.items())
+    )
+    panels = tables.error_panel("at the end", at_the_end, by_depth=True), tables.error_panel("test error", by_iteration)
     return Outcome((table, memory), lines, panels, {"step": step, "test_error": errors})
 
 
@@ -273,7 +268,7 @@ def _paper_parameters(depth: int) -> str:
 
 def _published(depth: int, paper: bool) -> str:
     found = [each for each in find(f"resnet{depth}", data="cifar10") if (each.source == "Table 6") == paper]
-    return ", ".join(percent(each.top1) + (f" ({each.note})" if each.note else "") for each in found) or "-"
+    return ", ".join(tables.percent(each.top1) + (f" ({each.note})" if each.note else "") for each in found) or "-"
 
 
 EXPERIMENTS = (

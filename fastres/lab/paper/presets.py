@@ -35,8 +35,6 @@ class PaperError(LabError, ValueError):
 
 @dataclass(frozen=True)
 class Preset:
-    """One protocol."""
-
     name: str  # "ci", "digits" or "cifar10"
     title: str  # of the data, for tables
     data: str  # for fastres.lab.datasets.load; size, channels and classes are its images'
@@ -60,7 +58,6 @@ class Preset:
         return RunSpec(network, self.data, chosen, seed, tuple(sorted(options.items())))
 
     def specs(self, networks: tuple[str, ...], **options: Any) -> list[RunSpec]:
-        """A run for each network and seed."""
         return [self.spec(network, seed, **options) for network in networks for seed in self.seeds]
 
     def seeds_note(self, rest: str) -> str:

@@ -12,8 +12,6 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Published:
-    """One published error, or a pair of them, as fractions."""
-
     network: str  # as fastres.lab.networks.names calls it
     source: str  # "Table 6", or another publisher
     data: str  # "cifar10" or "imagenet"

@@ -64,6 +64,5 @@ def estimate(name: str, preset_name: str) -> str:
 
 
 def operations(spec: RunSpec, plan: Preset) -> float:
-    """Floating-point operations of a run."""
     cost = networks.cost(spec.network, plan.classes, plan.channels, plan.size, **dict(spec.options))
     return 6.0 * cost.multiply_adds * spec.recipe.batch_size * spec.recipe.iterations

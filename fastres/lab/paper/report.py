@@ -67,7 +67,6 @@ def machine(where: dict[str, Any]) -> str:
 
 
 def markdown(document: dict[str, Any], heading: str = "##") -> str:
-    """One experiment as Markdown."""
     lines = [f"{heading} {document['number']} {document['title']} ({document['source']})", ""]
     lines += [f"`{document['environment']['command']}`. {machine(document['environment'])}.", ""]
     if document["claims"]:

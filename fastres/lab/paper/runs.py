@@ -54,7 +54,6 @@ def folder(out: Path, spec: RunSpec) -> Path:
 
 
 def finished(out: Path, spec: RunSpec) -> bool:
-    """True once the run is complete."""
     return (folder(out, spec) / "result.json").is_file()
 
 
@@ -92,8 +91,6 @@ def _run(spec: RunSpec, place: Place, on_step: Callable[[Any], None] | None) -> 
 
 
 class _Meter:
-    """Sums up the progress of the runs."""
-
     def __init__(self, todo: Sequence[RunSpec], runs: int, report: Report) -> None:
         self.report, self.runs = report, runs
         self.total = sum(map(cost, todo))
@@ -203,8 +200,6 @@ class Context:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment of the paper."""
-
     number: int
     name: str
     title: str

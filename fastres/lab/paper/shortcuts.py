@@ -30,18 +30,7 @@ from fastres.lab.paper import tables
 from fastres.lab.paper.presets import Preset
 from fastres.lab.paper.published import Published, find
 from fastres.lab.paper.runs import Context, Experiment
-from fastres.lab.paper.tables import (
-    Comparison,
-    Curve,
-    Outcome,
-    Panel,
-    Table,
-    error_panel,
-    loss_panel,
-    over_seeds,
-    per_seed,
-    percent,
-)
+from fastres.lab.paper.tables import Comparison, Curve, Outcome, Panel, Table
 from fastres.lab.timing import interleave, paired_ratio, timer_for
 from fastres.models import Counts
 
@@ -90,7 +79,7 @@ def outcome(context: Context) -> Outcome:
     depth = preset.skip_depths[0]
     found = {"plain": context.of(f"plain{depth}")}
     found |= {kind: [context.results[spec] for spec in _specs(preset, depth, kind)] for kind in KINDS}
-    errors = {kind: per_seed(results, "test_error") for kind, results in found.items()}
+    errors = {kind: tables.per_seed(results, "test_error") for kind, results in found.items()}
     context.tell(f"timing resnet{depth} with A, B and C")
     shape = preset.classes, preset.recipe.batch_size, preset.channels, preset.size
     seconds = times(f"resnet{depth}", *shape, device)
@@ -121,8 +110,8 @@ def outcome(context: Context) -> Outcome:
             "parameters": lambda kind: f"{exact[kind].parameters:,}",
             "multiply-adds G": lambda kind: f"{exact[kind].multiply_adds / 1e9:.3f}",
             **_times(seconds_34),
-            "top-1 error %": lambda kind: percent(_table_3(kind).top1),
-            "top-5 error %": lambda kind: percent(_table_3(kind).top5),
+            "top-1 error %": lambda kind: tables.percent(_table_3(kind).top1),
+            "top-5 error %": lambda kind: tables.percent(_table_3(kind).top5),
         },
         found,
         f"Time: batch {batch} at {size}x{size}, forward and backward.",
@@ -134,9 +123,12 @@ def outcome(context: Context) -> Outcome:
 
     def by_kind(value: str) -> Iterator[Curve]:
         for i, (kind, results) in enumerate(found.items()):
-            yield over_seeds(results, value, kind, i, "dashed" if kind == "plain" else "solid")
+            yield tables.over_seeds(results, value, kind, i, "dashed" if kind == "plain" else "solid")
 
-    panels = error_panel("test error", by_kind("test_error")), loss_panel("training loss", by_kind("train_loss"))
+    panels = (
+        tables.error_panel("test error", by_kind("test_error")),
+        tables.loss_panel("training loss", by_kind("train_loss")),
+    )
     data = {"seconds": seconds, "seconds_resnet34": seconds_34, "test_error": errors}
     return Outcome((table, published), lines, panels, data)
 
@@ -193,7 +185,7 @@ def skips_outcome(context: Context) -> Outcome:
         for depth in preset.skip_depths
         for variant, (kind, options) in VARIANTS.items()
     }
-    errors = {key: per_seed(results, "test_error") for key, results in found.items()}
+    errors = {key: tables.per_seed(results, "test_error") for key, results in found.items()}
     table = Table.of(
         f"What a shortcut skips: {preset.title}",
         {
@@ -216,10 +208,10 @@ def skips_outcome(context: Context) -> Outcome:
 
     def panel(depth: int) -> Panel:
         curves = (
-            over_seeds(found[depth, variant], "train_loss", variant, i, "solid" if i else "dashed")
+            tables.over_seeds(found[depth, variant], "train_loss", variant, i, "solid" if i else "dashed")
             for i, variant in enumerate(VARIANTS)
         )
-        return loss_panel(f"{depth} layers: training loss", curves)
+        return tables.loss_panel(f"{depth} layers: training loss", curves)
 
     data = {f"{depth}, {variant}": values for (depth, variant), values in errors.items()}
     return Outcome((table,), lines, tuple(map(panel, preset.skip_depths)), {"test_error": data})

@@ -65,8 +65,6 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes."""
-
     title: str
     xlabel: str
     ylabel: str
