@@ -17,6 +17,7 @@ and the same in every run; RSS varies by a few percent.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -134,11 +135,9 @@ def main() -> None:
         print(json.dumps(one))
         return
     networks: dict[str, dict[str, dict[str, int]]] = {}
-    for network in options.networks.split(","):
-        networks[network] = {}
-        for variant in VARIANTS:
-            print(f"measuring {network}, {variant} ...", file=sys.stderr)
-            networks[network][variant] = measure_apart(network, variant, options)
+    for network, variant in itertools.product(options.networks.split(","), VARIANTS):
+        print(f"measuring {network}, {variant} ...", file=sys.stderr)
+        networks.setdefault(network, {})[variant] = measure_apart(network, variant, options)
     rows = table(networks)
     print("\n".join(pages.aligned(rows)))
     if options.results:

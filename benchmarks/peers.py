@@ -160,6 +160,28 @@ def judge_outputs(
     }
 
 
+# ---- what cases share ------------------------------------------------------------------------------------------------
+
+
+class NetworkLike(Case):
+    """A case of a network of torchvision or a part of one, against eager in both layouts."""
+
+    baselines: ClassVar[tuple[str, ...]] = ("eager", "eager_channels_last")
+    network: str
+    batch: int
+    dtype: str
+
+    def shape(self) -> list[int]:
+        """Of the input. [N, C, H, W]"""
+        return [self.batch, 3, 224, 224]
+
+    def facts(self) -> dict[str, Any]:
+        return {"network": self.network, "shape": self.shape(), "layout": "both", "dtype": self.dtype}
+
+    def images(self) -> int:
+        return self.batch
+
+
 # ---- a memory-bound operator at one activation of ResNet -------------------------------------------------------------
 
 

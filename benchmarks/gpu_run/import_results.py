@@ -44,6 +44,9 @@ MODES = {
 }
 
 
+TABLE = "fastres/ops/conv_measured.json"
+
+
 class Refused(Exception):
     """The folder cannot be imported; the message says why."""
 
@@ -154,9 +157,8 @@ def settle_commit(found: dict[str, Any], root: Path) -> None:
 
 def place(data: dict[str, Any]) -> str:
     """<device>-<versions>, the end of the names of a run's files."""
-    where = data["environment"]
-    device = re.sub(r"[^A-Za-z0-9.]+", "_", where["gpu"]["name"])
-    return f"{device}-torch{where['versions']['torch'].partition('+')[0]}"
+    device = re.sub(r"[^A-Za-z0-9.]+", "_", data["environment"]["gpu"]["name"])
+    return f"{device}-torch{data['environment']['versions']['torch'].partition('+')[0]}"
 
 
 def split(bench: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -200,13 +202,7 @@ class Table:
 
 TABLES = (
     Table(files.TUNED, "tune", "kernels/tuned.json", ("kernel", "arch", "shape_class"), ("config", "speedup")),
-    Table(
-        files.CONVS,
-        "convs",
-        "fastres/ops/conv_measured.json",
-        ("arch", "dtype", "shape", "residual"),
-        ("conv", "ms", "beside"),
-    ),
+    Table(files.CONVS, "convs", TABLE, ("arch", "dtype", "shape", "residual"), ("conv", "ms", "beside")),
 )
 
 
