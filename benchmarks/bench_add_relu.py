@@ -15,11 +15,7 @@ from fastres.functional import add_relu
 from peers import ActivationCase, Forward, backend_of
 from shapes import BATCH, BLOCK_END, Activation, with_role
 
-MODES = {
-    "train": "forward+backward",
-    "train-forward": "forward, grad on",
-    "eval": "forward, no grad",
-}
+MODES = {"train": "forward+backward", "train-forward": "forward, grad on", "eval": "forward, no grad"}
 
 
 def eager(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -135,13 +135,9 @@ def swapped(dtype: str, **options: str) -> Way:
     return Way(dtype, lambda net: fastres.swap(net, strict=True, **options))
 
 
-WAYS: dict[str, Way] = {
-    EXACT: Way("fp64"),
-    "eager fp32": Way("fp32"),
-    "swapped fp32": swapped("fp32"),
-    "eager bf16": Way("bf16"),
-    "swapped bf16": swapped("bf16"),
-}
+WAYS: dict[str, Way] = {EXACT: Way("fp64")}
+for _dtype in DTYPES:
+    WAYS |= {f"eager {_dtype}": Way(_dtype), f"swapped {_dtype}": swapped(_dtype)}
 
 
 class Learner:

@@ -169,9 +169,6 @@ class Replay:
 
     __name__ = "interleaved"
 
-    def __init__(self) -> None:
-        self._readings: list[float] = []
-
     def load(self, samples: list[float]) -> None:
         self._readings = [reading for sample in reversed(samples) for reading in (sample, 0.0)]
 

@@ -94,8 +94,7 @@ def frozen(net: nn.Module, images: Tensor) -> Call:
 def torchscript(net: nn.Module, images: Tensor) -> Call:
     module, images = laid_out(net, images, torch.channels_last)
     with torch.no_grad():
-        traced = torch.jit.trace(module, images)
-        script = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
+        script = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(module, images)))
         script(images)  # it specializes in its first two calls
         script(images)
     return without_gradients(script, images)
@@ -125,21 +124,13 @@ def cudagraph(net: nn.Module, images: Tensor) -> Call:
 def exported(net: nn.Module, dtype: torch.dtype) -> bytes:
     """The network as ONNX with a dynamic batch size called "batch"; exported once per dtype."""
     needed("onnx"), needed("onnxscript")
-    module = copy.deepcopy(net).to("cpu", dtype)
-    example = torch.randn(2, 3, 224, 224, dtype=dtype)
+    module, example = copy.deepcopy(net).to("cpu", dtype), torch.randn(2, 3, 224, 224, dtype=dtype)
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    dynamic = ({0: torch.export.Dim("batch")},)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        torch.onnx.export(
-            module,
-            (example,),
-            path,
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )
+        how = {"dynamo": True, "verbose": False, "external_data": False, "dynamic_shapes": dynamic}
+        torch.onnx.export(module, (example,), path, **how, **names)
         return path.read_bytes()
 
 

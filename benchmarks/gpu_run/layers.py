@@ -67,10 +67,8 @@ def planned(batch: int) -> list[Layer]:
 
 
 def tiny() -> list[Layer]:
-    return [
-        Layer(Conv(16, 8, 3, 2, 6, INNER, 0, 1), "fp32", 2),
-        Layer(Conv(8, 16, 1, 1, 4, BLOCK_END, 1, 1), "fp16", 2),
-    ]
+    conv, end = Conv(16, 8, 3, 2, 6, INNER, 0, 1), Conv(8, 16, 1, 1, 4, BLOCK_END, 1, 1)
+    return [Layer(conv, "fp32", 2), Layer(end, "fp16", 2)]
 
 
 def batch_for(device: torch.device) -> int:

@@ -68,10 +68,8 @@ def _tensors(path: Path, wanted: str) -> Mapping[str, Tensor]:
         raise CheckpointError(f"weights {path}: got {got}, {wanted}")
     content = read_file("weights", path, wanted)
     if isinstance(content, Mapping):
-        for wrapper in ("model", "state_dict"):
-            if isinstance(content.get(wrapper), Mapping):
-                content = content[wrapper]
-                break
+        inner = (content.get(wrapper) for wrapper in ("model", "state_dict"))
+        content = next((found for found in inner if isinstance(found, Mapping)), content)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"weights {path}: got a {type(content).__name__}, {wanted}")
     for key, value in content.items():

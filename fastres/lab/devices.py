@@ -83,16 +83,15 @@ def place(device: str) -> Iterator[Place]:
 
     Raises DeviceError for a device that is not there.
     """
-    of = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    if of == 1 and not dist.is_initialized():
+    several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if not several and not dist.is_initialized():
         yield Place(pick_device(device), Part())
         return
-    local = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto" and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
         device = "cpu"
     mine = pick_device(device)
     if mine.type == "cuda":
-        mine = pick_device(f"cuda:{local}")
+        mine = pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(mine)
     joins = not dist.is_initialized()
     if joins:

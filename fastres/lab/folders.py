@@ -152,10 +152,8 @@ def _cut(path: str, request: _Request) -> Tensor:
     import numpy
     from PIL import Image
 
-    side, across, down, flip = float(TEST_SIDE), 0.5, 0.5, False
-    if request.whole is not None:
-        side = float(request.whole)
-    elif request.key is not None:
+    side, across, down, flip = float(request.whole or TEST_SIDE), 0.5, 0.5, False
+    if request.key is not None:
         drawn = torch.rand(4, generator=torch.Generator().manual_seed(stream(*request.key))).tolist()
         side = TRAIN_SIDES[0] + drawn[0] * (TRAIN_SIDES[1] - TRAIN_SIDES[0])
         across, down, flip = drawn[1], drawn[2], drawn[3] < 0.5
@@ -164,14 +162,12 @@ def _cut(path: str, request: _Request) -> Tensor:
         image = file.convert("RGB")
     width, height = image.size
     scale = min(width, height) / side
-    if request.whole is not None:
-        cut = image.resize((round(width / scale), round(height / scale)), Image.Resampling.BILINEAR)
-    else:
+    size, box = (round(width / scale), round(height / scale)), None
+    if request.whole is None:
         x, y = across * (width - SIZE * scale), down * (height - SIZE * scale)
-        box = (x, y, x + SIZE * scale, y + SIZE * scale)
-        cut = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
-    pixels = torch.from_numpy(numpy.array(cut)).permute(2, 0, 1)  # [3, h, w]
-    return (pixels.flip(2) if flip else pixels).contiguous()
+        size, box = (SIZE, SIZE), (x, y, x + SIZE * scale, y + SIZE * scale)
+    pixels = torch.from_numpy(numpy.array(image.resize(size, Image.Resampling.BILINEAR, box=box))).permute(2, 0, 1)
+    return (pixels.flip(2) if flip else pixels).contiguous()  # [3, h, w]
 
 
 def _centered(images: Tensor) -> Tensor:

@@ -84,10 +84,8 @@ def run(console: Console, request: Request, command: str) -> FrozenModel:
     text = f"{report}\n\n{report.table()}" if request.report else str(report).splitlines()[0]
     console.print(text, soft_wrap=True, markup=False)
     if request.json is not None:
-        about = {"model": named.name, "weights": named.weights, "example": list(shape), "seconds": seconds}
-        write_json(
-            request.json, {"schema": SCHEMA, **environment(device, command), **about, "report": report.to_dict()}
-        )
+        data = {"schema": SCHEMA, **environment(device, command), "model": named.name, "weights": named.weights}
+        write_json(request.json, {**data, "example": list(shape), "seconds": seconds, "report": report.to_dict()})
         console.print(f"report: {request.json}", soft_wrap=True, markup=False)
     if report.verification is not None and not report.verification:
         ratio = report.verification.error_ratio

@@ -182,22 +182,20 @@ def result_in(folder: Path, spec: RunSpec) -> RunResult | None:
 
     Raises RunError where the folder holds a run other than `spec`, or a damaged one.
     """
+    path = folder / "result.json"
     if not (folder / "spec.json").exists():
         return None
-    differences = spec.differences(read_json(folder / "spec.json"))
-    if differences:
-        raise RunError(
-            f"output folder {folder}: holds another run: {'; '.join(differences)}; use another, or delete it"
-        )
-    if not (folder / "result.json").exists():
+    if differences := "; ".join(spec.differences(read_json(folder / "spec.json"))):
+        raise RunError(f"output folder {folder}: holds another run: {differences}; use another, or delete it")
+    if not path.exists():
         return None
-    data = read_json(folder / "result.json")
+    data = read_json(path)
     if data.get("schema") != RUN:
-        raise RunError(f"output file {folder / 'result.json'}: got {data.get('schema')!r}, expected {RUN!r}")
+        raise RunError(f"output file {path}: got {data.get('schema')!r}, expected {RUN!r}")
     try:
         return RunResult.from_dict(data)
     except (KeyError, TypeError, AttributeError, LabError) as error:
-        raise RunError(f"output file {folder / 'result.json'}: missing or wrong: {error}; expected a result") from error
+        raise RunError(f"output file {path}: missing or wrong: {error}; expected a result") from error
 
 
 @contextmanager

@@ -3,8 +3,7 @@
 resnet18 resnet34 resnet50 resnet101 resnet152     ImageNet (Table 1); bottlenecks stride in the 3x3 (v1.5)
 resnet50-v1 resnet101-v1 resnet152-v1              the same, stride in the first 1x1: the paper's own
 plain18 plain34                                    ImageNet without shortcuts
-resnet20 resnet32 resnet44 resnet56 resnet110 resnet1202, plain20 ...     CIFAR (Table 6), shortcut A
-resnet8, plain14, resnet62 ...                     CIFAR of any other depth
+resnet20 ... resnet1202, plain20, resnet8 ...      CIFAR of any depth (Table 6), shortcut A
 cifar-resnet50, cifar-resnet152                    CIFAR of a depth that is also an ImageNet network's
 """
 

@@ -90,12 +90,12 @@ def _commit() -> str | None:
     root = Path(fastres.__file__).parents[1]
     if not (root / ".git").exists():
         return None
-
-    def git(*command: str) -> str:
-        line = ["git", "-C", str(root), *command]
-        return subprocess.run(line, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
+    how: Any = {"capture_output": True, "text": True, "timeout": 10, "check": True, "cwd": root}
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain") else "")
+        head, changed = (
+            subprocess.run(["git", *command], **how).stdout.strip()
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
     except (OSError, subprocess.SubprocessError):  # no git: the result says None
         return None
+    return f"{head}+" if changed else str(head)

@@ -32,13 +32,11 @@ def counts(model: nn.Module, size: int = 224, in_channels: int = 3) -> Counts:
         size: height and width of the image. 224 for ImageNet, 32 for CIFAR-10 in the paper.
         in_channels: of the image.
 
-    Raises:
-        ValueError: size or in_channels below 1.
+    Raises ValueError: size or in_channels below 1.
 
-    Example:
-        >>> import fastres.models
-        >>> counts(fastres.models.cifar_resnet(20), 32)
-        Counts(parameters=269722, multiply_adds=40551040)
+    >>> import fastres.models
+    >>> counts(fastres.models.cifar_resnet(20), 32)
+    Counts(parameters=269722, multiply_adds=40551040)
     """
     for argument, value in (("size", size), ("in_channels", in_channels)):
         if value < 1:

@@ -24,15 +24,13 @@ def average_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
         model: in any mode, on any device; swapped or not. Freeze it, or call a frozen model's `refresh()`, afterwards.
         batches: images [N, C, H, W], moved to the model's device, or tuples that begin with them.
 
-    Raises:
-        ValueError: no batches, before any statistic changes.
+    Raises ValueError: no batches, before any statistic changes.
 
-    Example:
-        >>> import torch, fastres.models
-        >>> net = fastres.models.cifar_resnet(8)
-        >>> average_statistics(net, [torch.randn(4, 3, 8, 8) for _ in range(3)])
-        >>> int(net.bn1.num_batches_tracked), net.bn1.momentum
-        (3, 0.1)
+    >>> import torch, fastres.models
+    >>> net = fastres.models.cifar_resnet(8)
+    >>> average_statistics(net, [torch.randn(4, 3, 8, 8) for _ in range(3)])
+    >>> int(net.bn1.num_batches_tracked), net.bn1.momentum
+    (3, 0.1)
     """
     iterator = iter(batches)
     first = next(iterator, None)

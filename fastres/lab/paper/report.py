@@ -1,9 +1,6 @@
-"""Result files of experiments, and one page with all that exist.
+"""Result files of experiments (numbers, tables, findings, a plot), and one page with all that exist.
 
-OUT/paper-NAME-PRESET.json   numbers, tables, findings, environment
-OUT/paper-NAME-PRESET.md     tables and findings
-OUT/paper-NAME-PRESET.png    the plot
-OUT/report.md, report.html   all of them, in the paper's order
+OUT/paper-NAME-PRESET.json, .md, .png; OUT/report.md, report.html: all of them, in the paper's order
 """
 
 from __future__ import annotations
@@ -149,23 +146,23 @@ COLORS = ("#1f6fb4", "#d1741f", "#3a8f4d", "#8a4fa3", "#c8452f", "#5b6570")
 
 
 def draw(panels: Sequence[Panel], path: Path, title: str, footnote: str) -> None:
-    """Write `panels`, two to a row, as a PNG at `path`.
+    """Write `panels`, two to a row, with the range of the seeds around each mean, as a PNG at `path`.
 
-    Raises MissingExtra: matplotlib is not installed. OutputError: `path` cannot be written. ValueError: no panels.
+    Raises MissingExtra where matplotlib is not installed, OutputError, ValueError for no panels.
     """
     if not panels:
         raise ValueError("panels: got none, expected at least one")
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = new_figure(6.6 * columns, 1.2 + 4.0 * rows, dpi=120)
-    grid = figure.subplots(rows, columns, squeeze=False)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     shared = [p for p in panels if p.percent and not p.points]  # one scale, so that panels can be compared
     top = max((max(c.high or c.y, default=0.0) for p in shared for c in p.curves), default=0.0)
-    for axes, panel in zip(grid.flat, panels, strict=False):
+    for axes, panel in zip(grid, panels, strict=False):
         _panel(axes, panel)
         if panel in shared:
             axes.set_ylim(0, 103 * min(1.0, top))
-    for axes in list(grid.flat)[len(panels) :]:
+    for axes in grid[len(panels) :]:
         axes.set_axis_off()
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     save_png(figure, path, footnote)
