@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from fastres.lab.timing import Ratio, paired_ratio
-from pages import aligned
+from pages import aligned, load
 from report import machine
-from result_schema import load
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from typing import Any
 
 import pages
 from fastres.lab.figures import new_figure, save_png, style
-from pages import markdown_table
-from result_schema import validate
+from pages import markdown_table, validate
 
 Run = dict[str, Any]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from fastres.lab.errors import MissingExtra
 from fastres.lab.figures import new_figure, save_png, style
-from result_schema import load
+from pages import load
 
 COLORS = {  # from the top of a row to its bottom
     "frozen": "#1f6fb4",

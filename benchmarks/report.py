@@ -1,6 +1,6 @@
 """The results of a benchmark session: one JSON with every sample, a Markdown table, a plot, and what is printed.
 
-result_schema.py defines the JSON. A loss is a row like any other.
+pages.py defines the JSON. A loss is a row like any other.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 import pages
 from fastres.lab.results import environment
 from measure import Effort, Result
-from pages import aligned, markdown_table
+from pages import SCHEMA_NAME, SCHEMA_VERSION, aligned, markdown_table, validate
 from plot import draw
-from result_schema import SCHEMA_NAME, SCHEMA_VERSION, validate
 from roofline import Rates, bound
 from shapes import BLOCK_END
 

@@ -32,9 +32,9 @@ from fastres.lab.timing import Timer
 from fastres.ops._conv_backends import tf32_allowed
 from gpu_run.program import Clocks, Program, cold_timer, memory
 from measure import TINY, Case, Effort, Result, measure, one_line
+from pages import load
 from peers import DTYPES
 from plot import draw
-from result_schema import load
 from roofline import Rates
 from shapes import BLOCK_END, CONVS, Activation, Conv, distinct, with_role
 

@@ -24,8 +24,8 @@ from xml.etree import ElementTree
 
 from fastres.kernels import configs, measured
 
+import pages
 import report
-import result_schema
 from fastres.lab.errors import MissingExtra
 from fastres.ops import _conv_tiles
 from gpu_run import files
@@ -94,7 +94,7 @@ _RUN = {
 _TABLE = {"environment": _ENVIRONMENT, "dry_run": bool}
 # How a file is checked, and what else it has.
 MEASURED: dict[str, tuple[Callable[[Any], object], dict[str, Any]]] = {
-    files.BENCH: (result_schema.check, {"environment": _ENVIRONMENT, "run": {"dry_run": bool}}),
+    files.BENCH: (pages.check, {"environment": _ENVIRONMENT, "run": {"dry_run": bool}}),
     files.TUNED: (
         lambda data: measured.checked(data, configs.TABLE, files.TUNED),
         _TABLE | {"entries": [{"speedup": float}]},
@@ -113,7 +113,7 @@ def check(found: dict[str, Any]) -> None:
     if not isinstance(run, dict) or (run.get("schema"), run.get("schema_version")) != known:
         raise Refused(f"{files.RUN}: expected the schema {files.RUN_SCHEMA!r}, version {files.RUN_VERSION}")
     try:
-        result_schema.validate(run, _RUN, files.RUN)
+        pages.validate(run, _RUN, files.RUN)
     except ValueError as error:
         raise Refused(str(error)) from error
     if run["dry_run"] or run["gpu"] is None:
@@ -124,7 +124,7 @@ def check(found: dict[str, Any]) -> None:
         try:
             valid, schema = MEASURED[name]
             valid(found[name])
-            result_schema.validate(found[name], schema, name)
+            pages.validate(found[name], schema, name)
         except ValueError as error:
             raise Refused(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
         _same_run(name, found[name], run)
@@ -217,7 +217,7 @@ def texts(found: dict[str, Any], root: Path) -> tuple[dict[Path, str], list[str]
         out[results / f"gpu-{place(where)}.md"] = found[files.SUMMARY]
     if files.BENCH in found:
         for name, data in split(found[files.BENCH]).items():
-            result_schema.check(data)
+            pages.check(data)
             out[results / f"{name}.json"] = json.dumps(data, indent=1, allow_nan=False) + "\n"
             out[results / f"{name}.md"] = report.markdown(data)
     for table in TABLES:
@@ -252,7 +252,7 @@ def pictures(out: dict[Path, str]) -> list[str]:
     lines = []
     for path in (p for p in out if p.suffix == ".json" and p.name.startswith("networks")):
         try:
-            draw(result_schema.load(path), path.with_suffix(".png"))
+            draw(pages.load(path), path.with_suffix(".png"))
         except MissingExtra as missing:
             return [f"note: no plot: {missing}"]
         lines.append(str(path.with_suffix(".png")))

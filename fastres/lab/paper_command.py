@@ -16,8 +16,7 @@ from typer import Argument, Option
 from fastres._info import usable_cores
 from fastres.lab.devices import pick_device
 from fastres.lab.paper import imagenet
-from fastres.lab.paper.presets import PaperError, Preset, preset
-from fastres.lab.paper.published import CLAIMS
+from fastres.lab.paper.presets import CLAIMS, PaperError, Preset, preset
 from fastres.lab.paper.registry import EXPERIMENTS, estimate, experiment, numbers
 from fastres.lab.paper.report import page, stem, write
 from fastres.lab.paper.runs import Context, Evaluation, Experiment, Place, execute

@@ -15,8 +15,7 @@ from fastres import models
 from fastres.lab import loop
 from fastres.lab.loop_state import Point, RunResult
 from fastres.lab.paper import degradation, imagenet, registry, report, responses, runs, tables
-from fastres.lab.paper.presets import PRESETS, PaperError, preset
-from fastres.lab.paper.published import CLAIMS, PARAMETERS, PUBLISHED, find
+from fastres.lab.paper.presets import CLAIMS, PARAMETERS, PRESETS, PUBLISHED, PaperError, find, preset
 from fastres.lab.paper.runs import Context, Evaluation, Place
 from fastres.lab.paper.tables import Comparison, Curve, Outcome, Panel, Table, spread
 from nets import randomize_bn

@@ -24,8 +24,7 @@ from fastres.lab import batches, datasets, loop, networks
 from fastres.lab.devices import channels_last, pick_device
 from fastres.lab.loop_state import RunResult, RunSpec
 from fastres.lab.paper import tables
-from fastres.lab.paper.presets import Preset
-from fastres.lab.paper.published import PARAMETERS, find
+from fastres.lab.paper.presets import PARAMETERS, Preset, find
 from fastres.lab.paper.runs import Context, Experiment
 from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table
 

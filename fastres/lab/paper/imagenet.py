@@ -17,8 +17,7 @@ from fastres.lab import datasets, networks
 from fastres.lab.checkpoints import load_checkpoint
 from fastres.lab.devices import channels_last, pick_device
 from fastres.lab.evaluation import Views, test_errors
-from fastres.lab.paper.presets import PaperError
-from fastres.lab.paper.published import Published, find
+from fastres.lab.paper.presets import PaperError, Published, find
 from fastres.lab.paper.runs import Context, Evaluation, Experiment
 from fastres.lab.paper.tables import Outcome, Table, percent
 

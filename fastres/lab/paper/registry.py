@@ -5,8 +5,7 @@ from __future__ import annotations
 from fastres.lab import networks
 from fastres.lab.loop_state import RunSpec
 from fastres.lab.paper import degradation, imagenet, responses, shortcuts
-from fastres.lab.paper.presets import PaperError, Preset, preset
-from fastres.lab.paper.published import Published, find
+from fastres.lab.paper.presets import PaperError, Preset, Published, find, preset
 from fastres.lab.paper.runs import Experiment, layers
 
 EXPERIMENTS: dict[str, Experiment] = {

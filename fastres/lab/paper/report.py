@@ -14,8 +14,7 @@ from typing import Any
 
 from fastres.lab.errors import OutputError, require
 from fastres.lab.figures import new_figure, save_png, style
-from fastres.lab.paper.presets import PaperError, Preset
-from fastres.lab.paper.published import CLAIMS
+from fastres.lab.paper.presets import CLAIMS, PaperError, Preset
 from fastres.lab.paper.runs import Experiment
 from fastres.lab.paper.tables import Curve, Outcome, Panel, Table
 from fastres.lab.results import write_json, write_text

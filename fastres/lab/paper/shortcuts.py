@@ -27,8 +27,7 @@ from fastres.lab import networks
 from fastres.lab.devices import channels_last, pick_device
 from fastres.lab.loop_state import RunSpec
 from fastres.lab.paper import tables
-from fastres.lab.paper.presets import Preset
-from fastres.lab.paper.published import Published, find
+from fastres.lab.paper.presets import Preset, Published, find
 from fastres.lab.paper.runs import Context, Experiment
 from fastres.lab.paper.tables import Comparison, Curve, Outcome, Panel, Table
 from fastres.lab.timing import interleave, paired_ratio, timer_for
