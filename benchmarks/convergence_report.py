@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pages
-from fastres.lab.figures import new_figure, save_png, style
+from fastres.lab.results import new_figure, save_png, style
 from pages import markdown_table, validate
 
 Run = dict[str, Any]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastres.lab.errors import MissingExtra
-from fastres.lab.figures import new_figure, save_png, style
+from fastres.lab.results import new_figure, save_png, style
 from pages import load
 
 COLORS = {  # from the top of a row to its bottom

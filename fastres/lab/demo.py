@@ -27,10 +27,9 @@ from fastres.lab.datasets import photographs
 from fastres.lab.demo_photographs import Effort, Row, Table, verdict_dict
 from fastres.lab.devices import pick_device
 from fastres.lab.errors import AccuracyError, MissingExtra, RefereeError
-from fastres.lab.figures import Bar, throughput_chart
 from fastres.lab.loop import RunResult, RunSpec, Step
 from fastres.lab.recipes import TrainRecipe
-from fastres.lab.results import environment, prepare_folder, write_json
+from fastres.lab.results import Bar, environment, prepare_folder, throughput_chart, write_json
 from fastres.lab.terminal import Device, Threads, on_step, progress
 from fastres.verify import Verification, compare_predictions
 

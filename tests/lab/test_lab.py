@@ -320,7 +320,7 @@ def test_throughput_chart_is_a_png_with_every_bar_in_it(tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    from fastres.lab.figures import FAILED, OURS, THEIRS, Bar, throughput_chart
+    from fastres.lab.results import FAILED, OURS, THEIRS, Bar, throughput_chart
 
     bars = [Bar("eager", 10, "1.00x", False), Bar("frozen", 20, "2.00x", True), Bar("bad", 15, "1.5x", True, False)]
     path = tmp_path / "chart.png"
@@ -338,7 +338,7 @@ def test_throughput_chart_is_a_png_with_every_bar_in_it(tmp_path):
 
 def test_throughput_chart_refuses(tmp_path):
     pytest.importorskip("matplotlib")
-    from fastres.lab.figures import Bar, throughput_chart
+    from fastres.lab.results import Bar, throughput_chart
 
     with pytest.raises(ValueError, match="bars"):
         throughput_chart([], tmp_path / "chart.png", "title")

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fastres.lab.errors import OutputError, require
-from fastres.lab.figures import new_figure, save_png, style
 from fastres.lab.paper.presets import CLAIMS, PaperError, Preset
 from fastres.lab.paper.runs import Experiment
 from fastres.lab.paper.tables import Curve, Outcome, Panel, Table
-from fastres.lab.results import write_json, write_text
+from fastres.lab.results import new_figure, save_png, style, write_json, write_text
 
 SCHEMA = "fastres.paper/1"
 PAPER = "He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016"
