@@ -37,20 +37,10 @@ def document(
     where["cpu"]["flags"] = _cpu_flags()
     where["load"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
     cases = [case_data(result, rates) for result in results]
-    return {
-        "schema": SCHEMA_NAME,
-        "schema_version": SCHEMA_VERSION,
-        "environment": where,
-        "settings": {
-            "budget_s": effort.budget_s,
-            "rounds": effort.rounds,
-            "peers": peers,
-            "bandwidth_bytes_per_s": rates.bandwidth,
-            "flops_per_s": rates.flops,
-        },
-        "cases": cases,
-        "bars": bars(cases),
-    }
+    settings = {"budget_s": effort.budget_s, "rounds": effort.rounds, "peers": peers}
+    settings |= {"bandwidth_bytes_per_s": rates.bandwidth, "flops_per_s": rates.flops}
+    head = {"schema": SCHEMA_NAME, "schema_version": SCHEMA_VERSION, "environment": where, "settings": settings}
+    return head | {"cases": cases, "bars": bars(cases)}
 
 
 def case_data(result: Result, rates: Rates) -> dict[str, Any]:

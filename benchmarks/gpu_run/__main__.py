@@ -36,13 +36,7 @@ class Summary:
         self.time = datetime.now(timezone.utc).isoformat(timespec="seconds")
 
     def note(self, name: str, outcome: Outcome, seconds: float) -> None:
-        self.phases[name] = {
-            "status": outcome.status,
-            "seconds": round(seconds, 1),
-            "message": outcome.message,
-            "lines": outcome.lines,
-            "facts": outcome.facts,
-        }
+        self.phases[name] = asdict(outcome) | {"seconds": round(seconds, 1)}
         self.write()
 
     @property

@@ -20,7 +20,7 @@ from pathlib import Path
 
 CUTLASS = "FASTRES_CUTLASS"
 PYTHON = (3, 11)
-CAPABILITY = {"major": 75, "minor": 76}  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def find_gpu() -> Gpu | str:
     driver.cuDeviceGet(ctypes.byref(device), 0)
     driver.cuDeviceGetName(name, len(name), device)
     driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    numbers = {}
-    for key, attribute in CAPABILITY.items():
+    parts = []
+    for attribute in CAPABILITY:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        numbers[key] = value.value
-    return Gpu(name.value.decode(), f"{numbers['major']}.{numbers['minor']}", memory.value >> 20)
+        parts.append(str(value.value))
+    return Gpu(name.value.decode(), ".".join(parts), memory.value >> 20)
 
 
 def module(name: str, distribution: str | None = None, remedy: str | None = None) -> Item:
