@@ -21,6 +21,7 @@ PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 RUNNING, INTERRUPTED = "running", "interrupted"
 GRACE_S = 8.0  # for a program that was asked to stop
 LOG_MOST = files.MOST * 3 // 4  # bytes
+TAIL = 1 << 20  # bytes of a program's output that are looked at
 
 
 class Interrupted(Exception):
@@ -128,10 +129,12 @@ class Run:
                             on_tick()
             finally:
                 stop(process)
-        said = self.log.read_bytes()[begin:]
-        with open(self.log, "ab") as log:
-            if log.tell() > LOG_MOST:
-                log.truncate(LOG_MOST)
+        with open(self.log, "rb+") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(begin, size - TAIL))
+            said = log.read()
+            if size > LOG_MOST:
+                log.seek(log.truncate(LOG_MOST))
                 log.write(b"\n[the log of this program ends here: it is full]\n")
             log.write(f"==== exit status {process.returncode}{', out of time' if out_of_time else ''}\n".encode())
         return Ended(process.returncode, said.decode(errors="replace").splitlines()[-200:], out_of_time)

@@ -167,7 +167,7 @@ def test_demo_bad_weights(no_work, tmp_path, capsys, make, message):
     make(path)
     assert cli.main(["demo", "--out", str(tmp_path / "out"), "--weights", str(path)]) == 2
     line = one_line(capsys)
-    assert f"weights {path}: " in line and message in line and "expected a state_dict of torchvision resnet50" in line
+    assert f"weights {path}: " in line and message in line and "expected a state_dict of torchvision:resnet50" in line
 
 
 @pytest.mark.parametrize(
