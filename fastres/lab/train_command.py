@@ -18,6 +18,8 @@ from fastres.lab.loop_state import RunResult, RunSpec, Step
 from fastres.lab.recipes import TrainRecipe
 from fastres.lab.terminal import Device, Threads, on_step, progress
 
+DEFAULT_RECIPE = {"digits": "digits", "digits8": "digits", "cifar10": "cifar10", "imagenet": "imagenet"}
+
 
 @dataclass(frozen=True)
 class Request:
@@ -98,7 +100,7 @@ def run(console: Console, request: Request, command: str) -> RunResult:
 def _spec(request: Request) -> RunSpec:
     if request.data not in datasets.NAMES:
         raise LabError(f"--data: got {request.data!r}, expected one of {', '.join(datasets.NAMES)}")
-    base = recipes.recipe(request.recipe or request.data.removesuffix("8"))
+    base = recipes.recipe(request.recipe or DEFAULT_RECIPE[request.data])
     names = ("batch_size", "bn_batch", "lr", "decay")
     changes: dict[str, Any] = {name: getattr(request, name) for name in names if getattr(request, name) is not None}
     if request.iterations is not None and request.iterations != base.iterations:
