@@ -11,16 +11,11 @@ from typing import ClassVar
 
 import torch
 
-from activation_case import ActivationCase
 from fastres.functional import add_relu
-from peers import Forward, backend_of
+from peers import ActivationCase, Forward, backend_of
 from shapes import BATCH, BLOCK_END, Activation, with_role
 
-MODES = {
-    "train": "forward+backward",
-    "train-forward": "forward, grad on",
-    "eval": "forward, no grad",
-}
+MODES = {"train": "forward+backward", "train-forward": "forward, grad on", "eval": "forward, no grad"}
 
 
 def eager(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,8 @@ import torchvision
 from torch import nn
 
 import fastres
-from judge import judge_call
-from measure import Case, Prepared
-from peers import forward_only, module_variants, with_gradients
+from measure import Prepared
+from peers import NetworkLike, forward_only, judge_call, module_variants, with_gradients
 from shapes import BATCH
 
 MODES = {"train": "training, forward+backward", "eval": "eval, forward, no grad"}
@@ -32,16 +31,16 @@ def network(name: str) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class BlockCase(Case):
+class BlockCase(NetworkLike):
     what: ClassVar[str] = "blocks"
     weight: ClassVar[float] = 2.0
-    baselines: ClassVar[tuple[str, ...]] = ("eager", "eager_channels_last")
     ours: ClassVar[tuple[str, ...]] = ("swapped", "swapped_channels_last")
     compiled: ClassVar[tuple[str, ...]] = ("compile_channels_last",)
     network: str
     block: str
     kind: str  # a key of MODES
     batch: int = BATCH
+    dtype: str = "fp32"
 
     @property
     def id(self) -> str:
@@ -57,23 +56,17 @@ class BlockCase(Case):
         stage, index = int(self.block[5]), int(self.block[7])
         return 56 >> (stage - 1 - (index == 0 and stage > 1))
 
-    def facts(self) -> dict[str, Any]:
+    def shape(self) -> list[int]:
         channels = network(self.network).get_submodule(self.block).conv1.in_channels
-        return {
-            "network": self.network,
-            "block": self.block,
-            "shape": [self.batch, channels, self.size, self.size],
-            "layout": "both",
-            "dtype": "fp32",
-        }
+        return [self.batch, channels, self.size, self.size]
 
-    def images(self) -> int:
-        return self.batch
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"block": self.block}
 
     def prepare(self, device: torch.device, peers: tuple[str, ...]) -> Prepared:
         training = self.kind == "train"
         block = network(self.network).get_submodule(self.block).to(device).train(training)
-        x = torch.randn(self.facts()["shape"], device=device)
+        x = torch.randn(self.shape(), device=device)
         calls = {}
         for name, (module, images) in module_variants(block, x, peers).items():
             calls[name] = _training_call(module, images) if training else forward_only(module, (images,), grad=False)

@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from activation_case import ActivationCase
 from fastres.functional import bn_act
-from peers import Forward, backend_of
+from peers import ActivationCase, Forward, backend_of
 from shapes import BATCH, BLOCK_END, INNER, PROJECTION, Activation, distinct, with_role
 
 MODES = {

@@ -19,9 +19,8 @@ from torch import Tensor
 import fastres
 import roofline
 from fastres.functional import conv_act
-from judge import judge_outputs
 from measure import Case, Prepared
-from peers import DTYPES, Forward, backend_of, compiled, conv_tensors, forward_only, words
+from peers import DTYPES, Forward, backend_of, compiled, conv_tensors, forward_only, judge_outputs, words
 from roofline import Work
 from shapes import BATCH, BLOCK_END, CONVS, INNER, Conv
 

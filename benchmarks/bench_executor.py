@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import sub
 from typing import Any, ClassVar
 
 import torch
@@ -63,6 +64,7 @@ class ExecutorCase(Case):
     network: str
 
     what: ClassVar[str] = "executor"
+    mode: ClassVar[str] = "inference"
     baselines: ClassVar[tuple[str, ...]] = ("operators",)
     ours: ClassVar[tuple[str, ...]] = ("frozen",)
     compiled: ClassVar[tuple[str, ...]] = ()
@@ -71,10 +73,6 @@ class ExecutorCase(Case):
     @property
     def id(self) -> str:
         return f"{self.network}-batch1"
-
-    @property
-    def mode(self) -> str:
-        return "inference"
 
     def facts(self) -> dict[str, Any]:
         return {"network": self.network, "layout": "as measured", "dtype": "fp32", "batch": 1}
@@ -91,25 +89,18 @@ class ExecutorCase(Case):
         calibrate(net, torch.randn(4, 3, 64, 64))
         clocked = Clocked(fastres.freeze(net, x, verify=False), x)
 
-        spent = [0.0]
-
-        def counts(seconds: Callable[[], float]) -> Callable[[], None]:
-            def call() -> None:
-                spent[0] += seconds()
-
-            return call
-
-        def beside() -> float:
-            total, inside, _ = clocked.call()
-            return total - inside
+        spent: list[float] = []
+        seconds = {
+            "operators": lambda: clocked.call()[1],
+            "frozen": clocked.plain,
+            "beside_operators": lambda: sub(*clocked.call()[:2]),
+        }
+        calls = {name: lambda one=one: spent.append(one()) for name, one in seconds.items()}
 
         def timer(call: Callable[[], Any]) -> float:
-            spent[0] = 0.0
+            spent.clear()
             call()
-            return spent[0]
-
-        operators = {"operators": lambda: clocked.call()[1], "frozen": clocked.plain, "beside_operators": beside}
-        calls = {name: counts(seconds) for name, seconds in operators.items()}
+            return sum(spent)
 
         def judge(results: Any) -> dict[str, Verdict]:
             same = torch.equal(clocked.call()[2], clocked.frozen(x))

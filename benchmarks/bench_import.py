@@ -34,11 +34,8 @@ print(json.dumps({{
 
 
 def imported(fastres: bool) -> dict[str, Any]:
-    """Time the imports in a new process."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(fastres=fastres)], capture_output=True, text=True, timeout=120, check=True
-    )
-    return json.loads(done.stdout)
+    command = [sys.executable, "-c", SCRIPT.format(fastres=fastres)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,8 @@ from torch import Tensor, nn
 
 import roofline
 from fastres.verify import calibrate
-from judge import judge_outputs
-from measure import Case, Prepared
-from peers import DTYPES
+from measure import Prepared
+from peers import DTYPES, NetworkLike, judge_outputs
 from roofline import Work
 from runtimes import BUILDERS
 
@@ -47,11 +46,10 @@ def network(name: str, device: torch.device) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class NetworkCase(Case):
+class NetworkCase(NetworkLike):
     what: ClassVar[str] = "networks"
     weight: ClassVar[float] = 5.0
     mode: ClassVar[str] = "inference"
-    baselines: ClassVar[tuple[str, ...]] = ("eager", "eager_channels_last")
     ours: ClassVar[tuple[str, ...]] = ("frozen",)
     compiled: ClassVar[tuple[str, ...]] = ("compile", "compile_freezing", *GPU_COMPILED)
     network: str
@@ -67,23 +65,12 @@ class NetworkCase(Case):
     def id(self) -> str:
         return f"{self.network}-inference-{self.dtype}-batch{self.batch}"
 
-    def facts(self) -> dict[str, Any]:
-        return {
-            "network": self.network,
-            "shape": [self.batch, 3, 224, 224],
-            "layout": "both",
-            "dtype": self.dtype,
-        }
-
     def quick(self) -> bool:
         return self.network == "resnet50" and self.batch == 8
 
     def absent(self, level: str) -> dict[str, str]:
         here = self.peers(level)
         return {name: "not run without --peers all" for name in self.optional if name not in here}
-
-    def images(self) -> int:
-        return self.batch
 
     def work(self) -> list[Work]:
         return roofline.network(self.network, self.batch, DTYPES[self.dtype].itemsize)

@@ -12,7 +12,7 @@ in bench_blocks.py: over a whole network two correct answers differ wherever rou
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +20,16 @@ import torchvision
 from torch import nn
 
 import fastres
-from judge import judge_call
-from measure import Case, Prepared
-from peers import DTYPES, module_variants
+from measure import Prepared
+from peers import DTYPES, NetworkLike, judge_call, module_variants
 from shapes import BATCH
 
 
 @dataclass(frozen=True)
-class TrainCase(Case):
+class TrainCase(NetworkLike):
     what: ClassVar[str] = "train"
     weight: ClassVar[float] = 40.0
     mode: ClassVar[str] = "training step"
-    baselines: ClassVar[tuple[str, ...]] = ("eager", "eager_channels_last")
     ours: ClassVar[tuple[str, ...]] = ("swapped", "swapped_channels_last", "swapped_min_channels_last")
     weighed: ClassVar[bool] = True
     compiled: ClassVar[tuple[str, ...]] = ("compile_channels_last",)
@@ -46,20 +44,12 @@ class TrainCase(Case):
         dtype = "" if self.dtype == "fp32" else f"-{self.dtype}"
         return f"{self.network}-{self.batch}x3x{self.size}x{self.size}{dtype}"
 
-    def facts(self) -> dict[str, Any]:
-        return {
-            "network": self.network,
-            "shape": [self.batch, 3, self.size, self.size],
-            "layout": "both",
-            "dtype": self.dtype,
-        }
-
-    def images(self) -> int:
-        return self.batch
+    def shape(self) -> list[int]:
+        return [self.batch, 3, self.size, self.size]
 
     def prepare(self, device: torch.device, peers: tuple[str, ...]) -> Prepared:
         net = getattr(torchvision.models, self.network)(weights=None).to(device)
-        images = torch.randn(self.facts()["shape"], device=device)
+        images = torch.randn(self.shape(), device=device)
         labels = torch.randint(1000, (self.batch,), device=device)
         variants = module_variants(net, images, peers)
         calls = {name: _step(self._cast(module), x, labels) for name, (module, x) in variants.items()}

@@ -21,49 +21,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastres.lab.timing import paired_ratio
-from pages import aligned
+from fastres.lab.timing import Ratio, paired_ratio
+from pages import aligned, load
 from report import machine
-from result_schema import load
 
 
 @dataclass(frozen=True)
 class Row:
-    """One peer of one case in both files."""
+    """One peer of one case in both files: seconds per call, median and its 95 % interval."""
 
     case: str
     peer: str
     ours: bool
-    before: float  # seconds per call
-    after: float
-    low: float  # the interval of the ratio
-    high: float
+    before: Ratio
+    after: Ratio
 
     @property
-    def ratio(self) -> float:
-        return self.before / self.after
+    def low(self) -> float:
+        return self.before.low / self.after.high
+
+    @property
+    def high(self) -> float:
+        return self.before.high / self.after.low
 
     @property
     def verdict(self) -> str:
         return "faster" if self.low > 1 else "slower" if self.high < 1 else "same"
 
     def fails(self, limit: float) -> bool:
-        return self.ours and self.verdict == "slower" and self.after > self.before * (1 + limit)
+        return self.ours and self.verdict == "slower" and self.after.median > self.before.median * (1 + limit)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """The seconds per call of one peer in one file: the median and its 95 % interval, or the range below 6 samples."""
-
-    ours: bool
-    median: float
-    low: float
-    high: float
-
-
-def timings(data: dict[str, Any]) -> dict[tuple[str, str], Timing]:
-    """Timings by case and peer."""
-    found: dict[tuple[str, str], Timing] = {}
+def timings(data: dict[str, Any]) -> dict[tuple[str, str], tuple[bool, Ratio]]:
+    """Whether the peer is ours, and its seconds per call, by case and peer."""
+    found: dict[tuple[str, str], tuple[bool, Ratio]] = {}
     for case in data["cases"]:
         for name, peer in case["peers"].items():
             key, samples = (f"{case['what']} {case['id']}", name), peer["samples"]
@@ -71,19 +62,14 @@ def timings(data: dict[str, Any]) -> dict[tuple[str, str], Timing]:
                 raise ValueError(f"the case {key[0]!r} is there twice")
             if not samples or min(samples) <= 0 or case["iterations"] < 1:
                 raise ValueError(f"{key[0]}, {name}: got no samples, or samples of no time")
-            calls = paired_ratio(samples, [float(case["iterations"])] * len(samples))
-            found[key] = Timing(name in case["ours"], calls.median, calls.low, calls.high)
+            found[key] = name in case["ours"], paired_ratio(samples, [float(case["iterations"])] * len(samples))
     return found
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[Row], list[str]]:
     """The rows that both files have, and lines naming what only one has. Raises ValueError if they share no row."""
     first, second = timings(a), timings(b)
-    rows = [
-        Row(*key, new.ours, old.median, new.median, old.low / new.high, old.high / new.low)
-        for key, old in first.items()
-        if (new := second.get(key)) is not None
-    ]
+    rows = [Row(*key, second[key][0], old, second[key][1]) for key, (_, old) in first.items() if key in second]
     if not rows:
         raise ValueError(f"no case and peer in common: A has {len(first)}, B {len(second)}")
     alone = [f"only in A: {case}, {peer}" for case, peer in first if (case, peer) not in second]
@@ -108,9 +94,9 @@ def table(rows: Sequence[Row], limit: float | None) -> list[str]:
         (
             row.case,
             row.peer,
-            f"{1e3 * row.before:.4g} ms",
-            f"{1e3 * row.after:.4g} ms",
-            f"{row.ratio:.2f}x",
+            f"{1e3 * row.before.median:.4g} ms",
+            f"{1e3 * row.after.median:.4g} ms",
+            f"{row.before.median / row.after.median:.2f}x",
             f"{row.low:.2f}-{row.high:.2f}",
             row.verdict + (", over the limit" if limit is not None and row.fails(limit) else ""),
         )

@@ -30,33 +30,31 @@ RESULTS = pytest.StashKey[dict]()  # case id -> Result, or the exception that it
 COLUMNS = ["median", "iqr", "min", "max", "rounds", "iterations"]
 
 
-def _budget(text: str) -> float | str:
-    if text == "tiny":
-        return text
-    seconds = float(text)
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(text)
-    return seconds
+def _positive(kind):
+    """A parser of positive numbers, for an option."""
 
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise ValueError(text)
+        return value
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    return parse
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastres benchmarks")
     group.addoption(
         "--budget",
-        type=_budget,
+        type=lambda text: text if text == "tiny" else _positive(float)(text),
         default=1.5,
         metavar="SECONDS",
         help="timed seconds per operator case, all peers together; blocks get 2x, networks 5x, training steps 40x "
         "(default 1.5); 'tiny' calls everything twice and says nothing about speed",
     )
-    group.addoption("--rounds", type=_positive, default=25, metavar="N", help="rounds per case at most (default 25)")
+    group.addoption(
+        "--rounds", type=_positive(int), default=25, metavar="N", help="rounds per case at most (default 25)"
+    )
     group.addoption(
         "--peers",
         choices=LEVELS,
@@ -116,11 +114,10 @@ def run_peer(benchmark, request, pytestconfig):
 
     def run(name, peer):
         case = next(case for case in request.module.CASES if case.id == name)
-        key = case.title
+        key, level = case.title, pytestconfig.option.peers
         if key not in results:
             effort = _effort(pytestconfig) if benchmark.enabled else JUDGE_ONLY
             try:
-                level = pytestconfig.option.peers
                 results[key] = measure(case, _device(pytestconfig), effort, case.peers(level))
                 results[key].left_out.update(case.absent(level))
             except Exception as error:

@@ -1,22 +1,16 @@
-"""The report of convergence.py: verdicts on its runs, as JSON, Markdown and a figure.
-
-python benchmarks/convergence_report.py RESULT.json     # writes the Markdown and the figure again
-"""
+"""The report of convergence.py: verdicts on its runs, as JSON, Markdown and a figure."""
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pages
-from fastres.lab.errors import LabError
-from pages import markdown_table
-from result_schema import validate
+from fastres.lab.results import new_figure, save_png, style
+from pages import markdown_table, validate
 
 Run = dict[str, Any]
 
@@ -51,18 +45,15 @@ SCHEMA = {
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
 
-
-def final_loss(way: Run) -> float:
-    return statistics.fmean(way["loss"][-LAST:])
-
-
-def final_accuracy(way: Run) -> float:
-    return float(way["test_accuracy"])
+RESULTS: dict[str, Callable[[Run], float]] = {  # of one way of one run
+    "final loss": lambda way: statistics.fmean(way["loss"][-LAST:]),
+    "held-out accuracy": lambda way: float(way["test_accuracy"]),
+}
 
 
-def outcomes(runs: Sequence[Run], dtype: str, value: Callable[[Run], float]) -> list[list[float]]:
-    """A value of every run, seed by seed: the eager runs', then the swapped runs'."""
-    return [[value(run["ways"][f"{way} {dtype}"]) for run in runs] for way in WAYS]
+def outcomes(runs: Sequence[Run], dtype: str, what: str) -> list[list[float]]:
+    """A result of every run, seed by seed: the eager runs', then the swapped runs'."""
+    return [[RESULTS[what](run["ways"][f"{way} {dtype}"]) for run in runs] for way in WAYS]
 
 
 def rms(values: Sequence[float]) -> float:
@@ -92,26 +83,19 @@ def verdicts(network: str, runs: Sequence[Run], test_images: int, dtypes: Sequen
         flips = [sum(error > FLIPPED * typical[0] for error in way) for way in gradients]
         shares, limit = [count / len(gradients[0]) for count in flips], f"{ALLOWED:g}x eager and one state"
         add("a", "gradients: share of states with a flip", shares, limit, flips[1] <= ALLOWED * flips[0] + 1)
-
         for kind in ("parameters", "statistics"):
             ends = [rms([run["distances"][kind][-1] for run in way]) for way in pair]
             at_most_twice("b", f"{kind}: distance at the end, RMS", ends)
-
-        if len(runs) < 2:
-            continue
-        for what, value, least in (
-            ("final loss", final_loss, 0.0),
-            ("held-out accuracy", final_accuracy, 1 / test_images),
-        ):
-            values = outcomes(runs, dtype, value)
+        for what in RESULTS if len(runs) > 1 else ():
+            values = outcomes(runs, dtype, what)
             means = [statistics.fmean(way) for way in values]
+            least = 0.0 if what == "final loss" else 1 / test_images
             allowed = max(quantile(len(runs)) * standard_error(*values), least)
             add("c", what, means, f"eager +- {allowed:.2g}", abs(means[1] - means[0]) <= allowed + 1e-12)
     return found
 
 
 def standard_error(a: Sequence[float], b: Sequence[float]) -> float:
-    """The standard error of the difference of two samples' means."""
     return math.sqrt(statistics.variance(a) / len(a) + statistics.variance(b) / len(b))
 
 
@@ -131,7 +115,6 @@ def apart(run: Run, way: str) -> int | None:
 def document(
     runs: Mapping[str, Sequence[Run]], settings: Mapping[str, Run], where: Run, test_images: int = 360
 ) -> dict[str, Any]:
-    """The data of the result file."""
     ways = [name for name in next(iter(runs.values()))[0]["ways"] if name != "float64"]
     return {
         "schema": SCHEMA_NAME,
@@ -161,7 +144,6 @@ QUESTIONS = {
 
 
 def text(data: dict[str, Any]) -> list[str]:
-    """One line per verdict."""
     return [
         f"{'ok    ' if v['passed'] else 'FAILED'} {v['network']:<15} {v['dtype']}  ({v['question']}) {v['what']:<39}"
         f" eager {v['eager']:.3g}, swapped {v['swapped']:.3g}; limit {v['limit']}"
@@ -170,7 +152,6 @@ def text(data: dict[str, Any]) -> list[str]:
 
 
 def markdown(data: dict[str, Any]) -> str:
-    """The verdicts and the seeds' results as a Markdown page."""
     lines = pages.heading("Training: swapped against eager", data["environment"])
     for name, one in data["settings"].items():
         lines.append(
@@ -194,32 +175,25 @@ def markdown(data: dict[str, Any]) -> str:
     ]
     lines += [f"## The step at which a run's parameters are {APART:g} from float64's, seed by seed", ""]
     lines += [*markdown_table(("network", *next(iter(data["apart"].values()))), rows), "", "## Seed by seed", ""]
-    rows = []
+    rows, sizes, formats = [], [], {"final loss": (".4f", "+.4f"), "held-out accuracy": (".2%", "+.2%")}
     for name, runs in data["runs"].items():
         for dtype in DTYPES:
-            for run, *loss in zip(runs, *outcomes(runs, dtype, final_loss), strict=True):
-                right = [run["ways"][f"{way} {dtype}"]["test_accuracy"] for way in WAYS]
-                losses = f"{loss[0]:.4f}, {loss[1]:.4f}, {loss[1] - loss[0]:+.4f}"
-                accuracies = f"{right[0]:.2%}, {right[1]:.2%}, {right[1] - right[0]:+.2%}"
-                rows.append((name, dtype, str(run["seed"]), losses, accuracies))
-    each = "eager, swapped, difference"
-    header = ("network", "dtype", "seed", f"final loss: {each}", f"held-out accuracy: {each}")
-    return "\n".join([*lines, seed_noise(data), "", *markdown_table(header, rows), ""])
-
-
-def seed_noise(data: dict[str, Any]) -> str:
-    """The differences of (c) in standard errors."""
-    sizes = []
-    for runs in data["runs"].values():
-        for dtype in DTYPES:
-            for value in (final_loss, final_accuracy):
-                eager, swapped = outcomes(runs, dtype, value)
+            columns = []
+            for what, (value, difference) in formats.items():
+                eager, swapped = outcomes(runs, dtype, what)
+                columns.append(
+                    [f"{e:{value}}, {s:{value}}, {s - e:{difference}}" for e, s in zip(eager, swapped, strict=True)]
+                )
                 error = standard_error(swapped, eager)
                 sizes.append(abs(statistics.fmean(swapped) - statistics.fmean(eager)) / error if error else 0.0)
-    return (
+            rows += [(name, dtype, str(run["seed"]), *cells) for run, *cells in zip(runs, *columns, strict=True)]
+    lines += [
         f"The differences of the means, in standard errors of the difference: {', '.join(f'{x:.1f}' for x in sizes)}; "
-        f"{quantile(len(runs)):.1f} are allowed."
-    )
+        f"{quantile(len(runs)):.1f} are allowed.",
+        "",
+    ]
+    header = ("network", "dtype", "seed", *(f"{what}: eager, swapped, difference" for what in formats))
+    return "\n".join([*lines, *markdown_table(header, rows), ""])
 
 
 # ---- picture ---------------------------------------------------------------------------------------------------------
@@ -245,80 +219,47 @@ def draw(data: dict[str, Any], path: Path) -> None:
 
     Raises MissingExtra where matplotlib is not installed, OutputError where `path` cannot be written.
     """
-    figure = pages.new_figure((15, 1.1 + 3.9 * len(data["runs"])))
+    figure = new_figure(15, 1.1 + 3.9 * len(data["runs"]), dpi=110)
     grid = figure.subplots(len(data["runs"]), 3, squeeze=False)
-    handles: dict[str, Any] = {}
+    apart = "relative L2 distance to float64"
+    panels = (  # title, y axis, and where a way's values are
+        ("training loss, {seeds} seeds, {smooth}-step mean", "cross-entropy", ("loss",)),
+        ("Whole runs: the parameters' distance to float64", apart, ("distances", "parameters")),
+        ("One step from the same state: the gradient's error", apart, ("errors", "gradients")),
+    )
     for row, (name, runs) in zip(grid, data["runs"].items(), strict=True):
-        steps, looks = range(1, data["settings"][name]["steps"] + 1), [step + 1 for step in runs[0]["looks"]]
-        for way, style in STYLES.items():
-            losses = [statistics.fmean(at) for at in zip(*(run["ways"][way]["loss"] for run in runs), strict=True)]
-            (handles[way],) = row[0].plot(steps, smoothed(losses), **style)
-            if way == "float64":
-                continue
-            for axes, kind, of in ((row[1], "distances", "parameters"), (row[2], "errors", "gradients")):
-                series = zip(*(run["ways"][way][kind][of] for run in runs), strict=True)
-                axes.plot(looks, [statistics.median(at) for at in series], **style)
-        titles = (
-            f"{name}: training loss, {len(runs)} seeds, {SMOOTH}-step mean",
-            "Whole runs: the parameters' distance to float64",
-            "One step from the same state: the gradient's error",
-        )
-        for axes, title, label in zip(
-            row, titles, ("cross-entropy", *("relative L2 distance to float64",) * 2), strict=True
-        ):
-            axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold")
+        looks = [step + 1 for step in runs[0]["looks"]]
+        for axes, (title, label, keys) in zip(row, panels, strict=True):
+            title = title.format(seeds=len(runs), smooth=SMOOTH)
+            style(axes, f"{name}: {title}" if keys == ("loss",) else title)
             axes.set_yscale("log")
             axes.set_xlabel("step", fontsize=9)
             axes.set_ylabel(label, fontsize=9)
             axes.tick_params(labelsize=8)
-            axes.grid(True, color="#e3e3e3", linewidth=0.7)
-            axes.set_axisbelow(True)
-            axes.spines[["top", "right"]].set_visible(False)
+            for way, look in STYLES.items():
+                if keys == ("loss",):
+                    losses = zip(*(run["ways"][way]["loss"] for run in runs), strict=True)
+                    values = smoothed([statistics.fmean(at) for at in losses])
+                    axes.plot(range(1, len(values) + 1), values, **look, label=way)
+                elif way != "float64":
+                    series = zip(*(run["ways"][way][keys[0]][keys[1]] for run in runs), strict=True)
+                    axes.plot(looks, [statistics.median(at) for at in series], **look)
         row[1].set_xscale("log")  # the first steps matter
         row[1].xaxis.set_major_formatter("{x:g}")
-    figure.legend(
-        handles=list(handles.values()),
-        labels=["float64 (loss only)", *list(handles)[1:]],
-        loc="outside lower left",
-        ncols=len(handles),
-        frameon=False,
-        fontsize=9.5,
-    )
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    labels[0] = "float64 (loss only)"
+    figure.legend(handles, labels, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=9.5)
     passed = sum(verdict["passed"] for verdict in data["verdicts"])
-    figure.suptitle(
+    title = (
         "Training with swapped blocks against eager, same weights, same batches; distances are medians over the seeds\n"
         f"{passed} of {len(data['verdicts'])} bounds hold; {pages.machine(data['environment'])}, "
-        f"{data['environment']['time'][:10]}",
-        x=0.005,
-        ha="left",
-        fontsize=11,
+        f"{data['environment']['time'][:10]}"
     )
-    pages.save_figure(figure, path)
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
+    figure.suptitle(title, x=0.005, ha="left", fontsize=11)
+    save_png(figure, path)
 
 
 def write(data: dict[str, Any], folder: Path) -> list[Path]:
     """Write JSON, Markdown and, where matplotlib is installed, the PNG; their paths."""
     check(data)
     return pages.write_result(folder / f"convergence-cpu-torch{pages.torch_version()}", data, markdown(data), draw)[0]
-
-
-def main(arguments: Sequence[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: python benchmarks/convergence_report.py RESULT.json", file=sys.stderr)
-        return 2
-    path = Path(arguments[0])
-    try:
-        data = check(json.loads(path.read_text(encoding="utf-8")))
-        pages.save_text(path.with_suffix(".md"), markdown(data))
-        draw(data, path.with_suffix(".png"))
-    except (OSError, ValueError, LabError) as error:
-        print(f"convergence_report: {path}: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

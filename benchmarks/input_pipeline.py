@@ -38,7 +38,6 @@ def rate(batches, count, batch_size, use=lambda images, labels: None):
 
 
 def compare(name, data, network, recipe, device, count, pipeline_count):
-    """Print one row of the table."""
     net = channels_last(networks.build(network, data.classes, data.channels).to(device))
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
 
@@ -60,11 +59,10 @@ def photographs(root, count=64):
     from sklearn.datasets import load_sample_images
 
     pictures = [Image.fromarray(pixels).resize((500, 375)) for pixels in load_sample_images().images]
-    for part in ("train", "val"):
-        for i in range(count):
-            folder = root / part / str(i % 2)
-            folder.mkdir(parents=True, exist_ok=True)
-            pictures[i % 2].save(folder / f"{i}.JPEG", quality=90)
+    for part, i in itertools.product(("train", "val"), range(count)):
+        folder = root / part / str(i % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures[i % 2].save(folder / f"{i}.JPEG", quality=90)
 
 
 def main():

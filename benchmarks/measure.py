@@ -36,8 +36,6 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Effort:
-    """The time to measure a case for."""
-
     budget_s: float  # timed seconds for a case of weight 1, all peers together
     rounds: int  # at most
     min_rounds: int = 6
@@ -79,8 +77,6 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Case(ABC):
-    """One row of the benchmark."""
-
     what: ClassVar[str]
     weight: ClassVar[float] = 1.0  # how many budgets it may use
     baselines: ClassVar[tuple[str, ...]] = ("eager",)  # speed-ups are over the fastest of these
@@ -173,9 +169,6 @@ class Replay:
 
     __name__ = "interleaved"
 
-    def __init__(self) -> None:
-        self._readings: list[float] = []
-
     def load(self, samples: list[float]) -> None:
         self._readings = [reading for sample in reversed(samples) for reading in (sample, 0.0)]
 
@@ -198,21 +191,13 @@ def measure(
         torch.set_num_threads(threads)
 
 
-def settle_allocator() -> None:
-    """Free one block of 31 MiB, after which glibc keeps freed memory, as in any process that has trained for a while.
-
-    Before that, glibc returns freed memory to the system above a threshold that grows with the largest block freed so
-    far. Then it is luck who pays to fault the memory back in: up to twice the time at an activation of 3 MB.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
-
-
 def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str, ...], timer: Timer | None) -> Result:
     torch.manual_seed(0)
-    settle_allocator()
+    # Free one block of 31 MiB: glibc returns freed memory to the system above a threshold that grows with the largest
+    # block freed so far. Below it, it is luck who pays to fault the memory back in: up to twice the time at 3 MB.
+    torch.empty(31 << 20, dtype=torch.uint8)
     prepared = case.prepare(device, peers)
-    result = Result(case, backend=prepared.backend)
-    results: dict[str, Any] = {}
+    result, results = Result(case, backend=prepared.backend), {}
     for name in peers:
         try:
             if name in prepared.build:
@@ -229,14 +214,16 @@ def _measure(case: Case, device: torch.device, effort: Effort, peers: tuple[str,
         timer = timer or prepared.timer or timer_for(device)
         with _no_gc():
             estimates = {name: _estimate(call, timer) for name, call in calls.items()}
-            result.iterations = max(1, math.ceil(effort.sample_s / max(min(estimates.values()), 1e-9)))
-            round_s = result.iterations * sum(estimates.values())
-            rounds = int(effort.budget_s * case.weight / round_s)
+            n = result.iterations = max(1, math.ceil(effort.sample_s / max(min(estimates.values()), 1e-9)))
+            rounds = int(effort.budget_s * case.weight / (n * sum(estimates.values())))
             rounds = min(max(rounds, effort.min_rounds), effort.rounds)
-            looped = {name: _repeat(call, result.iterations) for name, call in calls.items()}
+            looped = {name: _repeat(call, n) for name, call in calls.items()}
             result.samples = interleave(looped, rounds, warmup=0, timer=timer)
-    if effort.rounds and (device.type == "cuda" or case.weighed):
-        result.memory = {name: _peak_memory(call, device) for name, call in calls.items()}
+        if device.type == "cuda" or case.weighed:
+            for name, call in calls.items():
+                meter = Meter(device)
+                call()
+                result.memory[name] = meter.end()[1]
     del calls, prepared
     if any(name.startswith(COMPILE) for name in peers):
         torch.compiler.reset()
@@ -255,20 +242,11 @@ def _estimate(call: Function, timer: Timer) -> float:
 
 
 def _repeat(call: Function, iterations: int) -> Function:
-    if iterations == 1:
-        return call
-
     def loop() -> None:
         for _ in range(iterations):
             call()
 
-    return loop
-
-
-def _peak_memory(call: Function, device: torch.device) -> int:
-    meter = Meter(device)
-    call()
-    return meter.end()[1]
+    return call if iterations == 1 else loop
 
 
 class Meter:

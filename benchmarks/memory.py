@@ -17,6 +17,7 @@ and the same in every run; RSS varies by a few percent.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -92,15 +93,15 @@ def _rss() -> int:
 def measure_apart(network: str, variant: str, options: argparse.Namespace) -> dict[str, int]:
     """`measure` in a new process; on a CPU in a second one too, for "mapped"."""
     command = [sys.executable, __file__, "--one", variant, "--networks", network]
-    for name in ("batch", "size", "dtype", "device"):
-        command += [f"--{name}", str(getattr(options, name))]
+    command += [
+        part for name in ("batch", "size", "dtype", "device") for part in (f"--{name}", str(getattr(options, name)))
+    ]
 
     def run(more: dict[str, str]) -> dict[str, int]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | more)
         if done.returncode:
             raise RuntimeError(f"{network}, {variant}: {done.stderr.strip().splitlines()[-1:]}")
-        found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        return json.loads(done.stdout.splitlines()[-1])
 
     found = run({})
     return found | ({"mapped": run(MAPPED)["rss"]} if "rss" in found else {})
@@ -134,11 +135,9 @@ def main() -> None:
         print(json.dumps(one))
         return
     networks: dict[str, dict[str, dict[str, int]]] = {}
-    for network in options.networks.split(","):
-        networks[network] = {}
-        for variant in VARIANTS:
-            print(f"measuring {network}, {variant} ...", file=sys.stderr)
-            networks[network][variant] = measure_apart(network, variant, options)
+    for network, variant in itertools.product(options.networks.split(","), VARIANTS):
+        print(f"measuring {network}, {variant} ...", file=sys.stderr)
+        networks.setdefault(network, {})[variant] = measure_apart(network, variant, options)
     rows = table(networks)
     print("\n".join(pages.aligned(rows)))
     if options.results:

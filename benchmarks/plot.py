@@ -8,12 +8,13 @@ python benchmarks/plot.py out/bench/all-cpu-torch2.11.0.json [picture.png]
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastres.lab.errors import MissingExtra
-from pages import new_figure, save_figure
-from result_schema import load
+from fastres.lab.results import new_figure, save_png, style
+from pages import load
 
 COLORS = {  # from the top of a row to its bottom
     "frozen": "#1f6fb4",
@@ -40,21 +41,17 @@ def draw(data: dict[str, Any], path: Path) -> None:
     panels = _panels(data)
     columns = min(3, len(panels))
     height = [
-        1.3 + 0.3 * max(len(_labels(panel)) for panel in panels[i : i + columns])
+        1.3 + 0.3 * max(len(_labels(points)) for _, points in panels[i : i + columns])
         for i in range(0, len(panels), columns)
     ]
-    figure = new_figure((max(5.6 * columns, 7.5), sum(height) + 0.8))
+    figure = new_figure(max(5.6 * columns, 7.5), sum(height) + 0.8, dpi=110)
     grid = figure.add_gridspec(len(height), columns, height_ratios=height)
     for i, panel in enumerate(panels):
         axes = figure.add_subplot(grid[i // columns, i % columns])
         _draw_panel(axes, *panel)
     shown = {name for _, points in panels for _, name, _ in points}
-    styles = {"marker": "o", "linestyle": ""}
-    handles = [
-        axes.plot([], [], color=color, label=NAMES.get(name, name), **styles)[0]
-        for name, color in COLORS.items()
-        if name in shown
-    ]
+    names = [name for name in COLORS if name in shown]
+    handles = [axes.plot([], [], "o", color=COLORS[name], label=NAMES.get(name, name))[0] for name in names]
     figure.legend(handles=handles, loc="outside lower left", ncols=min(6, 3 * columns), frameon=False, fontsize=8)
     where = data["environment"]
     device = where["gpu"]["name"] if where["gpu"] else where["cpu"]["model"]
@@ -65,24 +62,26 @@ def draw(data: dict[str, Any], path: Path) -> None:
         ha="left",
         fontsize=10,
     )
-    save_figure(figure, path)
+    save_png(figure, path)
 
 
-Panel = tuple[str, list[tuple[str, str, dict[str, float]]]]  # title; points of (label, key of COLORS, ratio)
+Point = tuple[str, str, dict[str, float]]  # label, key of COLORS, ratio
 
 
-def _panels(data: dict[str, Any]) -> list[Panel]:
-    panels: dict[str, list[tuple[str, str, dict[str, float]]]] = {}
+def _panels(data: dict[str, Any]) -> list[tuple[str, list[Point]]]:
+    """The points of each panel, by its title."""
+    panels: dict[str, list[Point]] = {}
     for case in data["cases"]:
         dtype = f", {case['dtype']}" if case["dtype"] else ""
         form = f" {case['form']}" if "form" in case and case["what"] != "overhead" else ""
         batch = f", batch {case['shape'][0]}" if case["what"] == "conv_act" else ""
         title = case["what"] if case["what"] == "overhead" else f"{case['what']}{form}, {case['mode']}{dtype}{batch}"
+        label = _LABELS.get(case["what"], lambda case: str(case["id"]))
         for name, peer in case["peers"].items():
             ratio = peer["speedup"].get(case["baseline"])
             if ratio is None or name in ("eager", "eager_channels_last"):
                 continue
-            panels.setdefault(title, []).append((_label(case), _color(case, name), ratio))
+            panels.setdefault(title, []).append((label(case), _color(case, name), ratio))
     return list(panels.items())
 
 
@@ -94,24 +93,22 @@ def _color(case: dict[str, Any], peer: str) -> str:
     return "channels_last" if "channels_last" in f"{peer} {case['layout']}" else "nchw"
 
 
-def _label(case: dict[str, Any]) -> str:
-    if case["what"] in ("bn_act", "add_relu"):
-        return "x".join(map(str, case["shape"][1:]))
-    if case["what"] == "conv_act":
-        return str(case["id"]).rsplit("-", 2)[0]
-    if case["what"] == "networks":
-        return f"{case['network']}, batch {case['shape'][0]}"
-    if case["what"] == "blocks":
-        return f"{case['network']} {case['block']}"
-    return str(case["network"] if case["what"] == "train" else case["id"])
+_LABELS: dict[str, Callable[[dict[str, Any]], str]] = {  # of a row, by the case's what; else its id
+    "bn_act": lambda case: "x".join(map(str, case["shape"][1:])),
+    "add_relu": lambda case: "x".join(map(str, case["shape"][1:])),
+    "conv_act": lambda case: str(case["id"]).rsplit("-", 2)[0],
+    "networks": lambda case: f"{case['network']}, batch {case['shape'][0]}",
+    "blocks": lambda case: f"{case['network']} {case['block']}",
+    "train": lambda case: str(case["network"]),
+}
 
 
-def _labels(panel: Panel) -> list[str]:
-    return list(dict.fromkeys(label for label, _, _ in panel[1]))
+def _labels(points: list[Point]) -> list[str]:
+    return list(dict.fromkeys(label for label, _, _ in points))
 
 
-def _draw_panel(axes: Any, title: str, points: list[tuple[str, str, dict[str, float]]]) -> None:
-    labels = _labels((title, points))
+def _draw_panel(axes: Any, title: str, points: list[Point]) -> None:
+    labels = _labels(points)
     colors = [name for name in COLORS if any(color == name for _, color, _ in points)]
     for label, color, ratio in points:
         place = labels.index(label) + 0.6 * ((colors.index(color) + 0.5) / len(colors) - 0.5)
@@ -122,12 +119,10 @@ def _draw_panel(axes: Any, title: str, points: list[tuple[str, str, dict[str, fl
     axes.set_ylim(len(labels) - 0.5, -0.5)
     lows, highs = zip(*((ratio["low"], ratio["high"]) for _, _, ratio in points), strict=True)
     axes.set_xlim(min(0.8, *lows) - 0.05, max(1.2, *highs) + 0.1)
-    axes.set_title(title, loc="left", fontsize=8.5, fontweight="bold")
+    style(axes, title, grid="x", size=8.5)
     axes.tick_params(axis="x", labelsize=8)
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.grid(True, color="#e3e3e3", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["left"].set_visible(False)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,6 +1,6 @@
 """The results of a benchmark session: one JSON with every sample, a Markdown table, a plot, and what is printed.
 
-result_schema.py defines the JSON. A loss is a row like any other.
+pages.py defines the JSON. A loss is a row like any other.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import torch
 import pages
 from fastres.lab.results import environment
 from measure import Effort, Result
-from pages import aligned, markdown_table
+from pages import SCHEMA_NAME, SCHEMA_VERSION, aligned, markdown_table, validate
 from plot import draw
-from result_schema import SCHEMA_NAME, SCHEMA_VERSION, validate
 from roofline import Rates, bound
 from shapes import BLOCK_END
 
@@ -38,20 +37,10 @@ def document(
     where["cpu"]["flags"] = _cpu_flags()
     where["load"] = list(os.getloadavg()) if hasattr(os, "getloadavg") else None
     cases = [case_data(result, rates) for result in results]
-    return {
-        "schema": SCHEMA_NAME,
-        "schema_version": SCHEMA_VERSION,
-        "environment": where,
-        "settings": {
-            "budget_s": effort.budget_s,
-            "rounds": effort.rounds,
-            "peers": peers,
-            "bandwidth_bytes_per_s": rates.bandwidth,
-            "flops_per_s": rates.flops,
-        },
-        "cases": cases,
-        "bars": bars(cases),
-    }
+    settings = {"budget_s": effort.budget_s, "rounds": effort.rounds, "peers": peers}
+    settings |= {"bandwidth_bytes_per_s": rates.bandwidth, "flops_per_s": rates.flops}
+    head = {"schema": SCHEMA_NAME, "schema_version": SCHEMA_VERSION, "environment": where, "settings": settings}
+    return head | {"cases": cases, "bars": bars(cases)}
 
 
 def case_data(result: Result, rates: Rates) -> dict[str, Any]:
@@ -60,11 +49,29 @@ def case_data(result: Result, rates: Rates) -> dict[str, Any]:
     moved, flops = sum(work.bytes for work in works), sum(work.flops for work in works)
     rate = rates.flops.get(facts["dtype"] or "")
     known = bool(works) and (rate is not None or not flops)
-    totals = {
-        "bytes_moved": moved or None,
-        "flops": flops or None,
-        "bound_s": bound(works, rates.bandwidth, rate or 1.0) if known else None,
-    }
+    least = bound(works, rates.bandwidth, rate or 1.0) if known else None
+    totals = {"bytes_moved": moved or None, "flops": flops or None, "bound_s": least}
+
+    def peer(name: str) -> dict[str, Any]:
+        seconds, images, verdict = result.seconds(name), case.images(), result.verdicts.get(name)
+        calls = [sample / result.iterations for sample in result.samples[name]]
+        q1, _, q3 = statistics.quantiles(calls, n=4, method="inclusive") if len(calls) > 1 else calls * 3
+        others = [n for n in result.samples if n != name and n not in case.ours + case.alone and name not in case.alone]
+        return {
+            "samples": result.samples[name],
+            "median": seconds,
+            "q1": q1,
+            "q3": q3,
+            "bytes_per_s": moved / seconds if moved else None,
+            "of_bandwidth": moved / seconds / rates.bandwidth if moved else None,
+            "flops_per_s": flops / seconds if flops else None,
+            "of_bound": least / seconds if least else None,
+            "images_per_s": images / seconds if images else None,
+            "peak_bytes": result.memory.get(name),
+            "verdict": verdict.to_dict() if verdict else None,
+            "speedup": {other: result.speedup(name, other).to_dict() for other in others},
+        }
+
     return {
         "id": case.id,
         "what": case.what,
@@ -77,31 +84,8 @@ def case_data(result: Result, rates: Rates) -> dict[str, Any]:
         **totals,
         "baseline": result.baseline,
         "ours": list(case.ours),
-        "peers": {name: _peer_data(result, name, rates.bandwidth, totals) for name in result.samples},
+        "peers": {name: peer(name) for name in result.samples},
         "left_out": result.left_out,
-    }
-
-
-def _peer_data(result: Result, name: str, bandwidth: float, totals: dict[str, Any]) -> dict[str, Any]:
-    case, seconds = result.case, result.seconds(name)
-    calls = [sample / result.iterations for sample in result.samples[name]]
-    q1, _, q3 = statistics.quantiles(calls, n=4, method="inclusive") if len(calls) > 1 else calls * 3
-    images, verdict = case.images(), result.verdicts.get(name)
-    others = [n for n in result.samples if n != name and n not in case.ours + case.alone and name not in case.alone]
-    moved, flops, least = totals["bytes_moved"], totals["flops"], totals["bound_s"]
-    return {
-        "samples": result.samples[name],
-        "median": seconds,
-        "q1": q1,
-        "q3": q3,
-        "bytes_per_s": moved / seconds if moved else None,
-        "of_bandwidth": moved / seconds / bandwidth if moved else None,
-        "flops_per_s": flops / seconds if flops else None,
-        "of_bound": least / seconds if least else None,
-        "images_per_s": images / seconds if images else None,
-        "peak_bytes": result.memory.get(name),
-        "verdict": verdict.to_dict() if verdict else None,
-        "speedup": {other: result.speedup(name, other).to_dict() for other in others},
     }
 
 
@@ -146,7 +130,6 @@ def bars(cases: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def best_of_ours(case: dict[str, Any]) -> str:
-    """The fastest of our peers in a case."""
     return min(case["ours"], key=lambda name: case["peers"][name]["median"])
 
 
@@ -180,20 +163,16 @@ def rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row per peer of every case, in the order of COLUMNS; a baseline's row has no speed-up."""
     table: list[tuple[str, ...]] = []
     for case in data["cases"]:
+        title, ours = f"{case['what']} {case['id']}", case["peers"][best_of_ours(case)]["speedup"]
         for name, peer in case["peers"].items():
-            ratio = peer["speedup"].get(case["baseline"])
-            low, high = (_seconds(peer[q]) for q in ("q1", "q3"))
-            if ratio is None:
-                speedup, interval = "", ""
-            else:
+            ratio, speedup, interval = peer["speedup"].get(case["baseline"]), "", ""
+            if ratio is not None:
                 speedup = f"{ratio['median']:.2f}x {case['baseline']}"
                 interval = f"{ratio['low']:.2f}-{ratio['high']:.2f}" + ("" if ratio["coverage"] >= 0.95 else " (range)")
-            comparable = case["peers"][best_of_ours(case)]["speedup"]
-            over = _interval(comparable[name]) if name in comparable else ""
-            row = (_seconds(peer["median"]), f"{low}-{high}", speedup, interval, over, _rate(peer), _answers(peer))
-            table.append((f"{case['what']} {case['id']}", name, *row))
-        for name, reason in case["left_out"].items():
-            table.append((f"{case['what']} {case['id']}", name, "absent", "", "", "", "", "", reason))
+            over = _interval(ours[name]) if name in ours else ""
+            median, low, high = (_seconds(peer[q]) for q in ("median", "q1", "q3"))
+            table.append((title, name, median, f"{low}-{high}", speedup, interval, over, _rate(peer), _answers(peer)))
+        table += [(title, name, "absent", *[""] * 5, reason) for name, reason in case["left_out"].items()]
     return table
 
 

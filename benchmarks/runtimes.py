@@ -20,14 +20,16 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import fastres
 from measure import Absent, cuda_graph
@@ -76,12 +78,11 @@ def laid_out(net: nn.Module, images: Tensor, layout: torch.memory_format) -> tup
     return module.to(memory_format=layout), images.contiguous(memory_format=layout)
 
 
-def eager(net: nn.Module, images: Tensor) -> Call:
-    return without_gradients(*laid_out(net, images, torch.contiguous_format))
+def eager(net: nn.Module, images: Tensor, layout: torch.memory_format = torch.contiguous_format) -> Call:
+    return without_gradients(*laid_out(net, images, layout))
 
 
-def eager_channels_last(net: nn.Module, images: Tensor) -> Call:
-    return without_gradients(*laid_out(net, images, torch.channels_last))
+eager_channels_last = partial(eager, layout=torch.channels_last)
 
 
 def frozen(net: nn.Module, images: Tensor) -> Call:
@@ -93,8 +94,7 @@ def frozen(net: nn.Module, images: Tensor) -> Call:
 def torchscript(net: nn.Module, images: Tensor) -> Call:
     module, images = laid_out(net, images, torch.channels_last)
     with torch.no_grad():
-        traced = torch.jit.trace(module, images)
-        script = torch.jit.optimize_for_inference(torch.jit.freeze(traced))
+        script = torch.jit.optimize_for_inference(torch.jit.freeze(torch.jit.trace(module, images)))
         script(images)  # it specializes in its first two calls
         script(images)
     return without_gradients(script, images)
@@ -108,10 +108,6 @@ def compiled(net: nn.Module, images: Tensor, *, freezing: bool = False, mode: st
     with config.patch(freezing=freezing):
         call()  # compiles
     return call
-
-
-def compile_freezing(net: nn.Module, images: Tensor) -> Call:
-    return compiled(net, images, freezing=True)
 
 
 def compile_max_autotune(net: nn.Module, images: Tensor) -> Call:
@@ -128,21 +124,13 @@ def cudagraph(net: nn.Module, images: Tensor) -> Call:
 def exported(net: nn.Module, dtype: torch.dtype) -> bytes:
     """The network as ONNX with a dynamic batch size called "batch"; exported once per dtype."""
     needed("onnx"), needed("onnxscript")
-    module = copy.deepcopy(net).to("cpu", dtype)
-    example = torch.randn(2, 3, 224, 224, dtype=dtype)
+    module, example = copy.deepcopy(net).to("cpu", dtype), torch.randn(2, 3, 224, 224, dtype=dtype)
+    names = {"input_names": ["images"], "output_names": ["logits"]}
+    dynamic = ({0: torch.export.Dim("batch")},)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
-        torch.onnx.export(
-            module,
-            (example,),
-            path,
-            dynamo=True,
-            verbose=False,
-            external_data=False,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )
+        how = {"dynamo": True, "verbose": False, "external_data": False, "dynamic_shapes": dynamic}
+        torch.onnx.export(module, (example,), path, **how, **names)
         return path.read_bytes()
 
 
@@ -249,15 +237,72 @@ def openvino_throughput(net: nn.Module, images: Tensor) -> Call:
 
 
 def jax(net: nn.Module, images: Tensor) -> Call:
+    """torchvision's ResNets in jax.numpy, on JAX's own device: NHWC, BN folded in float64; logits in float32."""
     needed("jax")
-    from jax_resnet import build
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the GPU's memory is shared with torch
+    import jax
+    import jax.numpy as jnp
 
-    return build(net, images)
+    dtype = {torch.float32: jnp.float32, torch.bfloat16: jnp.bfloat16, torch.float16: jnp.float16}[images.dtype]
+
+    def array(t: Tensor) -> Any:
+        return jnp.asarray(t.detach().cpu().float().numpy(), dtype)
+
+    def folded(conv: Any, bn: Any) -> tuple[Any, Any]:
+        fused = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(bn).double())
+        return array(fused.weight.permute(2, 3, 1, 0)), array(fused.bias)  # [K, K, I, O]
+
+    def conv(x: Any, weights: tuple[Any, Any], stride: int) -> Any:
+        weight, bias = weights
+        pad = weight.shape[0] // 2
+        layout = ("NHWC", "HWIO", "NHWC")
+        window = ((pad, pad), (pad, pad))
+        return jax.lax.conv_general_dilated(x, weight, (stride, stride), window, dimension_numbers=layout) + bias
+
+    blocks, strides = [], []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        for block in stage:
+            numbers = [i for i in (1, 2, 3) if hasattr(block, f"conv{i}")]
+            convs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in numbers]
+            projection = folded(*block.downsample) if block.downsample is not None else None
+            blocks.append(([folded(*pair) for pair in convs], projection))
+            strides.append([c.stride[0] for c, _ in convs])
+    fc = net.fc
+    weights = (folded(net.conv1, net.bn1), blocks, (array(fc.weight.t()), array(fc.bias)))
+
+    @jax.jit
+    def forward(weights: Any, x: Any) -> Any:
+        stem, blocks, (fc, bias) = weights
+        x = jax.nn.relu(conv(x, stem, 2))  # [N, 112, 112, 64]
+        window, pad = (1, 3, 3, 1), ((0, 0), (1, 1), (1, 1), (0, 0))
+        x = jax.lax.reduce_window(x, jnp.array(-jnp.inf, dtype), jax.lax.max, window, (1, 2, 2, 1), pad)
+        for (convs, projection), steps in zip(blocks, strides, strict=True):
+            residual = x if projection is None else conv(x, projection, max(steps))
+            for i, (pair, stride) in enumerate(zip(convs, steps, strict=True)):
+                x = conv(x, pair, stride)
+                x = jax.nn.relu(x if i < len(convs) - 1 else x + residual)  # [N, P, P, O]
+        return (x.mean((1, 2)) @ fc + bias).astype(jnp.float32)  # [N, classes]
+
+    x = array(images.permute(0, 2, 3, 1))  # [N, 224, 224, 3]
+    return lambda: forward(weights, x).block_until_ready()
 
 
-_BUILDERS = (eager, eager_channels_last, frozen, torchscript, onnxruntime, openvino, openvino_throughput)
-_BUILDERS += (compile_freezing, compile_max_autotune, cudagraph, jax)
-BUILDERS: dict[str, Build] = {builder.__name__: builder for builder in _BUILDERS} | {"compile": compiled}
+_BUILDERS = (
+    eager,
+    frozen,
+    torchscript,
+    onnxruntime,
+    openvino,
+    openvino_throughput,
+    compile_max_autotune,
+    cudagraph,
+    jax,
+)
+BUILDERS: dict[str, Build] = {builder.__name__: builder for builder in _BUILDERS} | {
+    "eager_channels_last": eager_channels_last,
+    "compile": compiled,
+    "compile_freezing": partial(compiled, freezing=True),
+}
 
 
 def forget() -> None:

@@ -31,6 +31,7 @@ constexpr unsigned long long kTorchTarget = 0;
 #endif
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace {
 
@@ -70,14 +71,9 @@ py::dict kernel_attributes() {
   py::dict kernels;
 #if defined(FASTRES_CUDA)
   for (const fastres::KernelAttributes& k : fastres::kernel_attributes()) {
-    py::dict one;
-    one["registers"] = k.registers;
-    one["shared_bytes"] = k.shared_bytes;
-    one["local_bytes"] = k.local_bytes;
-    one["threads"] = k.threads;
-    one["blocks_per_multiprocessor"] = k.blocks;
-    one["architecture"] = k.architecture;
-    kernels[py::str(k.name)] = one;
+    kernels[py::str(k.name)] = py::dict("registers"_a = k.registers, "shared_bytes"_a = k.shared_bytes,
+                                        "local_bytes"_a = k.local_bytes, "threads"_a = k.threads,
+                                        "blocks_per_multiprocessor"_a = k.blocks, "architecture"_a = k.architecture);
   }
 #endif
   return kernels;
@@ -87,18 +83,10 @@ py::dict kernel_attributes() {
 py::list conv_kernels() {
   py::list kernels;
   for (const fastres::ConvKernel& k : fastres::conv_kernels()) {
-    py::dict one;
-    one["name"] = k.name;
-    one["element"] = k.element;
-    one["architecture"] = k.architecture;
-    one["pixels"] = k.pixels;
-    one["channels"] = k.channels;
-    one["depth"] = k.depth;
-    one["cluster"] = k.cluster;
-    one["splits_depth"] = k.splits_depth;
-    one["threads"] = k.threads;
-    one["shared_bytes"] = k.shared_bytes;
-    kernels.append(one);
+    kernels.append(py::dict("name"_a = k.name, "element"_a = k.element, "architecture"_a = k.architecture,
+                            "pixels"_a = k.pixels, "channels"_a = k.channels, "depth"_a = k.depth,
+                            "cluster"_a = k.cluster, "splits_depth"_a = k.splits_depth, "threads"_a = k.threads,
+                            "shared_bytes"_a = k.shared_bytes));
   }
   return kernels;
 }

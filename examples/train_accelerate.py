@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastres
-from fastres.lab.data import digits
+from fastres.lab.datasets import digits
 
 
 def main(steps=100, batch=16):

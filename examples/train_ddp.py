@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 import fastres
-from fastres.lab.data import digits
+from fastres.lab.datasets import digits
 
 
 def main(steps=50, batch=16, save=None):

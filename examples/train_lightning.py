@@ -15,7 +15,7 @@ import torchvision
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastres
-from fastres.lab.data import digits
+from fastres.lab.datasets import digits
 
 
 class Classifier(L.LightningModule):

@@ -14,7 +14,7 @@ import torchvision
 from torch.utils.data import DataLoader, TensorDataset
 
 import fastres
-from fastres.lab.data import digits
+from fastres.lab.datasets import digits
 
 
 def main(steps=100, batch=32):

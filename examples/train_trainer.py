@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainingArguments
 
 import fastres
-from fastres.lab.data import digits
+from fastres.lab.datasets import digits
 
 
 class Digits(Dataset):

@@ -21,20 +21,9 @@ import torch
 
 from fastres import _dispatch, _extension
 
-ENVIRONMENT = (
-    "FASTRES_BACKEND",
-    "FASTRES_DISABLE",
-    "FASTRES_LOG",
-    "FASTRES_CACHE_DIR",
-    "FASTRES_BUILD_EXT",
-    "TRITON_INTERPRET",
-    "TRITON_CACHE_DIR",
-    "TORCH_CUDA_ARCH_LIST",
-    "CUDA_VISIBLE_DEVICES",
-    "CUDA_HOME",
-    "OMP_NUM_THREADS",
-    "OMP_WAIT_POLICY",
-    "MKL_NUM_THREADS",
+ENVIRONMENT = tuple(
+    "FASTRES_BACKEND FASTRES_DISABLE FASTRES_LOG FASTRES_CACHE_DIR FASTRES_BUILD_EXT TRITON_INTERPRET TRITON_CACHE_DIR "
+    "TORCH_CUDA_ARCH_LIST CUDA_VISIBLE_DEVICES CUDA_HOME OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS".split()
 )
 PACKAGES = ("torch", "triton", "torchvision", "safetensors", "scikit-learn", "matplotlib", "typer", "rich")
 _EXTRA = {"torchvision": "train", "scikit-learn": "train", "matplotlib": "viz", "typer": "cli", "rich": "cli"}
@@ -84,10 +73,7 @@ class Info(dict[str, Any]):
                 for i, (backend, reasons) in enumerate(backends.items()):
                     rows.append((f"{operator if i == 0 else '':<12}{backend}", "; ".join(reasons) or "available"))
             section(f"operators on {device} ({', '.join(self['dtypes'])})", rows)
-        section(
-            "environment",
-            list(self["environment"].items()) or [("", "no variable that fastres reads is set")],
-        )
+        section("environment", [*self["environment"].items()] or [("", "no variable that fastres reads is set")])
         if self["fixes"]:
             lines.append("\nto fix")
             for fix in self["fixes"]:
@@ -123,7 +109,7 @@ def info(*, init_cuda: bool = False) -> Info:
     cuda_extension = _module_info(_extension.why_not_cuda(), _extension.build_info_cuda)
     cuda_extension["kernels"] = _kernels() if "cuda" in devices and cuda_extension["build"] else {}
     info = Info(
-        fastres=version("fastres") or _source_version(),
+        fastres=version("fastres") or getattr(sys.modules.get("fastres"), "__version__", None),
         python=platform.python_version(),
         platform=platform.platform(),
         versions={name: version(name) for name in PACKAGES},
@@ -193,10 +179,6 @@ def _wrapped(head: str, text: str, width: int = 79) -> list[str]:
     return [(head + lines[0]).rstrip(), *(" " * len(head) + line for line in lines[1:])]
 
 
-def _source_version() -> str | None:
-    return getattr(sys.modules.get("fastres"), "__version__", None)
-
-
 def _cpu_model() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -239,10 +221,7 @@ def _nvidia_smi() -> list[dict[str, Any]]:
     except (OSError, subprocess.SubprocessError):  # no driver: the count above is what torch can use
         return []
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.count(",") == 2]
-    return [
-        {"name": name, "memory_mib": int(memory) if memory.isdigit() else None, "capability": capability}
-        for name, memory, capability in rows
-    ]
+    return [{"name": n, "memory_mib": int(m) if m.isdigit() else None, "capability": c} for n, m, c in rows]
 
 
 def _gpu_line(gpu: dict[str, Any]) -> str:
@@ -273,18 +252,14 @@ def _kernel_line(kernel: dict[str, Any]) -> str:
 def _operators(device: str) -> dict[str, dict[str, list[str]]]:
     """Operator -> backend -> refusals of an ordinary call, prefixed with the dtype if only some dtypes are refused."""
     table: dict[str, dict[str, list[str]]] = {}
+    probes = {str(d).removeprefix("torch."): torch.empty(2, 8, 4, 4, dtype=d, device=device) for d in _DTYPES}
     for name, operator in _dispatch.OPERATORS.items():
         table[name] = {}
         for backend in operator.backends.values():
-            probes = {dtype: torch.empty(2, 8, 4, 4, dtype=dtype, device=device) for dtype in _DTYPES}
-            reasons = {dtype: _dispatch.ordinary_refusals(operator, backend, probe) for dtype, probe in probes.items()}
-            common = [reason for reason in reasons[_DTYPES[0]] if all(reason in other for other in reasons.values())]
-            own = [
-                f"{str(dtype).removeprefix('torch.')}: {reason}"
-                for dtype, listed in reasons.items()
-                for reason in listed
-                if reason not in common
-            ]
+            reasons = {d: _dispatch.ordinary_refusals(operator, backend, probe) for d, probe in probes.items()}
+            first = next(iter(reasons.values()))
+            common = [reason for reason in first if all(reason in other for other in reasons.values())]
+            own = [f"{d}: {reason}" for d, listed in reasons.items() for reason in listed if reason not in common]
             table[name][backend.name] = common + own
     return table
 

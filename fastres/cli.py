@@ -117,12 +117,8 @@ def _app(arguments: list[str]) -> "Typer":
     ) -> None:
         pass
 
-    for name, module in (
-        ("demo", demo),
-        ("train", train_command),
-        ("freeze", freeze_command),
-        ("paper", paper_command),
-    ):
+    commands = {"demo": demo, "train": train_command, "freeze": freeze_command, "paper": paper_command}
+    for name, module in commands.items():
         app.command(name)(_command(module, shlex.join(["fastres", *arguments])))
 
     @app.command()

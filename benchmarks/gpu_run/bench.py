@@ -30,12 +30,11 @@ from fastres.lab.errors import LabError
 from fastres.lab.results import write_json
 from fastres.lab.timing import Timer
 from fastres.ops._conv_backends import tf32_allowed
-from gpu_run.clock import Clocks, cold_timer
-from gpu_run.program import Program, memory
+from gpu_run.program import Clocks, Program, cold_timer, memory
 from measure import TINY, Case, Effort, Result, measure, one_line
+from pages import load
 from peers import DTYPES
 from plot import draw
-from result_schema import load
 from roofline import Rates
 from shapes import BLOCK_END, CONVS, Activation, Conv, distinct, with_role
 
@@ -113,15 +112,26 @@ def networks(batch: int) -> tuple[list[Item], list[Item], list[Item]]:
         case = TrainCase(name, batch=n, dtype=dtype)
         return Item(case, (*case.baselines, *case.ours, *peers), TRAINING, seconds)
 
-    first = [inference("resnet50", "fp16", 2 * batch), training("resnet50", "bf16", 2 * batch)]
-    first += [inference("resnet50", "fp16", 1), inference("resnet18", "fp16", 2 * batch)]
-    others = [training("resnet50", "fp32", batch), inference("resnet50", "fp16", 32), inference("resnet18", "fp16", 1)]
-    others += [training("resnet18", "bf16", batch), inference("resnet50", "fp32", 2 * batch)]
-    others += [inference("resnet50", "bf16", 2 * batch)]
-    long = [inference("resnet50", "fp16", 2 * batch, *slow, seconds=80.0)]
-    long += [inference("resnet50", "fp16", 1, *slow, seconds=80.0)]
-    long += [training("resnet50", "bf16", 2 * batch, "compile_channels_last", seconds=70.0)]
-    long += [inference("resnet50", "fp16", 2 * batch, *slow, "compile_max_autotune", seconds=200.0)]
+    first = [
+        inference("resnet50", "fp16", 2 * batch),
+        training("resnet50", "bf16", 2 * batch),
+        inference("resnet50", "fp16", 1),
+        inference("resnet18", "fp16", 2 * batch),
+    ]
+    others = [
+        training("resnet50", "fp32", batch),
+        inference("resnet50", "fp16", 32),
+        inference("resnet18", "fp16", 1),
+        training("resnet18", "bf16", batch),
+        inference("resnet50", "fp32", 2 * batch),
+        inference("resnet50", "bf16", 2 * batch),
+    ]
+    long = [
+        inference("resnet50", "fp16", 2 * batch, *slow, seconds=80.0),
+        inference("resnet50", "fp16", 1, *slow, seconds=80.0),
+        training("resnet50", "bf16", 2 * batch, "compile_channels_last", seconds=70.0),
+        inference("resnet50", "fp16", 2 * batch, *slow, "compile_max_autotune", seconds=200.0),
+    ]
     return first, others, long
 
 
@@ -235,15 +245,6 @@ def headlines(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-def plot(data_path: Path) -> str | None:
-    """Draw bench.png next to the file; returns the reason if that fails."""
-    try:
-        draw(load(data_path), data_path.with_suffix(".png"))
-    except (LabError, ValueError) as error:
-        return str(error)
-    return None
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     program = Program("bench", __doc__, arguments)
     planned = items(program.device)
@@ -257,9 +258,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         session.add(item, timer)
         session.save()
         print(f"{item.case.title}: {', '.join(item.peers)}: {time.monotonic() - begun:.1f} s", flush=True)
-    why_not = plot(program.out) if session.results else "nothing was measured"
-    if why_not is not None:
-        print(f"no plot: {why_not}")
+    try:
+        draw(load(program.out), program.out.with_suffix(".png"))
+    except (LabError, ValueError) as error:  # nothing was measured, or matplotlib is not installed
+        print(f"no plot: {error}")
     return 0
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,6 +41,19 @@ def digest(root: Path = ROOT) -> str:
             data = path.read_bytes()
             found.update(f"{path.relative_to(root)} {len(data)}\n".encode() + data)
     return found.hexdigest()
+
+
+def commit(root: Path) -> str | None:
+    """The commit of the sources, with "+" if files differ from it; None without git."""
+    if not (root / ".git").exists():
+        return None
+    git = ["git", "-C", str(root)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 
 def import_path(build: Path, root: Path = ROOT) -> Path:

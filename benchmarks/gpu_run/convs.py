@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait as wait_for
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,10 +34,9 @@ from torch import Tensor
 from fastres.functional import conv_act
 from fastres.lab.timing import Timer, interleave
 from fastres.ops import _conv_tiles
-from gpu_run.clock import cold_timer
 from gpu_run.layers import Call, Layer, batch_for, candidates, capability, planned, reference, tiny, yardsticks
 from gpu_run.problems import differs
-from gpu_run.program import Program, workers
+from gpu_run.program import Program, cold_timer, workers
 from gpu_run.tune import FAULTS
 from measure import cuda_graph, one_line
 from peers import DTYPES
@@ -71,17 +70,21 @@ def tried(call: Call, wanted: Tensor) -> tuple[str, str] | None:
 
 @dataclass
 class Found:
-    """The outcome of one layer: its entry of the table, and the candidates left out."""
+    """The outcomes so far: entries of the table, and the candidates left out."""
 
-    entry: dict[str, Any] | None
-    wrong: list[str]
-    refused: list[str]
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    @property
+    def entry(self) -> dict[str, Any] | None:
+        return self.entries[-1] if self.entries else None
 
 
 def measured(layer: Layer, device: torch.device, timer: Timer, rounds: int, tuned: bool) -> Found:
     """Check and time everything that can run one layer."""
     tensors = layer.tensors(device)
-    wanted, found = reference(layer, tensors), Found(None, [], [])
+    wanted, found = reference(layer, tensors), Found()
     y = torch.empty_like(wanted)
     calls, graphs = candidates(layer, tensors, y, device), {}
     for name, call in list(calls.items()):
@@ -93,8 +96,7 @@ def measured(layer: Layer, device: torch.device, timer: Timer, rounds: int, tune
         if outcome is None:
             graphs[name] = cuda_graph(call, device)
             continue
-        kind, why = outcome
-        (found.wrong if kind == "wrong" else found.refused).append(f"{name} at {layer.title}: {why}")
+        getattr(found, outcome[0]).append(f"{name} at {layer.title}: {outcome[1]}")
         del calls[name]
     del wanted
     if not calls:
@@ -104,16 +106,18 @@ def measured(layer: Layer, device: torch.device, timer: Timer, rounds: int, tune
     samples = interleave(graphs, rounds, timer=timer)
     ms = {name: float(f"{1e3 * statistics.median(seconds):.5g}") for name, seconds in samples.items()}
     major, minor = capability(device)
-    found.entry = {
-        "arch": 10 * major + minor,
-        "dtype": str(DTYPES[layer.dtype]).removeprefix("torch."),
-        "shape": list(layer.shape),
-        "residual": layer.conv.residual,
-        "ms": {name: ms[name] for name in calls},
-        "beside": {name: ms[name] for name in beside},
-        "conv": layer.conv.id,
-        "counts": layer.conv.counts,
-    }
+    found.entries.append(
+        {
+            "arch": 10 * major + minor,
+            "dtype": str(DTYPES[layer.dtype]).removeprefix("torch."),
+            "shape": list(layer.shape),
+            "residual": layer.conv.residual,
+            "ms": {name: ms[name] for name in calls},
+            "beside": {name: ms[name] for name in beside},
+            "conv": layer.conv.id,
+            "counts": layer.conv.counts,
+        }
+    )
     return found
 
 
@@ -138,11 +142,8 @@ def compile_all(layers: Sequence[Layer], device: torch.device, until: float) -> 
 
 def run(layers: Sequence[Layer], device: torch.device, end: float, rounds: int, save: Callable[..., None]) -> None:
     """Call `save(entries, wrong, refused)` after each layer. Raises Fault once everything before it is saved."""
-    entries: list[dict[str, Any]] = []
-    wrong: list[str] = []
-    refused: list[str] = []
-    timer, longest = cold_timer(device), 0.0
-    save(entries, wrong, refused)
+    total, timer, longest = Found(), cold_timer(device), 0.0
+    save(total.entries, total.wrong, total.refused)
     for layer in layers:
         begun = time.monotonic()
         if begun + longest > end:
@@ -151,15 +152,15 @@ def run(layers: Sequence[Layer], device: torch.device, end: float, rounds: int, 
             tuned = layer.dtype == "fp16" and layer.batch == layers[0].batch
             found = measured(layer, device, timer, rounds, tuned)
         except Fault as fault:
-            save(entries, [*wrong, str(fault)], refused)
+            save(total.entries, [*total.wrong, str(fault)], total.refused)
             raise
         except torch.cuda.OutOfMemoryError:
-            found = Found(None, [], [f"everything at {layer.title}: out of memory"])
-        entries += [found.entry] if found.entry else []
-        wrong += found.wrong
-        refused += found.refused
-        save(entries, wrong, refused)
-        longest = max(longest, time.monotonic() - begun) if len(entries) > 1 else 0.0  # the first one warms up
+            found = Found(refused=[f"everything at {layer.title}: out of memory"])
+        total.entries += found.entries
+        total.wrong += found.wrong
+        total.refused += found.refused
+        save(total.entries, total.wrong, total.refused)
+        longest = max(longest, time.monotonic() - begun) if len(total.entries) > 1 else 0.0  # the first one warms up
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

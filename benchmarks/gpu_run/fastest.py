@@ -17,7 +17,6 @@ def best(entry: Entry) -> str | None:
 
 
 def winner(entry: Entry) -> str:
-    """The fastest backend."""
     name: str = min(entry["ms"], key=entry["ms"].__getitem__)
     return name if name in BACKENDS else "cuda"
 
@@ -55,8 +54,9 @@ def bar(entries: list[Entry], residual: bool, conv: str, against: str) -> list[s
     worst = min(ratios, key=ratios.__getitem__)
     slower = sum(ratio < 1 for ratio in ratios.values())
     which, median = "with" if residual else "without", statistics.median(ratios.values())
+    plus = " + reading the residual" if residual else ""
     least_of_all = f"least {ratios[worst]:.2f}x ({worst}), {slower} below 1x"
-    return [f"{len(ratios)} {which} a residual: median {median:.2f}x {against}, {least_of_all}"]
+    return [f"{len(ratios)} {which} a residual: median {median:.2f}x {against}{plus}, {least_of_all}"]
 
 
 def lines(entries: list[Entry]) -> list[str]:
@@ -65,16 +65,13 @@ def lines(entries: list[Entry]) -> list[str]:
     if not found:
         return []
     about = [f"cuda at ResNet-50 in fp16, batch {found[0]['shape'][0]}, over cuDNN, each with its bias:"]
-    about += bar(found, False, "conv_bias", "conv + bias")
-    about += bar(found, True, "conv_bias", "conv + bias + reading the residual")
-    about += bar(found, False, "conv_bias_tuned", "conv + bias by its fastest plan")
-    about += bar(found, True, "conv_bias_tuned", "conv + bias by its fastest plan + reading the residual")
-    ratios = {}
+    for conv, against in (("conv_bias", "conv + bias"), ("conv_bias_tuned", "conv + bias by its fastest plan")):
+        about += bar(found, False, conv, against) + bar(found, True, conv, against)
+    layers = []
     for entry in found:
         name, least = best(entry), yardstick(entry, "conv_bias")
-        assert name is not None
-        ratio = f"{least / entry['ms'][name]:.2f}x conv + bias" if least else "nothing to compare with"
+        ratio = least / entry["ms"][name] if least else 0.0
+        text = f"{ratio:.2f}x conv + bias" if least else "nothing to compare with"
         others = "".join(f", {other} {entry['ms'][other]:.3f}" for other in BACKENDS if other in entry["ms"])
-        text = f"{entry['conv']}: {ratio}; {name} {entry['ms'][name]:.3f} ms{others}"
-        ratios[text] = least / entry["ms"][name] if least else 0.0
-    return about + sorted(ratios, key=ratios.__getitem__)
+        layers.append((ratio, f"{entry['conv']}: {text}; {name} {entry['ms'][name]:.3f} ms{others}"))
+    return about + [text for _, text in sorted(layers, key=lambda layer: layer[0])]

@@ -9,17 +9,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-SUMMARY, RUN, TESTS, BENCH, TUNED, CONVS, PLOT, LOG = (
-    "summary.md",
-    "run.json",
-    "tests.xml",
-    "bench.json",
-    "tuned.json",
-    "convs.json",
-    "bench.png",
-    "log.txt",
-)
-NAMES = (SUMMARY, RUN, TESTS, BENCH, TUNED, CONVS, PLOT, LOG)
+NAMES = ("summary.md", "run.json", "tests.xml", "bench.json", "tuned.json", "convs.json", "bench.png", "log.txt")
+SUMMARY, RUN, TESTS, BENCH, TUNED, CONVS, PLOT, LOG = NAMES
 MOST = 16 << 20  # bytes of a file
 RUN_SCHEMA, RUN_VERSION = "fastres.gpu_run", 1
 
@@ -56,23 +47,7 @@ def prepare(folder: Path) -> None:
     write(folder / LOG, "")
 
 
-class Log:
-    """The log of everything that the phases print, cut off with a note before the file becomes too large."""
-
-    def __init__(self, path: Path, most: int = MOST * 3 // 4) -> None:
-        self._file = open(path, "ab")  # noqa: SIM115  (open as long as the run)
-        self._left = most
-
-    def write(self, data: bytes) -> None:
-        if self._left <= 0:
-            return
-        self._left -= len(data)
-        self._file.write(data if self._left > 0 else b"\n[the log ends here: it is full]\n")
-        self._file.flush()
-
-
 def junit(tests: list[dict[str, Any]]) -> str:
-    """Format records of tests as JUnit XML."""
     kinds = {"failed": "failure", "error": "error", "skipped": "skipped"}
     attributes = {"failed": "failures", "error": "errors", "skipped": "skipped"}
     counts = {key: str(sum(t["outcome"] == name for t in tests)) for name, key in attributes.items()}
@@ -84,13 +59,8 @@ def junit(tests: list[dict[str, Any]]) -> str:
             suite, "testcase", classname=file, name=name or file, time=f"{test['seconds']:.3f}"
         )
         if test["outcome"] in kinds:
-            message = _printable(test["message"])
+            message = "".join(c for c in test["message"] if c in "\t\n" or ord(c) >= 32)  # what XML allows
             ElementTree.SubElement(case, kinds[test["outcome"]], message=message[:500]).text = message
     root = ElementTree.Element("testsuites")
     root.append(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
-
-
-def _printable(text: str) -> str:
-    """Drop the control characters that XML does not allow."""
-    return "".join(c for c in text if c in "\t\n" or ord(c) >= 32)

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,12 @@ from xml.etree import ElementTree
 
 from fastres.kernels import configs, measured
 
+import pages
 import report
-import result_schema
 from fastres.lab.errors import MissingExtra
 from fastres.ops import _conv_tiles
 from gpu_run import files
-from gpu_run.checkout import ROOT, digest
-from gpu_run.summary import commit
+from gpu_run.checkout import ROOT, commit, digest
 from plot import draw
 
 MODES = {
@@ -43,6 +42,9 @@ MODES = {
     "forward, no grad": "eval",
     "training step": "",  # the operator is called "train" already
 }
+
+
+TABLE = "fastres/ops/conv_measured.json"
 
 
 class Refused(Exception):
@@ -89,34 +91,29 @@ _RUN = {
 }
 
 
-def _check_bench(bench: Any) -> None:
-    result_schema.check(bench)
-    result_schema.validate(bench, {"environment": _ENVIRONMENT, "run": {"dry_run": bool}})
-
-
-def _check_tuned(tuned: Any) -> None:
-    measured.checked(tuned, configs.TABLE, files.TUNED)
-    schema = {"environment": _ENVIRONMENT, "dry_run": bool, "entries": [{"speedup": float}]}
-    result_schema.validate(tuned, schema, files.TUNED)
-
-
-def _check_convs(convs: Any) -> None:
-    _conv_tiles.checked(convs, files.CONVS)
-    schema = {"environment": _ENVIRONMENT, "dry_run": bool, "entries": [{"conv": str, "beside": {str: float}}]}
-    result_schema.validate(convs, schema, files.CONVS)
-
-
-MEASURED = {files.BENCH: _check_bench, files.TUNED: _check_tuned, files.CONVS: _check_convs}
+_TABLE = {"environment": _ENVIRONMENT, "dry_run": bool}
+# How a file is checked, and what else it has.
+MEASURED: dict[str, tuple[Callable[[Any], object], dict[str, Any]]] = {
+    files.BENCH: (pages.check, {"environment": _ENVIRONMENT, "run": {"dry_run": bool}}),
+    files.TUNED: (
+        lambda data: measured.checked(data, configs.TABLE, files.TUNED),
+        _TABLE | {"entries": [{"speedup": float}]},
+    ),
+    files.CONVS: (
+        lambda data: _conv_tiles.checked(data, files.CONVS),
+        _TABLE | {"entries": [{"conv": str, "beside": {str: float}}]},
+    ),
+}
 
 
 def check(found: dict[str, Any]) -> None:
     """Raise Refused unless the files are valid, of one run, and of a GPU."""
     run = found[files.RUN]
-    schema = (files.RUN_SCHEMA, files.RUN_VERSION)
-    if not isinstance(run, dict) or (run.get("schema"), run.get("schema_version")) != schema:
+    known = (files.RUN_SCHEMA, files.RUN_VERSION)
+    if not isinstance(run, dict) or (run.get("schema"), run.get("schema_version")) != known:
         raise Refused(f"{files.RUN}: expected the schema {files.RUN_SCHEMA!r}, version {files.RUN_VERSION}")
     try:
-        result_schema.validate(run, _RUN, files.RUN)
+        pages.validate(run, _RUN, files.RUN)
     except ValueError as error:
         raise Refused(str(error)) from error
     if run["dry_run"] or run["gpu"] is None:
@@ -125,7 +122,9 @@ def check(found: dict[str, Any]) -> None:
         raise Refused(f"has none of {', '.join(MEASURED)}: nothing was measured")
     for name in (name for name in MEASURED if name in found):
         try:
-            MEASURED[name](found[name])
+            valid, schema = MEASURED[name]
+            valid(found[name])
+            pages.validate(found[name], schema, name)
         except ValueError as error:
             raise Refused(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
         _same_run(name, found[name], run)
@@ -158,9 +157,8 @@ def settle_commit(found: dict[str, Any], root: Path) -> None:
 
 def place(data: dict[str, Any]) -> str:
     """<device>-<versions>, the end of the names of a run's files."""
-    where = data["environment"]
-    device = re.sub(r"[^A-Za-z0-9.]+", "_", where["gpu"]["name"])
-    return f"{device}-torch{where['versions']['torch'].partition('+')[0]}"
+    device = re.sub(r"[^A-Za-z0-9.]+", "_", data["environment"]["gpu"]["name"])
+    return f"{device}-torch{data['environment']['versions']['torch'].partition('+')[0]}"
 
 
 def split(bench: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -204,13 +202,7 @@ class Table:
 
 TABLES = (
     Table(files.TUNED, "tune", "kernels/tuned.json", ("kernel", "arch", "shape_class"), ("config", "speedup")),
-    Table(
-        files.CONVS,
-        "convs",
-        "fastres/ops/conv_measured.json",
-        ("arch", "dtype", "shape", "residual"),
-        ("conv", "ms", "beside"),
-    ),
+    Table(files.CONVS, "convs", TABLE, ("arch", "dtype", "shape", "residual"), ("conv", "ms", "beside")),
 )
 
 
@@ -225,7 +217,7 @@ def texts(found: dict[str, Any], root: Path) -> tuple[dict[Path, str], list[str]
         out[results / f"gpu-{place(where)}.md"] = found[files.SUMMARY]
     if files.BENCH in found:
         for name, data in split(found[files.BENCH]).items():
-            result_schema.check(data)
+            pages.check(data)
             out[results / f"{name}.json"] = json.dumps(data, indent=1, allow_nan=False) + "\n"
             out[results / f"{name}.md"] = report.markdown(data)
     for table in TABLES:
@@ -258,13 +250,12 @@ def write_all(out: dict[Path, str]) -> None:
 def pictures(out: dict[Path, str]) -> list[str]:
     """Plot each result of whole networks; returns lines to print."""
     lines = []
-    for path in out:
-        if path.suffix == ".json" and path.name.startswith("networks"):
-            try:
-                draw(result_schema.load(path), path.with_suffix(".png"))
-            except MissingExtra as missing:
-                return [f"note: no plot: {missing}"]
-            lines.append(str(path.with_suffix(".png")))
+    for path in (p for p in out if p.suffix == ".json" and p.name.startswith("networks")):
+        try:
+            draw(pages.load(path), path.with_suffix(".png"))
+        except MissingExtra as missing:
+            return [f"note: no plot: {missing}"]
+        lines.append(str(path.with_suffix(".png")))
     return lines
 
 

@@ -67,10 +67,8 @@ def planned(batch: int) -> list[Layer]:
 
 
 def tiny() -> list[Layer]:
-    return [
-        Layer(Conv(16, 8, 3, 2, 6, INNER, 0, 1), "fp32", 2),
-        Layer(Conv(8, 16, 1, 1, 4, BLOCK_END, 1, 1), "fp16", 2),
-    ]
+    conv, end = Conv(16, 8, 3, 2, 6, INNER, 0, 1), Conv(8, 16, 1, 1, 4, BLOCK_END, 1, 1)
+    return [Layer(conv, "fp32", 2), Layer(end, "fp16", 2)]
 
 
 def batch_for(device: torch.device) -> int:
@@ -86,7 +84,6 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 def own_kernels(layer: Layer, device: torch.device) -> Sequence[_conv_tiles.Kernel]:
-    """The kernels of fastres._C_cuda that support the layer."""
     return _conv_tiles.taken_by(layer.problem(device))[0] if device.type == "cuda" else ()
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 CUTLASS = "FASTRES_CUTLASS"
 PYTHON = (3, 11)
-CAPABILITY = {"major": 75, "minor": 76}  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 
 
 @dataclass(frozen=True)
@@ -70,22 +70,21 @@ def find_gpu() -> Gpu | str:
     driver.cuDeviceGet(ctypes.byref(device), 0)
     driver.cuDeviceGetName(name, len(name), device)
     driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    numbers = {}
-    for key, attribute in CAPABILITY.items():
+    parts = []
+    for attribute in CAPABILITY:
         value = ctypes.c_int()
         driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
-        numbers[key] = value.value
-    return Gpu(name.value.decode(), f"{numbers['major']}.{numbers['minor']}", memory.value >> 20)
+        parts.append(str(value.value))
+    return Gpu(name.value.decode(), ".".join(parts), memory.value >> 20)
 
 
 def module(name: str, distribution: str | None = None, remedy: str | None = None) -> Item:
     """Look up a Python module by its import name, without importing it."""
     distribution = distribution or name
     try:
-        found = importlib.util.find_spec(name) is not None
+        version = (_version(distribution) or "(no metadata)") if importlib.util.find_spec(name) else None
     except (ImportError, ValueError):
-        found = False
-    version = (_version(distribution) or "(no metadata)") if found else None
+        version = None
     return Item(name, version, remedy or f"pip install {distribution}")
 
 
@@ -145,12 +144,12 @@ def _nvcc(cuda: str | None) -> Item:
         text = subprocess.run([found.version, "--version"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError) as error:
         return Item("nvcc", None, remedy, f"does not run ({error})")
-    release = re.search(r"release (\d+)\.(\d+)", text)
+    release = re.search(r"release ((\d+)\.\d+)", text)
     if release is None:
         return Item("nvcc", None, remedy, "does not say its release")
-    if cuda is not None and release[1] != cuda.split(".")[0]:
-        return Item("nvcc", None, remedy, f"is of CUDA {release[1]}, torch of {cuda}: torch refuses to build with it")
-    return Item("nvcc", f"{release[1]}.{release[2]}")
+    if cuda is not None and release[2] != cuda.split(".")[0]:
+        return Item("nvcc", None, remedy, f"is of CUDA {release[2]}, torch of {cuda}: torch refuses to build with it")
+    return Item("nvcc", release[1])
 
 
 def required(gpu: bool = True) -> list[Item]:
@@ -166,14 +165,11 @@ def required(gpu: bool = True) -> list[Item]:
         items[-1] = Item("ninja", shutil.which("ninja"))
     if not gpu:  # nothing is compiled
         return items
-    items.append(_nvcc(cuda))
-    compiler = os.environ.get("CXX", "").split(" ")[0] or "c++"
-    items.append(tool(compiler, "apt-get install g++, or name a C++ compiler in CXX"))
+    compiler, version = os.environ.get("CXX", "").split(" ")[0] or "c++", sysconfig.get_python_version()
     headers = Path(sysconfig.get_path("include"), "Python.h")
-    version = sysconfig.get_python_version()
-    remedy = f"apt-get install python{version}-dev"
-    items.append(Item("Python.h", str(headers) if headers.is_file() else None, remedy, "was not found"))
-    return items
+    python = str(headers) if headers.is_file() else None
+    items += [_nvcc(cuda), tool(compiler, "apt-get install g++, or name a C++ compiler in CXX")]
+    return [*items, Item("Python.h", python, f"apt-get install python{version}-dev", "was not found")]
 
 
 def optional() -> list[Item]:

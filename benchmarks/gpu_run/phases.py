@@ -69,40 +69,33 @@ def build(run: Run, limit_s: float) -> Outcome:
 
 
 def convs(run: Run, limit_s: float) -> Outcome:
-    """Measure the backends of conv_act and each CUDA kernel at ResNet's convolutions; see convs.py."""
-
     def report(data: Data) -> Report:
-        entries = data["entries"]
-        message = fastest.message(entries, data["planned"])
-        if run.dry:
-            message = f"{len(entries)} of {data['planned']} convolutions measured, no figure kept"
-        lines = [] if run.dry else fastest.lines(entries)
-        lines += [f"left out: {text}" for text in data["refused"]]
+        entries, planned = data["entries"], data["planned"]
+        lines = [f"left out: {text}" for text in data["refused"]]
+        message = f"{len(entries)} of {planned} convolutions measured, no figure kept"
+        if not run.dry:
+            message, lines = fastest.message(entries, planned), fastest.lines(entries) + lines
         return Report(message, _wrong(data), lines, {"entries": len(entries)}, empty=not entries)
 
     return _measure(run, "convs", files.CONVS, limit_s, report)
 
 
 def tune(run: Run, limit_s: float) -> Outcome:
-    """Measure configurations of the Triton kernels; see tune.py."""
-
     def report(data: Data) -> Report:
-        entries = data["entries"]
-        faster = sorted((e for e in entries if e["speedup"] > 1), key=lambda e: -e["speedup"])
-        message = f"{len(entries)} of {data['planned']} entries measured, "
-        message += "no figure kept" if run.dry else f"another configuration is faster for {len(faster)}"
-        lines = []
-        for e in () if run.dry else faster:
-            config = ", ".join(f"{key} {value}" for key, value in e["config"].items())
-            lines.append(f"{e['kernel']} {e['shape_class']}: {e['speedup']:.2f}x with {config}")
+        entries, lines = data["entries"], []
+        message = f"{len(entries)} of {data['planned']} entries measured, no figure kept"
+        if not run.dry:
+            for e in sorted((e for e in entries if e["speedup"] > 1), key=lambda e: -e["speedup"]):
+                config = ", ".join(f"{key} {value}" for key, value in e["config"].items())
+                lines.append(f"{e['kernel']} {e['shape_class']}: {e['speedup']:.2f}x with {config}")
+            faster = f"another configuration is faster for {len(lines)}"
+            message = message.replace("no figure kept", faster)
         return Report(message, _wrong(data), lines, {"entries": len(entries)})
 
     return _measure(run, "tune", files.TUNED, limit_s, report)
 
 
 def bench(run: Run, limit_s: float) -> Outcome:
-    """Measure the operators and networks against their peers; see bench.py."""
-
     def report(data: Data) -> Report:
         status, settings = data["run"], data["settings"]
         measured, cut, broken = status["measured"], status["not_measured"], status["failed"]

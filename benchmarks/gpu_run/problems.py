@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -20,13 +21,12 @@ from shapes import CONVS, Conv
 
 Entry = tuple[str, int, str]  # kernel, architecture, shape class
 Outputs = tuple[torch.Tensor, ...]
+Made = tuple[Callable[[], object], Outputs]  # a launch, and what it writes
 EPS = 1e-5
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One launch function at one shape."""
-
     what: str  # a key of MAKERS
     shape: tuple[int, ...]  # of x
     layout: str
@@ -36,7 +36,13 @@ class Problem:
     def make(self, device: torch.device) -> Callable[[], Outputs]:
         """A call that launches into outputs allocated once, and returns them."""
         torch.manual_seed(0)
-        return MAKERS[self.what](self, device)
+        launch, outputs = MAKERS[self.what](self, device)
+
+        def call() -> Outputs:
+            launch()
+            return outputs
+
+        return call
 
     def tensor(self, device: torch.device, shape: tuple[int, ...] | None = None) -> torch.Tensor:
         x = torch.randn(shape or self.shape, device=device).to(DTYPES[self.dtype])
@@ -47,56 +53,37 @@ class Problem:
         return {"what": self.what, "shape": list(self.shape), "layout": self.layout, "dtype": self.dtype} | conv
 
 
-def _add_relu_forward(problem: Problem, device: torch.device) -> Callable[[], Outputs]:
+def _add_relu_forward(problem: Problem, device: torch.device) -> Made:
     x, residual = (problem.tensor(device) for _ in range(2))
     y = torch.empty_like(x)
-
-    def call() -> Outputs:
-        add_relu.add_relu_forward(x, residual, y)
-        return (y,)
-
-    return call
+    return partial(add_relu.add_relu_forward, x, residual, y), (y,)
 
 
-def _add_relu_backward(problem: Problem, device: torch.device) -> Callable[[], Outputs]:
+def _add_relu_backward(problem: Problem, device: torch.device) -> Made:
     dy, y = problem.tensor(device), problem.tensor(device).relu_()
     dx = torch.empty_like(dy)
-
-    def call() -> Outputs:
-        add_relu.add_relu_backward(dy, y, dx)
-        return (dx,)
-
-    return call
+    return partial(add_relu.add_relu_backward, dy, y, dx), (dx,)
 
 
-def _bn_forward(problem: Problem, device: torch.device, training: bool) -> Callable[[], Outputs]:
+def _bn_forward(problem: Problem, device: torch.device, training: bool) -> Made:
     x, residual = problem.tensor(device), problem.tensor(device)
     weight, bias, mean = (torch.randn(x.shape[1], device=device) for _ in range(3))
     y, var = torch.empty_like(x), torch.rand(x.shape[1], device=device) + 0.5
     how = {"channels_last": problem.layout == "channels_last", "training": training, "eps": EPS, "act": "relu"}
-
-    def call() -> Outputs:
-        bn_act.bn_act_forward(x, weight, bias, residual, y, mean, var, **how)
-        return y, mean, var
-
-    return call
+    return partial(bn_act.bn_act_forward, x, weight, bias, residual, y, mean, var, **how), (y, mean, var)
 
 
-def _bn_backward(problem: Problem, device: torch.device) -> Callable[[], Outputs]:
+def _bn_backward(problem: Problem, device: torch.device) -> Made:
     dy, x, y = problem.tensor(device), problem.tensor(device), problem.tensor(device).relu_()
     weight = torch.randn(x.shape[1], device=device)
     var, mean = torch.var_mean(x.float(), (0, 2, 3), correction=0)
     dx, dresidual, dweight, dbias = torch.empty_like(x), torch.empty_like(x), mean.clone(), mean.clone()
     how = {"channels_last": problem.layout == "channels_last", "training": True, "eps": EPS, "act": "relu"}
-
-    def call() -> Outputs:
-        bn_act.bn_act_backward(dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, **how)
-        return dx, dweight, dbias, dresidual
-
-    return call
+    launch = partial(bn_act.bn_act_backward, dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, **how)
+    return launch, (dx, dweight, dbias, dresidual)
 
 
-def _conv(problem: Problem, device: torch.device) -> Callable[[], Outputs]:
+def _conv(problem: Problem, device: torch.device) -> Made:
     c = problem.conv
     assert c is not None
     x = problem.tensor(device)
@@ -104,19 +91,14 @@ def _conv(problem: Problem, device: torch.device) -> Callable[[], Outputs]:
     y = problem.tensor(device, (problem.shape[0], c.outputs, c.out, c.out))
     bias, residual = torch.randn(c.outputs, device=device), y.clone() if c.residual else None
     how = {"stride": (c.stride,) * 2, "padding": (c.padding,) * 2, "dilation": (1, 1), "groups": 1}
-
-    def call() -> Outputs:
-        conv_act.conv_act_forward(x, weight, bias, residual, y, **how, act=c.act, tf32=True)
-        return (y,)
-
-    return call
+    return partial(conv_act.conv_act_forward, x, weight, bias, residual, y, **how, act=c.act, tf32=True), (y,)
 
 
-MAKERS: dict[str, Callable[[Problem, torch.device], Callable[[], Outputs]]] = {
+MAKERS: dict[str, Callable[[Problem, torch.device], Made]] = {
     "add_relu forward": _add_relu_forward,
     "add_relu backward": _add_relu_backward,
-    "bn_act training forward": lambda problem, device: _bn_forward(problem, device, True),
-    "bn_act eval forward": lambda problem, device: _bn_forward(problem, device, False),
+    "bn_act training forward": partial(_bn_forward, training=True),
+    "bn_act eval forward": partial(_bn_forward, training=False),
     "bn_act training backward": _bn_backward,
     "conv_act": _conv,
 }
@@ -210,34 +192,32 @@ def candidates(shipped: Any) -> list[Any]:
     return [c for c in dict.fromkeys(found) if c != shipped]
 
 
+def _scaled(shipped: Any, **factors: float) -> Any:
+    return replace(shipped, **{name: int(getattr(shipped, name) * factor) for name, factor in factors.items()})
+
+
 def _neighbors(shipped: Any) -> Iterator[Any]:
     """Neighbors with 2 to 32 elements per thread."""
     for tile, warps in ((2, 2), (1, 2), (0.5, 1), (2, 1), (1, 0.5), (0.5, 0.5)):
-        entry = replace(shipped, tile=int(shipped.tile * tile), num_warps=int(shipped.num_warps * warps))
+        entry = _scaled(shipped, tile=tile, num_warps=warps)
         if entry.num_warps >= 1 and 2 <= entry.tile / (32 * entry.num_warps) <= 32:
             yield entry
-    if shipped.line:
-        yield from (replace(shipped, line=shipped.line * 2), replace(shipped, line=shipped.line // 2))
-    if shipped.programs:
-        yield from (replace(shipped, programs=shipped.programs * 2), replace(shipped, programs=shipped.programs // 2))
+    for name in ("line", "programs"):
+        if getattr(shipped, name):
+            yield from (_scaled(shipped, **{name: factor}) for factor in (2, 0.5))
 
 
 def _gemm_neighbors(shipped: Any) -> Iterator[Any]:
     """Neighbors with at most 128 sums per thread and at least one 16 x 16 product per warp."""
     for m, n, warps in ((1, 2, 2), (2, 1, 2), (1, 0.5, 0.5), (0.5, 1, 0.5), (0.5, 2, 1), (2, 0.5, 1), (1, 1, 2)):
-        entry = replace(
-            shipped,
-            block_m=int(shipped.block_m * m),
-            block_n=int(shipped.block_n * n),
-            num_warps=max(int(shipped.num_warps * warps), 1),
-        )
-        sums = entry.block_m * entry.block_n / (32 * entry.num_warps)
+        entry = _scaled(shipped, block_m=m, block_n=n, num_warps=warps)
+        sums = entry.block_m * entry.block_n / (32 * max(entry.num_warps, 1))
         if min(entry.block_m, entry.block_n) >= 16 and entry.num_warps in (4, 8) and 4 <= sums <= 128:
             yield entry
     for stages in (shipped.num_stages - 1, shipped.num_stages + 1):
         yield replace(shipped, num_stages=stages)
     yield replace(shipped, block_k=max(shipped.block_k // 2, 16), num_stages=shipped.num_stages + 1)
-    yield replace(shipped, group_m=shipped.group_m * 2)
+    yield _scaled(shipped, group_m=2)
 
 
 def differs(ours: Outputs, theirs: Outputs, most: float | None = None) -> str | None:

@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from gpu_run.needs import Gpu, Item, cuda_home
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 RUNNING, INTERRUPTED = "running", "interrupted"
 GRACE_S = 8.0  # for a program that was asked to stop
+LOG_MOST = files.MOST * 3 // 4  # bytes
+TAIL = 1 << 20  # bytes of a program's output that are looked at
 
 
 class Interrupted(Exception):
@@ -52,8 +53,6 @@ class Ended:
 
 @dataclass
 class Run:
-    """One run of `make gpu`."""
-
     results: Path
     build: Path
     gpu: Gpu | None  # None: a dry run
@@ -69,7 +68,7 @@ class Run:
         more = {"TORCH_CUDA_ARCH_LIST": self.gpu.arch_list} if self.gpu else {"CUDA_VISIBLE_DEVICES": ""}
         more["PATH"] = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{cuda_home()}/bin"
         self.environment = checkout.environment(self.build, more, self.root)
-        self.log = files.Log(self.results / files.LOG)
+        self.log = self.results / files.LOG
         self.deadline = self.started + self.seconds
 
     @property
@@ -105,45 +104,40 @@ class Run:
             before: a program to run it under, with arguments.
             on_tick: called about once a second while it runs.
         """
-        command = [*before, sys.executable, *arguments]
         shown = shlex.join([*before, Path(sys.executable).name, *arguments])
-        self.log.write(f"\n==== {shown}   (at most {limit_s:.0f} s)\n".encode())
-        process = subprocess.Popen(
-            command,
-            cwd=self.root,
-            env=self.environment | dict(environment or {}),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that its children are stopped with it
-        )
-        tail: list[str] = []
-        reader = threading.Thread(target=self._read, args=(process, tail), daemon=True)
-        reader.start()
         end, out_of_time = time.monotonic() + limit_s, False
-        try:
-            while process.poll() is None:
-                if time.monotonic() > end:
-                    out_of_time = True
-                    break
-                try:
-                    process.wait(min(1.0, max(end - time.monotonic(), 0.01)))
-                except subprocess.TimeoutExpired:
-                    if on_tick is not None:
-                        on_tick()
-        finally:
-            stop(process)
-        reader.join(GRACE_S)
-        self.log.write(f"==== exit status {process.returncode}{', out of time' if out_of_time else ''}\n".encode())
-        return Ended(process.returncode, tail[-200:], out_of_time)
-
-    def _read(self, process: subprocess.Popen[bytes], tail: list[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            self.log.write(line)
-            tail.append(line.decode(errors="replace").rstrip("\n"))
-            if len(tail) > 400:
-                del tail[:200]
+        with open(self.log, "ab") as log:
+            log.write(f"\n==== {shown}   (at most {limit_s:.0f} s)\n".encode())
+            log.flush()
+            begin = log.tell()
+            process = subprocess.Popen(
+                [*before, sys.executable, *arguments],
+                cwd=self.root,
+                env=self.environment | dict(environment or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that its children are stopped with it
+            )
+            try:
+                while process.poll() is None and not out_of_time:
+                    try:
+                        process.wait(min(1.0, max(end - time.monotonic(), 0.01)))
+                    except subprocess.TimeoutExpired:
+                        out_of_time = time.monotonic() > end
+                        if on_tick is not None:
+                            on_tick()
+            finally:
+                stop(process)
+        with open(self.log, "rb+") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(begin, size - TAIL))
+            said = log.read()
+            if size > LOG_MOST:
+                log.seek(log.truncate(LOG_MOST))
+                log.write(b"\n[the log of this program ends here: it is full]\n")
+            log.write(f"==== exit status {process.returncode}{', out of time' if out_of_time else ''}\n".encode())
+        return Ended(process.returncode, said.decode(errors="replace").splitlines()[-200:], out_of_time)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -29,20 +29,9 @@ import torch
 from fastres.kernels import configs, measured
 
 from fastres.lab.timing import interleave, paired_ratio
-from gpu_run.clock import cold_timer
-from gpu_run.problems import (
-    Entry,
-    Problem,
-    candidates,
-    configured,
-    differs,
-    entries_of,
-    known_architecture,
-    problems,
-    rank,
-    tiny_problems,
-)
-from gpu_run.program import Program, memory, workers
+from gpu_run import problems
+from gpu_run.problems import Entry, Problem
+from gpu_run.program import Program, cold_timer, memory, workers
 from measure import cuda_graph, one_line
 
 COMPILING = 0.65  # of the time
@@ -56,14 +45,14 @@ REGISTERS = 128
 
 def plan(device: torch.device, chosen: list[Problem]) -> dict[Entry, list[Problem]]:
     """The entries of the table that the problems use, the most important first, each with its first few problems."""
-    arch = known_architecture(device)
+    arch = problems.known_architecture(device)
     found: dict[Entry, list[Problem]] = {}
     for problem in chosen:
-        for kernel, shape_class in entries_of(problem, arch):
+        for kernel, shape_class in problems.entries_of(problem, arch):
             users = found.setdefault((kernel, arch, shape_class), [])
             if problem not in users and len(users) < PROBLEMS:
                 users.append(problem)
-    return dict(sorted(found.items(), key=lambda item: rank(item[0][0], item[0][2])))
+    return dict(sorted(found.items(), key=lambda item: problems.rank(item[0][0], item[0][2])))
 
 
 @contextmanager
@@ -87,7 +76,7 @@ def attempt(entry: Entry, config: Any, chosen: list[Problem], device: torch.devi
         call, said = problem.make(device), f"{entry[0]} {entry[2]}, {asdict(config)}, {problem.to_dict()}"
         shipped = tuple(t.clone() for t in call())
         try:
-            with configured(entry, config), launched() as kernels:
+            with problems.configured(entry, config), launched() as kernels:
                 ours = call()
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
@@ -99,7 +88,7 @@ def attempt(entry: Entry, config: Any, chosen: list[Problem], device: torch.devi
             return "refused", f"spills {max(kernel.n_spills for kernel in own)} bytes"
         if any(kernel.n_regs > REGISTERS for kernel in own) and not isinstance(config, configs.GemmConfig):
             return "refused", f"{max(kernel.n_regs for kernel in own)} registers"
-        why = differs(ours, shipped)
+        why = problems.differs(ours, shipped)
         if why is not None:
             return "wrong", f"{said}: {why}"
     return None
@@ -114,7 +103,7 @@ def compile_all(entries: dict[Entry, list[Problem]], device: torch.device, until
     futures: dict[Entry, dict[Any, Future[Any]]] = {}
     try:
         for entry, chosen in entries.items():
-            options = candidates(shipped_config(entry))[: 1 if tiny else None]
+            options = problems.candidates(shipped_config(entry))[: 1 if tiny else None]
             futures[entry] = {config: pool.submit(attempt, entry, config, chosen, device) for config in options}
         found: Attempts = {entry: {} for entry in entries}
         for entry, tried in futures.items():
@@ -141,7 +130,7 @@ def timed(entry: Entry, options: list[Any], problem: Problem, device: torch.devi
 
     def configured_call(config: Any) -> Callable[[], Any]:
         def run() -> Any:
-            with configured(entry, config):
+            with problems.configured(entry, config):
                 return call()
 
         run()  # before a capture
@@ -168,7 +157,7 @@ def choose(samples: list[list[list[float]]]) -> tuple[int, float]:
 def tune(program: Program, save: Callable[[list[dict[str, Any]], int, list[str]], None]) -> None:
     """Call `save(entries so far, planned, wrong)` after each entry."""
     device, tiny = program.device, program.dry_run
-    chosen = tiny_problems() if tiny else problems(batch_for(device))
+    chosen = problems.tiny_problems() if tiny else problems.problems(batch_for(device))
     entries = plan(device, chosen)
     attempts = compile_all(entries, device, program.started + COMPILING * program.seconds, tiny)
     outcomes = [outcome for tried in attempts.values() for outcome in tried.values() if outcome is not None]
@@ -184,21 +173,15 @@ def tune(program: Program, save: Callable[[list[dict[str, Any]], int, list[str]]
         options = [shipped_config(entry), *right]
         samples = [timed(entry, options, problem, device, 2 if tiny else ROUNDS) for problem in chosen]
         best, speedup = choose(samples)
-        kernel, arch, shape_class = entry
+        refused = [outcome[1] for outcome in attempts[entry].values() if outcome is not None]
+        at = [
+            problem.to_dict() | {"seconds": [statistics.median(option) for option in at_problem]}
+            for problem, at_problem in zip(chosen, samples, strict=True)
+        ]
         done.append(
-            {
-                "kernel": kernel,
-                "arch": arch,
-                "shape_class": shape_class,
-                "config": asdict(options[best]),
-                "speedup": speedup,
-                "options": [asdict(option) for option in options],  # the shipped one first
-                "refused": [outcome[1] for outcome in attempts[entry].values() if outcome is not None],
-                "problems": [
-                    problem.to_dict() | {"seconds": [statistics.median(option) for option in at_problem]}
-                    for problem, at_problem in zip(chosen, samples, strict=True)
-                ],
-            }
+            dict(zip(("kernel", "arch", "shape_class"), entry, strict=True))
+            | {"config": asdict(options[best]), "speedup": speedup, "refused": refused, "problems": at}
+            | {"options": [asdict(option) for option in options]}  # the shipped one first
         )
         save(done, len(entries), wrong)
 
@@ -210,7 +193,7 @@ def batch_for(device: torch.device) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     program = Program("tune", __doc__, arguments)
-    arch, why_not = known_architecture(program.device), None
+    arch, why_not = problems.known_architecture(program.device), None
     if arch not in configs.ARCHITECTURES:
         why_not = f"the table has no entries for sm_{arch}; this GPU uses those of an older one"
 

@@ -151,4 +151,15 @@ void list_conv_sm80(std::vector<ConvTile>& tiles) {
                    &Tile::run});
 }
 
+template <int kRows, int kColumns, int kWarpRows, int kWarpColumns, int kBytes, int kStages, class... T>
+void list_each_sm80(std::vector<ConvTile>& tiles) {
+  (list_conv_sm80<T, kRows, kColumns, kWarpRows, kWarpColumns, kBytes, kStages>(tiles), ...);
+}
+
 }  // namespace fastres
+
+// The kernels of a file, which is called by them: the template's sizes, element types.
+#define FASTRES_LIST_SM80(NAME, ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, BYTES, STAGES, ...)                 \
+  void fastres::list_conv_sm80_##NAME(std::vector<ConvTile>& tiles) {                                       \
+    list_each_sm80<ROWS, COLUMNS, WARP_ROWS, WARP_COLUMNS, BYTES, STAGES, __VA_ARGS__>(tiles);              \
+  }

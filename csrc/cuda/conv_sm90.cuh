@@ -256,4 +256,15 @@ void list_conv_sm90(std::vector<ConvTile>& tiles) {
                    &Tile::refusal, &Tile::workspace, &Tile::run});
 }
 
+template <int kRows, int kColumns, int kCluster, Schedule kSchedule, class... T>
+void list_each_sm90(std::vector<ConvTile>& tiles) {
+  (list_conv_sm90<T, kRows, kColumns, kCluster, kSchedule>(tiles), ...);
+}
+
 }  // namespace fastres
+
+// The kernels of a file, which is called by them: the tile's rows and columns, cluster, schedule, element types.
+#define FASTRES_LIST_SM90(NAME, ROWS, COLUMNS, CLUSTER, SCHEDULE, ...)                \
+  void fastres::list_conv_sm90_##NAME(std::vector<ConvTile>& tiles) {                 \
+    list_each_sm90<ROWS, COLUMNS, CLUSTER, Schedule::SCHEDULE, __VA_ARGS__>(tiles);   \
+  }

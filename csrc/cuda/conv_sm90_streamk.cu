@@ -2,12 +2,4 @@
 // share their depth.
 #include "cuda/conv_sm90.cuh"
 
-namespace fastres {
-
-void list_conv_sm90_streamk(std::vector<ConvTile>& tiles) {
-  list_conv_sm90<Half, 128, 128, 1, Schedule::kStreamK>(tiles);
-  list_conv_sm90<BFloat16, 128, 128, 1, Schedule::kStreamK>(tiles);
-  list_conv_sm90<float, 128, 128, 1, Schedule::kStreamK>(tiles);
-}
-
-}  // namespace fastres
+FASTRES_LIST_SM90(streamk, 128, 128, 1, kStreamK, Half, BFloat16, float)

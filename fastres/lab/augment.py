@@ -31,9 +31,8 @@ _SHIFT = {"cifar": 4, "digits": 1}
 def draw(kind: Augment, count: int, rng: torch.Generator) -> Tensor:
     """Draw the random numbers that augment `count` images.
 
-    Returns:
-        "cifar" and "digits": [count, 3] int64: rows and columns to shift by, flipped or not. "imagenet": [count, 3]
-        floats, one per color axis. "none": [count, 0].
+    [count, 3] int64 for "cifar" and "digits": rows and columns to shift by, flipped or not; [count, 3] floats, one per
+    color axis, for "imagenet"; [count, 0] for "none".
     """
     if kind == "imagenet":
         return 0.1 * torch.randn(count, 3, generator=rng)
@@ -47,13 +46,7 @@ def draw(kind: Augment, count: int, rng: torch.Generator) -> Tensor:
 def augmented(images: Tensor, kind: Augment, drawn: Tensor) -> Tensor:
     """Augment `images` [n, C, H, W], floats whose mean has been subtracted, by the numbers `drawn` [n, ...].
 
-    Returns:
-        [n, C, H, W], the same dtype and device; in channels_last order for "cifar" and "digits".
-
-    Example:
-        >>> drawn = draw("cifar", 2, torch.Generator().manual_seed(0))
-        >>> augmented(torch.zeros(2, 3, 32, 32), "cifar", drawn).shape
-        torch.Size([2, 3, 32, 32])
+    Keeps shape, dtype and device; the result is in channels_last order for "cifar" and "digits".
     """
     if kind == "none":
         return images
@@ -73,20 +66,12 @@ def augmented(images: Tensor, kind: Augment, drawn: Tensor) -> Tensor:
 
 
 def ten_crops(images: Tensor, size: int) -> Tensor:
-    """AlexNet's ten views: four corners, the center, and their mirror images.
+    """AlexNet's ten views: four corners, the center, and their mirror images; their predictions are averaged.
 
-    Args:
-        images: [N, C, H, W], H and W at least `size`.
+    [N, C, H, W] -> [10, N, C, size, size]. Raises ValueError for an image smaller than `size`.
 
-    Returns:
-        [10, N, C, size, size]; a prediction is the mean over the first axis of the softmax.
-
-    Raises:
-        ValueError: an image smaller than `size`.
-
-    Example:
-        >>> ten_crops(torch.zeros(2, 3, 256, 300), 224).shape
-        torch.Size([10, 2, 3, 224, 224])
+    >>> ten_crops(torch.zeros(2, 3, 256, 300), 224).shape
+    torch.Size([10, 2, 3, 224, 224])
     """
     height, width = images.shape[2:]
     if size > min(height, width):
@@ -103,9 +88,8 @@ def multi_scale(images: Tensor, scales: Iterable[int] = SCALES) -> list[Tensor]:
     A network that ends in global average pooling and one linear layer, as the paper's do, is fully convolutional: its
     answer for a larger view is the mean of the scores over all positions. The prediction is the mean over the views.
 
-    Example:
-        >>> [tuple(view.shape[2:]) for view in multi_scale(torch.zeros(1, 3, 480, 640), (240, 480))]
-        [(240, 320), (480, 640)]
+    >>> [tuple(view.shape[2:]) for view in multi_scale(torch.zeros(1, 3, 480, 640), (240, 480))]
+    [(240, 320), (480, 640)]
     """
     height, width = images.shape[2:]
     sizes = [(round(height * s / min(height, width)), round(width * s / min(height, width))) for s in scales]

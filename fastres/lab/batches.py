@@ -41,27 +41,19 @@ class Part:
 
 
 class DataSet(ABC):
-    """Images and labels to train and to test on.
-
-    Attributes:
-        name: as for :func:`fastres.lab.datasets.load`.
-        classes, channels: of the network.
-        size: height and width in pixels.
-        train_size, test_size: numbers of images.
-    """
+    """Images and labels to train and to test on."""
 
     name: str
     classes: int
     channels: int
-    size: int
-    train_size: int
+    size: int  # height and width in pixels
+    train_size: int  # images
     test_size: int
 
     def batches(self, recipe: TrainRecipe, seed: int, start: int, part: Part, device: torch.device) -> Batches:
         """This process's part of the batches of iterations `start` to `recipe.iterations` - 1.
 
-        Yields:
-            images [n, channels, size, size] fp32, augmented; labels [n] int64; both on `device`.
+        Yields images [n, channels, size, size] fp32, augmented, and labels [n] int64, both on `device`.
         """
         rows = part.rows(recipe.batch_size)
         for iteration, (images, labels) in enumerate(self._training(recipe, seed, start, rows, device), start):
@@ -111,13 +103,9 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
 class InMemory(DataSet):
     """Images that fit in memory, uint8 or floats; moved to the device once, centered and augmented there per batch.
 
-    Centered: (image - mean) / deviation, the mean per pixel over the training images as in the paper, the deviation one
-    number. (The paper does not divide; every network here has a BN after its first convolution, which undoes it.)
-
-    Args:
-        name: of the data set.
-        classes: number of classes.
-        train, test: (images [N, C, S, S], labels [N] int64) each.
+    `train` and `test` are (images [N, C, S, S], labels [N] int64) each. Centered: (image - mean) / deviation, the mean
+    per pixel over the training images as in the paper, the deviation one number. (The paper does not divide; every
+    network here has a BN after its first convolution, which undoes it.)
     """
 
     def __init__(self, name: str, classes: int, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor]) -> None:

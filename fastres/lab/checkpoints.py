@@ -19,8 +19,7 @@ def load_checkpoint(path: Path, model: nn.Module, name: str) -> None:
 
     Args:
         path: a `.safetensors` file, or one that `torch.save` wrote; no code in it runs.
-        model: its parameters and buffers must match the file's, name for name and shape for shape. Checkpoints from
-            before PyTorch 0.4.1 have no num_batches_tracked and are accepted.
+        model: its names and shapes must be the file's; num_batches_tracked may be missing (PyTorch before 0.4.1).
         name: of the model in messages, such as "torchvision resnet50".
 
     Raises CheckpointError; the model is unchanged then.
@@ -69,10 +68,8 @@ def _tensors(path: Path, wanted: str) -> Mapping[str, Tensor]:
         raise CheckpointError(f"weights {path}: got {got}, {wanted}")
     content = read_file("weights", path, wanted)
     if isinstance(content, Mapping):
-        for wrapper in ("model", "state_dict"):
-            if isinstance(content.get(wrapper), Mapping):
-                content = content[wrapper]
-                break
+        inner = (content.get(wrapper) for wrapper in ("model", "state_dict"))
+        content = next((found for found in inner if isinstance(found, Mapping)), content)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"weights {path}: got a {type(content).__name__}, {wanted}")
     for key, value in content.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 import fastres
 from fastres._info import cpu, load_average, native_bf16
-from fastres.lab.checkpoints import load_checkpoint
-from fastres.lab.data import Photographs
 from fastres.lab.devices import channels_last
 from fastres.lab.errors import require
 from fastres.lab.timing import Ratio, interleave, paired_ratio, timer_for
@@ -45,18 +43,27 @@ class Effort:
 QUICK = Effort(size=64, rounds=2, min_rounds=1, warmup=1, budget_s=1.0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
-    """One configuration of the network. `ratio` is None for the baseline."""
+    """One configuration of the network; a call is one forward pass of the whole batch."""
 
     name: str
-    dtype: str
+    model: nn.Module
+    x: Tensor  # [batch, 3, size, size]
     plan: dict[str, str]  # the memory layout; for a frozen network also the rest of its plan
-    ours: bool
-    seconds: list[float]  # one sample per round, for the whole batch
-    batch: int
-    ratio: Ratio | None
-    verdict: Verification | None  # None for eager, the referee's own yardstick
+    dtype: str = "fp32"
+    verdict: Verification | None = None  # None for eager, the referee's own yardstick
+    seconds: list[float] = field(default_factory=list)  # one sample per round, for the whole batch
+    ratio: Ratio | None = None  # to the baseline; None for the baseline itself
+
+    def __call__(self) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = self.model(self.x)  # [batch, 1000]
+            return logits
+
+    @property
+    def ours(self) -> bool:
+        return not self.name.startswith("eager")
 
     @property
     def ms(self) -> float:
@@ -64,7 +71,7 @@ class Row:
 
     @property
     def images_per_s(self) -> float:
-        return self.batch / statistics.median(self.seconds)
+        return len(self.x) / statistics.median(self.seconds)
 
     @property
     def failed(self) -> bool:
@@ -103,39 +110,9 @@ def verdict_dict(verdict: Verification | None) -> dict[str, Any] | None:
     return {"passed": bool(verdict), "error_ratio": verdict.to_dict()["error_ratio"], "at_most": RMS_RATIO}
 
 
-def resnet50(weights: Path | None) -> nn.Module:
-    """torchvision's ResNet-50 in eval mode, with the weights of a checkpoint or random ones (seed 0).
-
-    Raises CheckpointError for a file that does not fit, MissingExtra where torchvision cannot be imported.
-    """
-    make = require("torchvision.models", "ResNet-50", "train").resnet50
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model: nn.Module = make(weights=None)
-    if weights is not None:
-        load_checkpoint(weights, model, "torchvision resnet50")
-    return model.eval()
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A model and its input; a call is one forward pass of the whole batch."""
-
-    model: nn.Module
-    x: Tensor  # [batch, 3, size, size]
-    plan: dict[str, str]
-    dtype: str = "fp32"
-    verdict: Verification | None = None
-
-    def __call__(self) -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = self.model(self.x)  # [batch, 1000]
-            return logits
-
-
 def compare_configurations(
     model: nn.Module,
-    photographs: Photographs,
+    photographs: Tensor,  # [2, 3, size, size]
     device: torch.device,
     weights: Path | None,
     effort: Effort,
@@ -144,36 +121,37 @@ def compare_configurations(
     """Build, judge and time every configuration of `model` on the photographs.
 
     Args:
-        model: from `resnet50`; calibrated in place if its weights are random.
+        model: torchvision's ResNet-50 in eval mode; calibrated in place if its weights are random.
         on_progress: called with (done, total, current activity).
     """
     total = 4 + effort.rounds
     model = model.to(device)
-    images = photographs.images.to(device)  # [2, 3, size, size]
+    images = photographs.to(device)
     on_progress(0, total, "preparing")
     calibrated = weights is None and bool(calibrate(model, images))
     batch = images if device.type == "cpu" else images.repeat(GPU_BATCH // len(images), 1, 1, 1)
     nhwc = batch.contiguous(memory_format=torch.channels_last)  # the shape stays [batch, 3, size, size]
-    candidates = {
-        "eager NCHW": _Candidate(model, batch, {"layout": "NCHW"}),
-        "eager channels_last": _Candidate(channels_last(copy.deepcopy(model)), nhwc, {"layout": "channels_last"}),
-    }
+    eager = [
+        Row("eager NCHW", model, batch, {"layout": "NCHW"}),
+        Row("eager channels_last", channels_last(copy.deepcopy(model)), nhwc, {"layout": "channels_last"}),
+    ]
     timer = timer_for(device)
-    pilot = interleave(candidates, min(3, effort.rounds), effort.warmup, timer=timer)
-    eager = candidates[_fastest(pilot)]
+    best = _fastest(
+        eager, interleave({row.name: row for row in eager}, min(3, effort.rounds), effort.warmup, timer=timer)
+    )
 
     on_progress(1, total, "swapping")
-    swapped = copy.deepcopy(eager.model)
+    swapped = copy.deepcopy(best.model)
     blocks = sum(row.status == "swapped" for row in fastres.swap(swapped).rows)
-    verdict = fastres.verify(eager.model, swapped, eager.x, backward=False, training=False)
-    candidates["swapped"] = _Candidate(swapped, eager.x, eager.plan, verdict=verdict)
+    verdict = fastres.verify(best.model, swapped, best.x, backward=False, training=False)
+    rows = [*eager, Row("swapped", swapped, best.x, best.plan, verdict=verdict)]
     for done, (short, dtype) in enumerate({"fp32": torch.float32, "bf16": torch.bfloat16}.items(), start=2):
         on_progress(done, total, f"freezing to {short}")
-        frozen = fastres.freeze(eager.model, eager.x, dtype=dtype, verify="warn")  # the table shows a rejection
-        candidates[f"frozen {short}"] = _Candidate(frozen, eager.x, _plan(frozen), short, frozen.report.verification)
+        frozen = fastres.freeze(best.model, best.x, dtype=dtype, verify="warn")  # the table shows a rejection
+        rows.append(Row(f"frozen {short}", frozen, best.x, _plan(frozen), short, frozen.report.verification))
 
     samples = interleave(
-        candidates,
+        {row.name: row for row in rows},
         effort.rounds,
         effort.warmup,
         effort.budget_s,
@@ -182,28 +160,17 @@ def compare_configurations(
         on_round=lambda done: on_progress(4 + done, total, "timing in rounds"),
     )
     on_progress(total, total, "timed")
-    baseline = _fastest({name: samples[name] for name in pilot})
-    rows = [
-        Row(
-            name=name,
-            dtype=candidate.dtype,
-            plan=candidate.plan,
-            ours=name not in pilot,
-            seconds=samples[name],
-            batch=len(batch),
-            ratio=None if name == baseline else paired_ratio(samples[baseline], samples[name]),
-            verdict=candidate.verdict,
-        )
-        for name, candidate in candidates.items()
-    ]
+    baseline = _fastest(eager, samples)
+    for row in rows:
+        row.seconds = samples[row.name]
+        row.ratio = None if row is baseline else paired_ratio(samples[baseline.name], row.seconds)
     source = str(weights) if weights else "random (seed 0)"
-    answers = _answers(candidates["frozen fp32"](), photographs.names) if weights else {}
     notes = _notes(device, calibrated, effort, rows)
-    return Table(rows, baseline, len(batch), effort.size, blocks, source, answers, notes)
+    return Table(rows, baseline.name, len(batch), effort.size, blocks, source, {}, notes)
 
 
-def _fastest(samples: dict[str, list[float]]) -> str:
-    return min(samples, key=lambda name: statistics.median(samples[name]))
+def _fastest(rows: list[Row], samples: dict[str, list[float]]) -> Row:
+    return min(rows, key=lambda row: statistics.median(samples[row.name]))
 
 
 def _plan(frozen: fastres.FrozenModel) -> dict[str, str]:
@@ -212,7 +179,9 @@ def _plan(frozen: fastres.FrozenModel) -> dict[str, str]:
     return {"layout": layout, "cuda_graph": report.cuda_graph, "folded": str(report.folded)}
 
 
-def _answers(logits: Tensor, names: list[str]) -> dict[str, str]:
+def answers(table: Table, names: list[str]) -> dict[str, str]:
+    """The class that the frozen network names for each photograph."""
+    logits = next(row for row in table.rows if row.name == "frozen fp32")()
     categories = require("torchvision.models", "ResNet-50", "train").ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
     probability, index = logits.float().softmax(1).max(1)  # [batch]
     return {name: f"{categories[int(index[i])]} ({float(probability[i]):.0%})" for i, name in enumerate(names)}

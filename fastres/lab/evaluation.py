@@ -37,13 +37,11 @@ def test_errors(model: nn.Module, data: DataSet, views: Views = "single", batch_
         views: "single", "ten-crop" or "multi-scale".
         batch_size: for single views.
 
-    Raises:
-        DataError: views that the data set does not offer.
+    Raises DataError: views that the data set does not offer.
 
-    Example:
-        >>> from fastres.lab import datasets, networks
-        >>> test_errors(networks.build("resnet8", 10, 1), datasets.load("digits")).images
-        360
+    >>> from fastres.lab import datasets, networks
+    >>> test_errors(networks.build("resnet8", 10, 1), datasets.load("digits")).images
+    360
     """
     if views not in get_args(Views) or (views != "single" and not isinstance(data, Folders)):
         raise DataError(f"views: got {views!r}, expected {'single' if views in get_args(Views) else get_args(Views)}")
@@ -62,11 +60,6 @@ def test_errors(model: nn.Module, data: DataSet, views: Views = "single", batch_
         model.train(was_training)
     top1, top5 = (wrong.double() / data.test_size).tolist()
     return TestErrors(top1, top5, data.test_size, views)
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The fraction of rows of logits [N, classes] whose largest entry is the label [N]."""
-    return float((logits.argmax(1) == labels).double().mean())
 
 
 def _wrong(scores: Tensor, labels: Tensor) -> Tensor:

@@ -43,15 +43,9 @@ class _Request:
 
 
 class Folders(DataSet):
-    """Images in folders; see :func:`fastres.lab.datasets.load`.
+    """Images in folders. `workers` processes decode; 0 decodes in this one, None takes as many as there are cores.
 
-    Args:
-        root: holds train/ and val/, each with a folder for each class.
-        workers: processes that decode; 0 decodes in this one, None takes as many as this process has cores.
-
-    Raises:
-        DataError: no such folders, no classes, or different ones in val/.
-        MissingExtra: torchvision is not installed.
+    Raises DataError: no train/ and val/ in `root`, no classes, or different ones in val/; MissingExtra.
     """
 
     name, channels, size = "imagenet", 3, SIZE
@@ -95,14 +89,10 @@ class Folders(DataSet):
         return self._decoded(self._test, requests, device)
 
     def test_views(self, views: str, device: torch.device) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Every test image with its views.
+        """Every test image with its views, and its label [1].
 
-        Args:
-            views: "ten-crop": one tensor [10, 3, 224, 224]; "multi-scale": for each scale [2, 3, h, w], the image and
-                its mirror image.
-
-        Yields:
-            the views; the label [1].
+        "ten-crop" has one tensor [10, 3, 224, 224]; "multi-scale" for each scale [2, 3, h, w], the image and its mirror
+        image.
         """
         side = TEST_SIDE if views == "ten-crop" else max(SCALES)
         requests = ([_Request(index, whole=side)] for index in range(self.test_size))
@@ -139,12 +129,10 @@ def _ignore_interrupts(worker: int) -> None:
 
 def _collate(batch: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | str]:
     """The images and their indices, or the index of the first that could not be decoded and the reason."""
-    images = []
     for index, image in batch:
         if isinstance(image, str):
             return [index], image
-        images.append(image)
-    return [index for index, _ in batch], torch.stack(images)
+    return [index for index, _ in batch], torch.stack([image for _, image in batch])  # type: ignore[misc]
 
 
 class _Decoder(torch.utils.data.Dataset[Any]):
@@ -164,10 +152,8 @@ def _cut(path: str, request: _Request) -> Tensor:
     import numpy
     from PIL import Image
 
-    side, across, down, flip = float(TEST_SIDE), 0.5, 0.5, False
-    if request.whole is not None:
-        side = float(request.whole)
-    elif request.key is not None:
+    side, across, down, flip = float(request.whole or TEST_SIDE), 0.5, 0.5, False
+    if request.key is not None:
         drawn = torch.rand(4, generator=torch.Generator().manual_seed(stream(*request.key))).tolist()
         side = TRAIN_SIDES[0] + drawn[0] * (TRAIN_SIDES[1] - TRAIN_SIDES[0])
         across, down, flip = drawn[1], drawn[2], drawn[3] < 0.5
@@ -176,14 +162,12 @@ def _cut(path: str, request: _Request) -> Tensor:
         image = file.convert("RGB")
     width, height = image.size
     scale = min(width, height) / side
-    if request.whole is not None:
-        cut = image.resize((round(width / scale), round(height / scale)), Image.Resampling.BILINEAR)
-    else:
+    size, box = (round(width / scale), round(height / scale)), None
+    if request.whole is None:
         x, y = across * (width - SIZE * scale), down * (height - SIZE * scale)
-        box = (x, y, x + SIZE * scale, y + SIZE * scale)
-        cut = image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=box)
-    pixels = torch.from_numpy(numpy.array(cut)).permute(2, 0, 1)  # [3, h, w]
-    return (pixels.flip(2) if flip else pixels).contiguous()
+        size, box = (SIZE, SIZE), (x, y, x + SIZE * scale, y + SIZE * scale)
+    pixels = torch.from_numpy(numpy.array(image.resize(size, Image.Resampling.BILINEAR, box=box))).permute(2, 0, 1)
+    return (pixels.flip(2) if flip else pixels).contiguous()  # [3, h, w]
 
 
 def _centered(images: Tensor) -> Tensor:

@@ -61,14 +61,8 @@ class Request:
 def run(console: Console, request: Request, command: str) -> FrozenModel:
     """Build the network, freeze it for images of the size asked for, and show or write what was asked for.
 
-    Args:
-        console: for the findings; on a terminal, standard error shows the current activity.
-        request: the options.
-        command: the command line, for the JSON file.
-
-    Raises:
-        LabError: a bad option, model, weights file or output path, before any work that it would waste.
-        RefereeError: the referee rejects the frozen network; the report has been shown and written, nothing saved.
+    Raises LabError for a bad option, model, weights file or output path, before any work that it would waste;
+    RefereeError where the referee rejects the frozen network: the report has been shown and written, nothing saved.
     """
     shape, dtype, device = _checked(request)
     logging.getLogger("fastres").addHandler(logging.NullHandler())  # its warnings are in the report
@@ -90,10 +84,8 @@ def run(console: Console, request: Request, command: str) -> FrozenModel:
     text = f"{report}\n\n{report.table()}" if request.report else str(report).splitlines()[0]
     console.print(text, soft_wrap=True, markup=False)
     if request.json is not None:
-        about = {"model": named.name, "weights": named.weights, "example": list(shape), "seconds": seconds}
-        write_json(
-            request.json, {"schema": SCHEMA, **environment(device, command), **about, "report": report.to_dict()}
-        )
+        data = {"schema": SCHEMA, **environment(device, command), "model": named.name, "weights": named.weights}
+        write_json(request.json, {**data, "example": list(shape), "seconds": seconds, "report": report.to_dict()})
         console.print(f"report: {request.json}", soft_wrap=True, markup=False)
     if report.verification is not None and not report.verification:
         ratio = report.verification.error_ratio

@@ -31,23 +31,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastres
 from fastres.lab import datasets, networks
+from fastres.lab import loop_state as state
 from fastres.lab.batches import DataSet, stream
-from fastres.lab.devices import channels_last
+from fastres.lab.devices import Place, channels_last, interrupts, place
 from fastres.lab.errors import DivergedError, RunError
-from fastres.lab.loop_state import (
-    DTYPES,
-    Point,
-    Progress,
-    RunResult,
-    RunSpec,
-    Step,
-    read_checkpoint,
-    write_checkpoint,
-)
-from fastres.lab.processes import Place, interrupts, place
+from fastres.lab.loop_state import Point, RunResult, RunSpec, Step
 from fastres.lab.recipes import TrainRecipe
 from fastres.lab.results import environment, write_json
-from fastres.lab.run_folder import RUN, Log, lock_run_folder, read_json, result_in
 
 __all__ = ["Point", "RunResult", "RunSpec", "Step", "run", "trained"]
 
@@ -81,24 +71,21 @@ def run(
         checkpoint_every: iterations between two checkpoints; None writes one every 30 s.
         command: for the result file; None takes the process's own.
 
-    Raises:
-        LabError: bad input (RunError for a folder that holds another run or is in use), or the loss is no longer a
-            number.
-        KeyboardInterrupt: after Ctrl-C, once the iteration is done and the checkpoint written; a second one
-            interrupts immediately.
+    Raises LabError for bad input (RunError for a folder that holds another run or is in use) and for a loss that is no
+    longer a number; KeyboardInterrupt after Ctrl-C, once the iteration is done and the checkpoint written (a second
+    one interrupts immediately).
 
-    Example:
-        >>> import tempfile
-        >>> from fastres.lab.recipes import recipe
-        >>> spec = RunSpec("resnet8", "digits", recipe("digits-quick"))
-        >>> run(spec, Path(tempfile.mkdtemp()), device="cpu", stop_after=2).iterations
-        2
+    >>> import tempfile
+    >>> from fastres.lab.recipes import recipe
+    >>> spec = RunSpec("resnet8", "digits", recipe("digits-quick"))
+    >>> run(spec, Path(tempfile.mkdtemp()), device="cpu", stop_after=2).iterations
+    2
     """
-    finished = result_in(folder, spec)
+    finished = state.result_in(folder, spec)
     if finished is not None:
         return finished
     data = datasets.load(spec.data, data_root, workers)
-    with place(device) as here, lock_run_folder(folder, spec, here):
+    with place(device) as here, state.lock_run_folder(folder, spec, here):
         cuda = [here.device] if here.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda), interrupts(here) as interrupted:
             training = _Training(spec, folder, data, here, checkpoint_every)
@@ -112,7 +99,9 @@ def run(
                 raise KeyboardInterrupt
         if here.first and result.iterations == spec.recipe.iterations:
             about = environment(here.device, command or shlex.join(sys.argv))
-            write_json(folder / "result.json", {"schema": RUN, **about, "processes": here.part.of, **result.to_dict()})
+            write_json(
+                folder / "result.json", {"schema": state.RUN, **about, "processes": here.part.of, **result.to_dict()}
+            )
         return result
 
 
@@ -121,15 +110,13 @@ def trained(folder: Path, data_root: Path | None = None) -> nn.Module:
 
     Raises LabError for a folder without a run or with a damaged one.
     """
-    spec = RunSpec.from_dict(read_json(folder / "spec.json"))
-    model = _network(spec, datasets.load(spec.data, data_root))
-    read_checkpoint(folder / "checkpoint.pt", spec, {"model": model})
+    spec = RunSpec.from_dict(state.read_json(folder / "spec.json"))
+    model = network(spec, datasets.load(spec.data, data_root))
+    state.read_checkpoint(folder / "checkpoint.pt", spec, {"model": model})
     return model.eval()
 
 
 class _Training:
-    """A run in progress: the loop and its state."""
-
     def __init__(self, spec: RunSpec, folder: Path, data: DataSet, here: Place, checkpoint_every: int | None) -> None:
         self.spec, self.folder, self.data, self.here = spec, folder, data, here
         recipe = spec.recipe
@@ -140,15 +127,15 @@ class _Training:
         self.parts = each // (recipe.bn_batch or each)
         self.checkpoint_every, self.last_checkpoint = checkpoint_every, time.perf_counter()
 
-        self.model = _network(spec, data).to(here.device)
+        self.model = network(spec, data).to(here.device)
         self.norms = [m for m in self.model.modules() if isinstance(m, nn.BatchNorm2d)]
         self.optimizer = torch.optim.SGD(_groups(self.model, recipe), recipe.lr, recipe.momentum)
         self.scaler = torch.amp.grad_scaler.GradScaler(here.device.type, enabled=spec.dtype == "fp16")
         self.saved: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer, "scaler": self.scaler}
-        self.progress = Progress(warmed_up=recipe.warmup_lr is None)
+        self.progress = state.Progress(warmed_up=recipe.warmup_lr is None)
         if (folder / "checkpoint.pt").exists():
-            self.progress = read_checkpoint(folder / "checkpoint.pt", spec, self.saved)
-        self.log = Log(folder, self.progress.history, self.progress.iteration) if here.first else None
+            self.progress = state.read_checkpoint(folder / "checkpoint.pt", spec, self.saved)
+        self.log = state.Log(folder, self.progress.history, self.progress.iteration) if here.first else None
         # the checkpoint holds the first process's sums: the others' share of one point is lost
         sums = self.progress.sums if here.first else [0.0] * 3
         self.sums = torch.tensor(sums, dtype=torch.float64, device=here.device)
@@ -253,7 +240,7 @@ class _Training:
 
     def _autocast(self) -> torch.autocast:
         on = self.spec.dtype != "fp32"
-        return torch.autocast(self.here.device.type, DTYPES[self.spec.dtype] if on else None, enabled=on)
+        return torch.autocast(self.here.device.type, state.DTYPES[self.spec.dtype] if on else None, enabled=on)
 
     def _step(self, loss: float) -> Step:
         recipe, done, size = self.spec.recipe, self.progress.iteration, self.data.train_size
@@ -269,7 +256,7 @@ class _Training:
         self.progress.sums = self.sums.tolist()
         if self.log is not None:
             self.log.flush()
-        write_checkpoint(self.folder / "checkpoint.pt", self.spec, self.progress, self.saved)
+        state.write_checkpoint(self.folder / "checkpoint.pt", self.spec, self.progress, self.saved)
         self.last_checkpoint = time.perf_counter()
 
     def result(self) -> RunResult:
@@ -288,7 +275,7 @@ class _Training:
         )
 
 
-def _network(spec: RunSpec, data: DataSet) -> nn.Module:
+def network(spec: RunSpec, data: DataSet) -> nn.Module:
     """The network on the CPU, initialized from the seed; fused or stock, in the layout asked for."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(spec.seed, "weights"))
@@ -304,7 +291,7 @@ def _network(spec: RunSpec, data: DataSet) -> nn.Module:
 
 def _groups(model: nn.Module, recipe: TrainRecipe) -> list[dict[str, Any]]:
     """The parameters with weight decay, and those without."""
-    decayed = [p for p in model.parameters() if recipe.decay == "all" or p.dim() == 4]
-    plain = [p for p in model.parameters() if recipe.decay != "all" and p.dim() != 4]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: dict[float, list[nn.Parameter]] = {}
+    for p in model.parameters():
+        groups.setdefault(recipe.weight_decay if recipe.decay == "all" or p.dim() == 4 else 0.0, []).append(p)
+    return [{"params": params, "weight_decay": decay} for decay, params in groups.items()]

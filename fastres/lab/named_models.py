@@ -35,11 +35,9 @@ class ModelError(LabError, ValueError):
 
 @dataclass
 class Named:
-    """A network in eval mode, the name it was asked for by, and a description of its weights."""
-
-    name: str
-    model: nn.Module
-    weights: str
+    name: str  # as it was asked for
+    model: nn.Module  # in eval mode
+    weights: str  # where they are from
 
 
 def build(name: str, weights: Path | None = None, channels: int | None = None) -> Named:
@@ -52,14 +50,11 @@ def build(name: str, weights: Path | None = None, channels: int | None = None) -
         weights: a file with the state_dict; None for random weights, or for `hf:` the folder's if it has any.
         channels: of the input, where the library lets one choose.
 
-    Raises:
-        ModelError: an unknown name, with the nearest ones; a network that cannot be built.
-        MissingExtra: the library is not installed; the message says how to install it.
-        CheckpointError: `weights` do not fit this network.
+    Raises ModelError: an unknown name, with the nearest ones, or a network that cannot be built; MissingExtra;
+    CheckpointError: `weights` do not fit this network.
 
-    Example:
-        >>> build("fastres:cifar_resnet8").weights
-        'random weights (seed 0); load others with --weights FILE'
+    >>> build("fastres:cifar_resnet8").weights
+    'random weights (seed 0); load others with --weights FILE'
     """
     kind, colon, rest = name.partition(":")
     if ".py:" in name:
@@ -82,9 +77,9 @@ def _torchvision(name: str, channels: int | None, _: bool) -> Named:
     models = _library("torchvision").models
     _known("torchvision", name, models.list_models())
     maker = models.get_model_builder(name)
-    options = {"weights": None, "weights_backbone": None}  # the second one's default downloads
     taken = inspect.signature(maker).parameters
-    return _random(f"torchvision:{name}", lambda: maker(**{key: options[key] for key in options if key in taken}))
+    options = {key: None for key in ("weights", "weights_backbone") if key in taken}  # the second's default downloads
+    return _random(f"torchvision:{name}", lambda: maker(**options))
 
 
 def _timm(name: str, channels: int | None, _: bool) -> Named:
@@ -97,11 +92,11 @@ def _timm(name: str, channels: int | None, _: bool) -> Named:
 def _fastres(name: str, channels: int | None, _: bool) -> Named:
     models = importlib.import_module("fastres.models")
     makers = [maker for maker in models.__all__ if maker.startswith(("resnet", "plain", "cifar"))]
-    fixed = [maker for maker in makers if not maker.startswith("cifar")]
     cifar = re.fullmatch("(cifar_[a-z]+?)([0-9]+)", name)
     options = {} if channels is None else {"in_channels": channels}
     if cifar and cifar[1] in makers:
         return _random(f"fastres:{name}", lambda: getattr(models, cifar[1])(int(cifar[2]), **options))
+    fixed = [maker for maker in makers if not maker.startswith("cifar")]
     _known("fastres", name, [*fixed, "cifar_resnet20", "cifar_plain20"])
     return _random(f"fastres:{name}", lambda: getattr(models, name)(**options))
 
@@ -132,12 +127,8 @@ def _hugging_face(name: str, channels: int | None, own_weights: bool) -> Named:
 
 
 _STORED = ("model.safetensors", "pytorch_model.bin", "model-00001", "pytorch_model-00001")
-_KINDS: dict[str, Callable[[str, int | None, bool], Named]] = {
-    "torchvision": _torchvision,
-    "timm": _timm,
-    "fastres": _fastres,
-    "hf": _hugging_face,
-}
+_KINDS: dict[str, Callable[[str, int | None, bool], Named]]
+_KINDS = {"torchvision": _torchvision, "timm": _timm, "fastres": _fastres, "hf": _hugging_face}
 
 
 def _hub_class(transformers: Any, config: Any) -> Any:
@@ -172,13 +163,12 @@ def _from_file(name: str) -> Named:
     if not path.is_file() or not function.isidentifier():
         got = f"no such file {file}" if not path.is_file() else f"{function!r}, which is not a name,"
         raise ModelError(f"model: got {got} in {name!r}, expected FILE.py:FUNCTION")
-    spec = importlib.util.spec_from_file_location(f"_fastres_model_{path.stem}", path)
-    assert spec is not None and spec.loader is not None  # the name ends in .py
+    spec: Any = importlib.util.spec_from_file_location(f"_fastres_model_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # so that its classes can be pickled and inspected
     sys.path.insert(0, str(path.resolve().parent))  # as for a script, so that it can import its neighbors
     try:
-        _checked(name, lambda: spec.loader.exec_module(module), path)  # type: ignore[union-attr]
+        _checked(name, lambda: spec.loader.exec_module(module), path)
         maker = getattr(module, function, None)
         if not callable(maker):
             near = did_you_mean(function, [key for key, value in vars(module).items() if callable(value)])

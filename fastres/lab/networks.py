@@ -3,8 +3,7 @@
 resnet18 resnet34 resnet50 resnet101 resnet152     ImageNet (Table 1); bottlenecks stride in the 3x3 (v1.5)
 resnet50-v1 resnet101-v1 resnet152-v1              the same, stride in the first 1x1: the paper's own
 plain18 plain34                                    ImageNet without shortcuts
-resnet20 resnet32 resnet44 resnet56 resnet110 resnet1202, plain20 ...     CIFAR (Table 6), shortcut A
-resnet8, plain14, resnet62 ...                     CIFAR of any other depth
+resnet20 ... resnet1202, plain20, resnet8 ...      CIFAR of any depth (Table 6), shortcut A
 cifar-resnet50, cifar-resnet152                    CIFAR of a depth that is also an ImageNet network's
 """
 
@@ -46,17 +45,13 @@ def build(name: str, num_classes: int = 10, in_channels: int = 3, **options: Any
     Args:
         name: one of :func:`names`, or `resnetN` or `plainN` for a CIFAR network of another depth.
         num_classes, in_channels: of the data.
-        options: those of the network's class: shortcut, zeros, init, zero_init_residual for all; stride_in_1x1,
-            conv1_bias, ceil_pool for ImageNet's (:class:`fastres.models.ResNet`); layers_per_block for CIFAR's
-            (:class:`fastres.models.CifarResNet`).
+        options: those of :class:`fastres.models.ResNet` or :class:`fastres.models.CifarResNet`.
 
-    Raises:
-        NetworkError: an unknown name, with the nearest ones; an option or a depth that the network does not take.
+    Raises NetworkError: an unknown name, with the nearest ones; an option or a depth that the network does not take.
 
-    Example:
-        >>> net = build("resnet20", 10, 1, shortcut="B")
-        >>> sum(p.numel() for p in net.parameters())
-        272186
+    >>> net = build("resnet20", 10, 1, shortcut="B")
+    >>> sum(p.numel() for p in net.parameters())
+    272186
     """
     make: Any
     taken: type[nn.Module]

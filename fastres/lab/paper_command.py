@@ -16,12 +16,10 @@ from typer import Argument, Option
 from fastres._info import usable_cores
 from fastres.lab.devices import pick_device
 from fastres.lab.paper import imagenet
-from fastres.lab.paper.experiment import Context, Evaluation, Experiment
-from fastres.lab.paper.presets import PaperError, Preset, preset
-from fastres.lab.paper.published import CLAIMS
+from fastres.lab.paper.presets import CLAIMS, PaperError, Preset, preset
 from fastres.lab.paper.registry import EXPERIMENTS, estimate, experiment, numbers
 from fastres.lab.paper.report import page, stem, write
-from fastres.lab.paper.runs import Place, execute
+from fastres.lab.paper.runs import Context, Evaluation, Experiment, Place, execute
 from fastres.lab.paper.tables import Outcome, Table, percent
 from fastres.lab.results import environment, prepare_folder
 from fastres.lab.terminal import Device, progress
@@ -138,14 +136,14 @@ def show_list(console: Console) -> None:
     show = functools.partial(console.print, highlight=False, soft_wrap=True)
     for chosen in EXPERIMENTS.values():
         show(f"\n[bold]{chosen.number} {chosen.name}[/]: {chosen.title} ({chosen.source})")
-        for claim in CLAIMS[chosen.name]:
-            show(f"   {claim}", markup=False)
+        lines = list(CLAIMS[chosen.name])
         for each in numbers(chosen.name):
-            shortcut = f" {each.shortcut}" if each.shortcut else ""
+            shortcut, note = each.shortcut and f" {each.shortcut}", each.note and f" ({each.note})"
             top5 = f" / {percent(each.top5)}" if each.top5 is not None else ""
-            note = f" ({each.note})" if each.note else ""
-            line = f"{each.network}{shortcut}, {each.protocol}: {percent(each.top1)}{top5} %{note}"
-            show(f"   {each.source}: {line}", markup=False)
+            error = f"{percent(each.top1)}{top5} %{note}"
+            lines.append(f"{each.source}: {each.network}{shortcut or ''}, {each.protocol}: {error}")
+        for line in lines:
+            show(f"   {line}", markup=False)
         for name in chosen.presets:
             cost = chosen.note if name == "imagenet" else estimate(chosen.name, name)
             shared = f"; {chosen.note}" if chosen.note and name != "imagenet" else ""

@@ -8,7 +8,7 @@ Batches are global: under torchrun each process takes its part. Errors are fract
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from fastres.lab.errors import RecipeError
@@ -21,43 +21,27 @@ Decay = Literal["all", "convolutions"]
 class TrainRecipe:
     """The schedule and hyperparameters of a training run. `dataclasses.replace` makes variants.
 
-    Args:
-        name: for tables and messages.
-        batch_size: images per iteration, over all processes.
-        iterations: optimizer steps.
-        lr: divided by 10 at each of `milestones`.
-        momentum, weight_decay: of SGD.
-        decay: weight decay on "all" parameters, as in fb.resnet.torch, or only on "convolutions", another reading.
-        warmup_lr: used until the training error is below `warmup_until_error`; None: no warm-up.
-        augment: of the training images, see :mod:`fastres.lab.augment`.
-        test_every: iterations between two tests; there is always one after the last iteration.
-        log_every: iterations between two rows of the log; losses and training errors are means over them.
-        bn_batch: images that share BN statistics; None: one process's part. The paper trained its CIFAR networks on two
-            GPUs, so 64 of 128. The running statistics are the first part's.
+    Raises RecipeError: a value out of range, naming it.
 
-    Raises:
-        RecipeError: a value out of range, naming it.
-
-    Example:
-        >>> recipe("cifar10").milestones
-        (32000, 48000)
-        >>> TrainRecipe("mine", batch_size=64, iterations=100, lr=0.1, milestones=(50,), augment="none").lr_at(50)
-        0.01
+    >>> TrainRecipe("mine", batch_size=64, iterations=100, lr=0.1, milestones=(50,), augment="none").lr_at(50)
+    0.01
     """
 
     name: str
-    batch_size: int
+    batch_size: int  # images per iteration, over all processes
     iterations: int
-    lr: float
+    lr: float  # divided by 10 at each of `milestones`
     milestones: tuple[int, ...]
     momentum: float = 0.9
     weight_decay: float = 1e-4
-    decay: Decay = "all"
-    warmup_lr: float | None = None
+    decay: Decay = "all"  # weight decay on all parameters, as in fb.resnet.torch; "convolutions": another reading
+    warmup_lr: float | None = None  # until the training error is below `warmup_until_error`; None: no warm-up
     warmup_until_error: float = 0.8
-    augment: Augment = "none"
-    test_every: int = 1000
-    log_every: int = 100
+    augment: Augment = "none"  # see augment.py
+    test_every: int = 1000  # iterations; there is always a test after the last one
+    log_every: int = 100  # iterations between two rows of the log; losses and training errors are means over them
+    # Images that share BN statistics; None: one process's part. The paper trained its CIFAR networks on two GPUs, so 64
+    # of 128. The running statistics are the first part's.
     bn_batch: int | None = None
 
     def __post_init__(self) -> None:
@@ -86,28 +70,24 @@ class TrainRecipe:
 
 
 _CIFAR10 = TrainRecipe("cifar10", 128, 64_000, 0.1, (32_000, 48_000), augment="cifar", test_every=1000)
-
-_ALL = (
-    _CIFAR10,
-    TrainRecipe(**{**vars(_CIFAR10), "name": "cifar10-110", "warmup_lr": 0.01}),
-    # "divided by 10 when the error plateaus", up to 60e4 iterations: every 30 epochs of 5004, as fb.resnet.torch
-    TrainRecipe("imagenet", 256, 600_000, 0.1, (150_000, 300_000), augment="imagenet", test_every=5000),
-    TrainRecipe("digits", 64, 600, 0.1, (300, 450), augment="digits", test_every=50, log_every=10),
-    TrainRecipe("digits-quick", 64, 24, 0.1, (12, 18), augment="digits", test_every=12, log_every=4),
-)
-
-RECIPES: dict[str, TrainRecipe] = {each.name: each for each in _ALL}
+RECIPES: dict[str, TrainRecipe] = {
+    each.name: each
+    for each in (
+        _CIFAR10,
+        replace(_CIFAR10, name="cifar10-110", warmup_lr=0.01),
+        # "divided by 10 when the error plateaus", up to 60e4 iterations: every 30 epochs of 5004, as fb.resnet.torch
+        TrainRecipe("imagenet", 256, 600_000, 0.1, (150_000, 300_000), augment="imagenet", test_every=5000),
+        TrainRecipe("digits", 64, 600, 0.1, (300, 450), augment="digits", test_every=50, log_every=10),
+        TrainRecipe("digits-quick", 64, 24, 0.1, (12, 18), augment="digits", test_every=12, log_every=4),
+    )
+}
 
 
 def recipe(name: str) -> TrainRecipe:
-    """The recipe called `name`.
+    """The recipe called `name`; raises RecipeError, which lists them.
 
-    Raises:
-        RecipeError: no such recipe; the message lists them.
-
-    Example:
-        >>> recipe("cifar10-110").warmup_lr
-        0.01
+    >>> recipe("cifar10-110").warmup_lr
+    0.01
     """
     if name not in RECIPES:
         raise RecipeError(f"recipe: got {name!r}, expected one of {', '.join(RECIPES)}")

@@ -97,17 +97,15 @@ def interleave(
     """Time the functions in interleaved rounds.
 
     Args:
-        fns: what to time, by name. Every function is called `warmup` times first, untimed.
+        fns: what to time, by name.
         rounds: the most rounds to run.
-        warmup: untimed calls of each function, a slow first call (planning, compiling, page faults) kept out of the
-            samples. They do not count against the budget.
+        warmup: untimed calls of each function, to keep planning, compiling and page faults out of the samples.
         budget_s: seconds of timed calls for each function, one number or one per name. A function that has used its
             budget up drops out of the later rounds; `min_rounds` are run whatever they cost.
         timer: how one call is timed (default: the wall clock; see `timer_for` for a GPU).
         on_round: called after every round with the number of rounds done.
 
-    Returns:
-        Seconds, by name. Entry i is round i for every function, so lists of different lengths still pair up.
+    Returns seconds, by name. Entry i is round i for every function, so lists of different lengths still pair up.
 
     >>> samples = interleave({"a": lambda: sum(range(9)), "b": lambda: sum(range(99))}, rounds=7)
     >>> len(samples["a"]), paired_ratio(samples["a"], samples["b"]).n

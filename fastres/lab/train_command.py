@@ -108,9 +108,8 @@ def _spec(request: Request) -> RunSpec:
     recipe = replace(base, **changes)
     options = tuple(_option(text) for text in request.options or ())
     networks.build(request.network, 10, 3, **dict(options))  # raises for an unknown name or option
-    return RunSpec(
-        request.network, request.data, recipe, request.seed, options, request.dtype, request.channels_last, request.swap
-    )
+    how = request.dtype, request.channels_last, request.swap
+    return RunSpec(request.network, request.data, recipe, request.seed, options, *how)
 
 
 def _rescaled(recipe: TrainRecipe, iterations: int) -> dict[str, Any]:
@@ -132,18 +131,14 @@ def _option(text: str) -> tuple[str, Any]:
 def _describe(recipe: TrainRecipe) -> str:
     drops = ", ".join(map(str, recipe.milestones)) or "never"
     warm = f" after {recipe.warmup_lr:g}" if recipe.warmup_lr is not None else ""
-    return (
-        f"recipe {recipe.name}, {recipe.iterations} iterations of {recipe.batch_size},"
-        f" lr {recipe.lr:g}{warm}, / 10 at {drops}"
-    )
+    batches = f"recipe {recipe.name}, {recipe.iterations} iterations of {recipe.batch_size}"
+    return f"{batches}, lr {recipe.lr:g}{warm}, / 10 at {drops}"
 
 
 def _summary(result: RunResult) -> str:
-    def percent(value: float | None) -> str:
-        return "unknown" if value is None else f"{value:.2%}"
-
+    errors = (result.train_error, result.test_error, result.best_test_error)
+    train, test, best = ("unknown" if error is None else f"{error:.2%}" for error in errors)
     done = f"{result.iterations} of {result.spec.recipe.iterations} iterations, {result.seconds:.1f} s"
     rate = f"{result.images / result.seconds:.0f} images/s" if result.seconds > 0 else "nothing run"
-    errors = f"training error {percent(result.train_error)}, test error {percent(result.test_error)}"
-    best = f"best {percent(result.best_test_error)}"
-    return f"{errors} ({best}); {done}, {rate} with tests; {result.parameters:,} parameters"
+    text = f"training error {train}, test error {test} (best {best}); {done}, {rate} with tests"
+    return f"{text}; {result.parameters:,} parameters"

@@ -28,7 +28,6 @@ def one_of(argument: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def check_options(shortcut: Any, zeros: Any, init: Any) -> None:
-    """Raise ValueError, naming the argument, for an unknown option."""
     one_of("shortcut", shortcut, get_args(Shortcut))
     one_of("zeros", zeros, get_args(Zeros))
     one_of("init", init, get_args(Init))

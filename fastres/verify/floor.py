@@ -39,29 +39,17 @@ _CLAMPS = (_aten.clamp_min.default, _aten.clamp_min_.default)
 
 # Operators that sum their n-th argument over all but a few elements, and the position of their training flag.
 _SUMS = {
-    "aten::sum": 0,
-    "aten::sum.dim_IntList": 0,
-    "aten::mean": 0,
-    "aten::mean.dim": 0,
-    "aten::var.correction": 0,
-    "aten::var_mean.correction": 0,
-    "aten::convolution_backward": 0,
-    "aten::native_batch_norm": 0,
-    "aten::_native_batch_norm_legit": 0,
-    "aten::_native_batch_norm_legit.no_stats": 0,
-    "aten::_batch_norm_with_update": 0,
-    "aten::cudnn_batch_norm": 0,
-    "aten::native_batch_norm_backward": 0,
-    "aten::batch_norm_backward": 0,
-    "aten::cudnn_batch_norm_backward": 1,
-    "fastres::bn_act": 0,
-    "fastres::bn_act_backward": 0,
+    f"{namespace}::{name}": n
+    for namespace, names, n in (
+        ("aten", "sum sum.dim_IntList mean mean.dim var.correction var_mean.correction convolution_backward", 0),
+        ("aten", "native_batch_norm _native_batch_norm_legit _native_batch_norm_legit.no_stats cudnn_batch_norm", 0),
+        ("aten", "_batch_norm_with_update native_batch_norm_backward batch_norm_backward", 0),
+        ("aten", "cudnn_batch_norm_backward", 1),
+        ("fastres", "bn_act bn_act_backward", 0),
+    )
+    for name in names.split()
 }
-_EVAL_MODE = {
-    "aten::native_batch_norm": 5,
-    "aten::cudnn_batch_norm": 5,
-    "fastres::bn_act": 6,
-}  # in eval mode nothing is summed
+_EVAL_MODE = {"aten::native_batch_norm": 5, "aten::cudnn_batch_norm": 5, "fastres::bn_act": 6}  # nothing is summed then
 
 Index = tuple[Tensor, ...]
 

@@ -96,7 +96,9 @@ def verify(
             notes.append(f"eager is the reference cast from {_name(own)} to {_name(cast)}")
             inputs = _rounded(inputs, cast)
         run = functools.partial(evaluate, inputs=inputs, wanted=marked, seed=seed)
-        eager = _attempt("eager reference", run, _eager(theirs, cast))  # each copy is freed after its run
+        model = _copy("reference", theirs)
+        eager = _attempt("eager reference", run, model if cast is None else model.to(cast))
+        del model  # each copy is freed after its run
         if not eager.outputs:
             raise ValueError("reference: its output holds no tensor")
         mine = _attempt("candidate", run, ours, cotangents=eager.cotangents)
@@ -142,20 +144,14 @@ def _copy(argument: str, function: Function, training: bool | None = None) -> An
     return model
 
 
-def _eager(theirs: Any, cast: torch.dtype | None) -> Any:
-    model = _copy("reference", theirs)
-    return model if cast is None else model.to(cast)
-
-
-def _exact(theirs: Any) -> Any:
-    return private("reference", theirs).double() if isinstance(theirs, nn.Module) else theirs
-
-
 def _reference(theirs: Any, run: Any, epsilons: list[float], ulps: float, backward: bool) -> Reference:
     """The float64 run, and the runs that measure the floor."""
 
     def attempt(**options: Any) -> Run:
-        return _attempt("reference in float64", run, _exact(theirs), **options)
+        exact = _copy("reference", theirs)
+        return _attempt(
+            "reference in float64", run, exact.double() if isinstance(exact, nn.Module) else exact, **options
+        )
 
     if not ulps:
         return Reference(attempt())

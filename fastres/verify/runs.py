@@ -29,14 +29,12 @@ class Run:
     cotangents: dict[str, Tensor] = field(default_factory=dict)
 
     def get(self, kind: str, name: str) -> Tensor | None:
-        """The tensor of that kind and name, or None."""
         return (self.outputs if kind == "output" else self.grads if kind == "grad" else self.buffers).get(name)
 
     def tensors(self) -> Iterator[tuple[str, str, Tensor | None]]:
         """(kind, name, tensor) of everything to compare."""
-        yield from (("output", name, t) for name, t in self.outputs.items())
-        yield from (("grad", name, t) for name, t in self.grads.items())
-        yield from (("buffer", name, t) for name, t in self.buffers.items())
+        for kind, tensors in (("output", self.outputs), ("grad", self.grads), ("buffer", self.buffers)):
+            yield from ((kind, name, t) for name, t in tensors.items())
 
 
 def map_tensors(tree: Any, function: Callable[[str, Tensor], Any], name: str) -> Any:
@@ -101,10 +99,9 @@ def devices_of(*trees: Any) -> list[int]:
     """The indices of all tensors' CUDA devices, for saving and restoring their random state."""
     found: set[int] = set()
     for tree in trees:
-        tensors = list(tree.parameters()) + list(tree.buffers()) if isinstance(tree, nn.Module) else None
-        for t in tensors if tensors is not None else named_tensors(tree, "").values():
-            if t.device.type == "cuda":
-                found.add(t.device.index)
+        module = isinstance(tree, nn.Module)
+        tensors = [*tree.parameters(), *tree.buffers()] if module else named_tensors(tree, "").values()
+        found |= {t.device.index for t in tensors if t.device.type == "cuda"}
     return sorted(found)
 
 

@@ -66,7 +66,6 @@ class Verification:
 
     @property
     def worst(self) -> Row | None:
-        """The row with the largest ratio."""
         return max(self.rows, key=lambda row: row.ratio, default=None)
 
     def __bool__(self) -> bool:
@@ -78,16 +77,9 @@ class Verification:
             {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(row).items()}
             for row in self.rows
         ]
-        ratio = self.error_ratio
-        return {
-            "passed": self.passed,
-            "error_ratio": ratio if math.isfinite(ratio) else None,
-            "dtype": self.dtype,
-            "training": self.training,
-            "backward": self.backward,
-            "notes": list(self.notes),
-            "rows": rows,
-        }
+        ratio = self.error_ratio if math.isfinite(self.error_ratio) else None
+        about = {"dtype": self.dtype, "training": self.training, "backward": self.backward, "notes": list(self.notes)}
+        return {"passed": self.passed, "error_ratio": ratio, **about, "rows": rows}
 
     def table(self, limit: int | None = None) -> str:
         """The rows as text, failures first, then the largest ratios; at most ``limit`` of them."""
@@ -96,12 +88,9 @@ class Verification:
         width = max([len(row.name) for row in shown] + [4])
         mode = {True: "training mode, ", False: "eval mode, ", None: ""}[self.training]
         failed = sum(not row.passed for row in self.rows)
-        head = (
-            f"verify: {'passed' if self.passed else 'FAILED'}; {mode}{self.dtype}, {len(self.rows)} tensors"
-            f"{f', {failed} failed' if failed else ''}; worst error ratio {self.error_ratio:.3g} (at most 2)"
-        )
         lines = [
-            head,
+            f"verify: {'passed' if self.passed else 'FAILED'}; {mode}{self.dtype}, {len(self.rows)} tensors"
+            f"{f', {failed} failed' if failed else ''}; worst error ratio {self.error_ratio:.3g} (at most 2)",
             f"  {'name':<{width}}  kind    error rms  eager rms  floor rms  error max  eager max   ratio",
         ]
         for row in shown:

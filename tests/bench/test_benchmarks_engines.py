@@ -24,8 +24,8 @@ import report  # noqa: E402
 import roofline  # noqa: E402
 import runtimes  # noqa: E402
 import shapes  # noqa: E402
-from judge import judge_outputs  # noqa: E402
 from observed import observed  # noqa: E402
+from peers import judge_outputs  # noqa: E402
 
 CPU = torch.device("cpu")
 

@@ -20,7 +20,7 @@ pytest.importorskip("rich")
 
 from cli_cases import FASTRES, one_line, started  # noqa: E402
 from fastres import cli  # noqa: E402
-from fastres.lab import demo_digits, demo_photographs  # noqa: E402
+from fastres.lab import demo, demo_photographs  # noqa: E402
 from fastres.lab.terminal import progress  # noqa: E402
 
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")  # anything but newline
@@ -72,7 +72,7 @@ def test_demo_json(quick):
     assert data["cpu"]["model"] and data["versions"]["torch"] and "cudnn.allow_tf32" in data["flags"]
 
     learned = data["digits"]
-    assert learned["steps"] == demo_digits.QUICK.iterations and learned["fused_blocks"] == 9
+    assert learned["steps"] == demo.QUICK.iterations and learned["fused_blocks"] == 9
     assert 0 <= learned["accuracy"] <= 1 and learned["held_out"] == 360
     frozen = learned["frozen"]
     assert frozen["rows"] == 360 and frozen["decided"] == frozen["agreed"] > 300 and frozen["margin"] > 0
@@ -122,7 +122,7 @@ def test_demo_reaches_its_accuracy_in_time(tmp_path):
 @pytest.mark.full
 def test_digits_reach_97_percent_from_any_seed():
     for seed in (1, 2):
-        assert demo_digits.learn(torch.device("cpu"), quick=False, seed=seed).accuracy >= 0.97
+        assert demo.learn(torch.device("cpu"), quick=False, seed=seed).accuracy >= 0.97
 
 
 # ---- demo: what can be wrong is found before any work ----------------------------------------------------------------
@@ -137,7 +137,7 @@ def no_work(monkeypatch):
     def begun(*args, **kwargs):
         raise AssertionError("the demo began its work")
 
-    monkeypatch.setattr(demo_digits, "learn", begun)
+    monkeypatch.setattr(demo, "learn", begun)
     monkeypatch.setattr(demo_photographs, "compare_configurations", begun)
 
 
@@ -167,7 +167,7 @@ def test_demo_bad_weights(no_work, tmp_path, capsys, make, message):
     make(path)
     assert cli.main(["demo", "--out", str(tmp_path / "out"), "--weights", str(path)]) == 2
     line = one_line(capsys)
-    assert f"weights {path}: " in line and message in line and "expected a state_dict of torchvision resnet50" in line
+    assert f"weights {path}: " in line and message in line and "expected a state_dict of torchvision:resnet50" in line
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_demo_fails_below_its_accuracy(monkeypatch, tmp_path, capsys):
         pytest.importorskip(package)
     from dataclasses import replace
 
-    too_short = replace(demo_digits.RECIPE, iterations=2, milestones=())
-    monkeypatch.setattr(demo_digits, "RECIPE", too_short)
+    too_short = replace(demo.RECIPE, iterations=2, milestones=())
+    monkeypatch.setattr(demo, "RECIPE", too_short)
     assert cli.main(["demo", "--device", "cpu", "--out", str(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert re.fullmatch(r"fastres: ResNet-20 reached \d+\.\d\d% on the held-out digits, expected at least 97%\n", err)

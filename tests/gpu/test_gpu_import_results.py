@@ -18,8 +18,8 @@ from fastres.kernels import configs, measured  # noqa: E402
 import bench_add_relu  # noqa: E402
 import bench_bn_act  # noqa: E402
 import measure  # noqa: E402
+import pages  # noqa: E402
 import report  # noqa: E402
-import result_schema  # noqa: E402
 import shapes  # noqa: E402
 from fastres.ops import _conv_tiles  # noqa: E402
 from gpu_run import files, import_results  # noqa: E402
@@ -126,7 +126,7 @@ def test_results_are_filed_under_their_names(folder, bench, capsys):
     results = folder.parent / "root" / "benchmarks" / "results"
     whole = {case["id"]: case for case in json.loads(bench)["cases"]}
     for name in names:  # readable by compare.py and plot.py, the figures as they were measured
-        found = result_schema.load(results / f"{name}.json")
+        found = pages.load(results / f"{name}.json")
         assert found["environment"]["gpu"] == GPU and "dry_run" in found["run"]
         for case in found["cases"]:
             assert case == whole.pop(case["id"])
@@ -210,7 +210,7 @@ def test_a_run_without_git_gets_the_commit_of_the_same_sources(folder, monkeypat
     without_commit(folder, import_results.digest(folder.parent / "root"))
     assert imports(folder) == 0
     path = folder.parent / "root" / "benchmarks" / "results" / f"add_relu-eval-fp32-{PLACE}.json"
-    assert result_schema.load(path)["environment"]["commit"] == COMMIT
+    assert pages.load(path)["environment"]["commit"] == COMMIT
 
 
 def without_samples(folder):

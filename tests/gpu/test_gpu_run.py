@@ -21,7 +21,6 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from gpu_run import __main__ as command_line  # noqa: E402
 from gpu_run import checkout, files, needs, phases, tests  # noqa: E402
 from gpu_run.run import FAILED, PASSED, Ended, Outcome, Run  # noqa: E402
-from gpu_run.summary import Summary  # noqa: E402
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "FASTRES_"))} | {
     "PYTHONPATH": str(ROOT / "benchmarks"),
@@ -262,7 +261,7 @@ def test_a_phase_that_fails_does_not_keep_the_others(run, capsys):
         raise OSError("planted")
 
     later = phases.Phase("later", 100, 10, lambda run, limit_s: Outcome(PASSED, "ran"))
-    summary = Summary(run, "make gpu", [])
+    summary = command_line.Summary(run, "make gpu", [])
     command_line.work(run, summary, (phases.Phase("broken", 100, 10, broken), later))
     assert [phase["status"] for phase in summary.phases.values()] == [FAILED, PASSED]
     assert summary.failed == ["broken"] and "OSError: planted" in (run.results / files.SUMMARY).read_text()

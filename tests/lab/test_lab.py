@@ -124,7 +124,7 @@ def test_paired_ratio_needs_a_pair():
 
 def test_digits_split_is_stratified_disjoint_and_fixed():
     pytest.importorskip("sklearn")
-    from fastres.lab import data
+    from fastres.lab import datasets as data
 
     a, b = data.digits(), data.digits()
     assert torch.equal(a.train_images, b.train_images) and torch.equal(a.test_labels, b.test_labels)
@@ -142,17 +142,17 @@ def test_digits_split_is_stratified_disjoint_and_fixed():
 def test_photographs_are_the_two_real_ones_normalized():
     pytest.importorskip("sklearn")
     pytest.importorskip("torchvision")
-    from fastres.lab.data import photographs
+    from fastres.lab.datasets import photographs
 
-    photos = photographs()
-    assert photos.names == ["china.jpg", "flower.jpg"]
-    assert photos.images.shape == (2, 3, 224, 224) and photos.images.dtype == torch.float32
-    red = photos.images[:, 0] * 0.229 + 0.485
+    names, images = photographs()
+    assert names == ["china.jpg", "flower.jpg"]
+    assert images.shape == (2, 3, 224, 224) and images.dtype == torch.float32
+    red = images[:, 0] * 0.229 + 0.485
     assert 0 <= red.min() and red.max() <= 1 and red.std() > 0.1
 
 
 def test_missing_package_names_the_extra(monkeypatch):
-    from fastres.lab import data
+    from fastres.lab import datasets as data
 
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(MissingExtra, match=r'pip install "fastres\[train\]"'):
@@ -320,7 +320,7 @@ def test_throughput_chart_is_a_png_with_every_bar_in_it(tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.image import imread
 
-    from fastres.lab.figures import FAILED, OURS, THEIRS, Bar, throughput_chart
+    from fastres.lab.results import FAILED, OURS, THEIRS, Bar, throughput_chart
 
     bars = [Bar("eager", 10, "1.00x", False), Bar("frozen", 20, "2.00x", True), Bar("bad", 15, "1.5x", True, False)]
     path = tmp_path / "chart.png"
@@ -338,7 +338,7 @@ def test_throughput_chart_is_a_png_with_every_bar_in_it(tmp_path):
 
 def test_throughput_chart_refuses(tmp_path):
     pytest.importorskip("matplotlib")
-    from fastres.lab.figures import Bar, throughput_chart
+    from fastres.lab.results import Bar, throughput_chart
 
     with pytest.raises(ValueError, match="bars"):
         throughput_chart([], tmp_path / "chart.png", "title")

@@ -58,7 +58,7 @@ def test_the_loop_is_sgd_on_the_data_sets_batches(tmp_path):
     spec = replace(SPEC, swap=False, channels_last=False)
     result = run(spec, tmp_path, device="cpu")
     data = load("digits")
-    net = loop._network(spec, data)
+    net = loop.network(spec, data)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     losses, norms = [], []
     for t, (x, y) in enumerate(data.batches(QUICK, 0, 0, Part(), torch.device("cpu"))):
@@ -105,7 +105,7 @@ def test_stock_modules_give_the_same_run_and_no_fused_call(whole, tmp_path):
 
 
 def test_weight_decay_on_convolutions_alone(tmp_path):
-    net = loop._network(SPEC, load("digits"))
+    net = loop.network(SPEC, load("digits"))
     decayed, plain = loop._groups(net, replace(QUICK, decay="convolutions"))
     assert {p.dim() for p in decayed["params"]} == {4} and {p.dim() for p in plain["params"]} == {1, 2}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (1e-4, 0.0)
@@ -161,7 +161,7 @@ def test_bn_batch_takes_statistics_over_parts(tmp_path):
     spec = replace(SPEC, recipe=replace(QUICK, bn_batch=8, weight_decay=0.0, momentum=0.0))
     run(spec, tmp_path, device="cpu", stop_after=1)
     data = load("digits")
-    net = loop._network(spec, data)
+    net = loop.network(spec, data)
     x, y = next(data.batches(spec.recipe, 0, 0, Part(), torch.device("cpu")))
     start = {name: p.detach().clone() for name, p in net.named_parameters()}
     first = net.bn1.running_mean.clone()
@@ -263,7 +263,7 @@ def test_a_bad_run_file_is_one_clear_line(whole, tmp_path, name, text):
 def test_two_runs_at_once_in_one_folder(tmp_path, monkeypatch):
     import fcntl
 
-    monkeypatch.setattr("fastres.lab.run_folder.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("fastres.lab.loop_state.time.sleep", lambda seconds: None)
     with open(tmp_path / ".lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         refused(RunError, "another process is training in it", folder=tmp_path)

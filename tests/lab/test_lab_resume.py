@@ -159,7 +159,7 @@ def test_two_processes_equal_one_on_the_joined_batch(typer, tmp_path, stops):
 def test_norms_in_eval_mode_make_two_processes_equal_one_whole_batch():
     """The batches' side of it: gradients over the two parts average to the whole batch's where no BN couples images."""
     data = load("digits")
-    net = loop._network(replace(SPEC, swap=False), data).double().eval()
+    net = loop.network(replace(SPEC, swap=False), data).double().eval()
 
     def gradients(part):
         x, y = next(data.batches(QUICK, 0, 0, part, torch.device("cpu")))

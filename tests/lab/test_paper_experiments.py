@@ -14,11 +14,9 @@ from torch import nn
 from fastres import models
 from fastres.lab import loop
 from fastres.lab.loop_state import Point, RunResult
-from fastres.lab.paper import curves, degradation, depth, figures, imagenet, registry, report, responses, runs
-from fastres.lab.paper.experiment import Context, Evaluation
-from fastres.lab.paper.presets import PRESETS, PaperError, preset
-from fastres.lab.paper.published import CLAIMS, PARAMETERS, PUBLISHED, find
-from fastres.lab.paper.runs import Place
+from fastres.lab.paper import degradation, imagenet, registry, report, responses, runs, tables
+from fastres.lab.paper.presets import CLAIMS, PARAMETERS, PRESETS, PUBLISHED, PaperError, find, preset
+from fastres.lab.paper.runs import Context, Evaluation, Place
 from fastres.lab.paper.tables import Comparison, Curve, Outcome, Panel, Table, spread
 from nets import randomize_bn
 from train_runs import write_images
@@ -288,14 +286,14 @@ def test_spread_and_comparison():
 
 
 def test_curves_of_seeds():
-    curve = curves.over_seeds(fake("plain8", (0.1, 0.3)), "test_error", "plain", 2)
+    curve = tables.over_seeds(fake("plain8", (0.1, 0.3)), "test_error", "plain", 2)
     assert curve.x == (3.0, 6.0) and curve.y == pytest.approx((0.2, 0.2))
     assert (curve.low, curve.high) == ((0.1, 0.1), (0.3, 0.3))
 
 
 def test_one_step_measures_memory():
     small, large = (
-        depth.one_step("resnet20", replace(CI, recipe=replace(CI.recipe, batch_size=b)), "cpu") for b in (32, 512)
+        degradation.one_step("resnet20", replace(CI, recipe=replace(CI.recipe, batch_size=b)), "cpu") for b in (32, 512)
     )
     assert small["batch"] == 32 and small["parameters"] == 269_434 and small["loss"] > 0
     # what a training step has to keep of 19 layers: at least a tensor each, 4 bytes an entry
@@ -305,7 +303,7 @@ def test_one_step_measures_memory():
 
 @pytest.mark.full
 def test_1202_layers_take_a_step():
-    step = depth.one_step("resnet1202", replace(CI, recipe=replace(CI.recipe, batch_size=2)), "cpu")
+    step = degradation.one_step("resnet1202", replace(CI, recipe=replace(CI.recipe, batch_size=2)), "cpu")
     assert step["parameters"] == 19_421_274 - 288 and step["loss"] > 0
 
 
@@ -358,9 +356,9 @@ def test_table_escapes(tmp_path):
 def test_draw_refuses_no_panels_and_draws_one(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="panels: got none"):
-        figures.draw((), tmp_path / "x.png", "", "")
+        report.draw((), tmp_path / "x.png", "", "")
     panel = Panel("a", "x", "y", (Curve("c", (1.0, 2.0), (0.1, 0.2), (0.0, 0.1), (0.2, 0.3)),), percent=True)
-    figures.draw((panel,), tmp_path / "x.png", "title", "note")
+    report.draw((panel,), tmp_path / "x.png", "title", "note")
     assert (tmp_path / "x.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

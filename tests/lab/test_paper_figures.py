@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from fastres.lab.figures import new_figure  # noqa: E402
+from fastres.lab.results import new_figure  # noqa: E402
 from fastres.lab.paper import figures  # noqa: E402
 from fastres.lab.paper.tables import Curve, Panel  # noqa: E402
 

@@ -1,4 +1,4 @@
-"""Experiment 1, the degradation problem (Figs. 1 and 6): plain against residual networks, by depth.
+"""Experiments 1 and 4: plain and residual networks by depth (Figs. 1 and 6), and residual ones to 1202 (Table 6).
 
 plain      training error rises with depth: not overfitting, since the deeper network contains the shallower one
 residual   y = F(x) + x (Eqn. 1): training and test error fall with depth
@@ -6,34 +6,32 @@ residual   y = F(x) + x (Eqn. 1): training and test error fall with depth
 
 from __future__ import annotations
 
-import math
+import contextlib
+import multiprocessing
+import resource
 import statistics
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import get_total_norm
 
-from fastres.lab import batches, datasets, networks
+from fastres.lab import batches, datasets, loop, networks
 from fastres.lab.devices import channels_last, pick_device
 from fastres.lab.loop_state import RunResult, RunSpec
-from fastres.lab.paper.curves import (
-    Results,
-    columns,
-    curve,
-    error_panel,
-    gradient_norms,
-    over_seeds,
-    test_errors,
-    train_errors,
-    train_losses,
-)
-from fastres.lab.paper.experiment import Context, Experiment
-from fastres.lab.paper.presets import Preset
-from fastres.lab.paper.published import find
-from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table, percent
+from fastres.lab.paper import tables
+from fastres.lab.paper.presets import PARAMETERS, Preset, find
+from fastres.lab.paper.runs import Context, Experiment
+from fastres.lab.paper.tables import Comparison, Outcome, Panel, Table
 
 KINDS = {"plain": "plain", "resnet": "residual"}
-_ERRORS = (("test", test_errors, "solid"), ("train", train_errors, "dashed"))
+_ERRORS = {"test": "solid", "train": "dashed"}
+
+# ---- 1: degradation --------------------------------------------------------------------------------------------------
 
 
 def compared(preset: Preset) -> tuple[str, ...]:
@@ -47,7 +45,6 @@ def compared(preset: Preset) -> tuple[str, ...]:
 
 
 def specs(preset: Preset) -> list[RunSpec]:
-    """Plain and residual networks of every depth, every seed."""
     return preset.specs(compared(preset))
 
 
@@ -61,10 +58,10 @@ def outcome(context: Context) -> Outcome:
         f"Plain and residual networks by depth: {preset.title}",
         {
             "network": _dashed,
-            **columns(found, "parameters", "training error %", "training loss", "test error %"),
+            **tables.columns(found, "parameters", "training error %", "training loss", "test error %"),
             "gradient, first step": lambda network: f"{statistics.median(starts[network]):.3g}",
-            **columns(found, "gradient"),
-            "paper, CIFAR-10 test error %": _published,
+            **tables.columns(found, "gradient"),
+            "paper, CIFAR-10 test error %": _table_6,
         },
         found,
         preset.seeds_note(
@@ -75,76 +72,77 @@ def outcome(context: Context) -> Outcome:
         ),
         "The paper's plain networks of 20 to 56 layers are curves in Fig. 6, without numbers.",
     )
-    return Outcome((table,), tuple(findings(preset, found)), tuple(_panels(preset, found)), data(found, starts))
+    data = {
+        network: {
+            "seeds": [r.spec.seed for r in results],
+            "parameters": results[0].parameters,
+            "best_test_error": [r.best_test_error for r in results],
+            **{value: tables.per_seed(results, value) for value in ("test_error", "train_error", "train_loss")},
+            "first_gradient_norm": starts[network],
+            "gradient_norm": tables.per_seed(results, "gradient_norm"),
+            "seconds": [r.seconds for r in results],
+        }
+        for network, results in found.items()
+    }
+    return Outcome((table,), tuple(_findings(preset, found)), tuple(_panels(preset, found)), data)
 
 
-def _published(network: str) -> str:
+def _table_6(network: str) -> str:
     errors = find(network, source="Table 6")
-    return percent(errors[0].top1) if errors else "> 60, not displayed" if network == "plain110" else "-"
+    return tables.percent(errors[0].top1) if errors else "> 60, not displayed" if network == "plain110" else "-"
 
 
-def _panels(preset: Preset, found: dict[str, list[RunResult]]) -> list[Panel]:
+def _panels(preset: Preset, found: dict[str, list[RunResult]]) -> Iterator[Panel]:
     depths = tuple(enumerate(preset.depths))
-    panels = [
-        error_panel(
-            title,
-            (
-                over_seeds(found[f"{kind}{depth}"], f"{what}_error", f"{kind}-{depth} {what}", color, style)
-                for color, depth in depths
-                for what, _, style in _ERRORS
-            ),
-        )
-        for kind, title in KINDS.items()
-    ]
+
+    def curves(kind: str, value: str, name: str, style: str) -> Iterator[tables.Curve]:
+        return (tables.over_seeds(found[f"{kind}{d}"], value, f"{kind}-{d}{name}", color, style) for color, d in depths)
+
+    for kind, title in KINDS.items():
+        styles = _ERRORS.items()
+        yield tables.error_panel(title, (c for what, s in styles for c in curves(kind, f"{what}_error", f" {what}", s)))
     ends = (
-        curve(((d, value(found[f"{kind}{d}"])) for d in preset.depths), f"{name} {what}", color, style)
-        for color, (kind, name) in enumerate(KINDS.items())
-        for what, value, style in _ERRORS
+        tables.curve(
+            ((d, tables.per_seed(found[f"{kind}{d}"], f"{what}_error")) for d in preset.depths),
+            f"{name} {what}",
+            i,
+            style,
+        )
+        for i, (kind, name) in enumerate(KINDS.items())
+        for what, style in _ERRORS.items()
     )
-    norms = (
-        over_seeds(found[f"{kind}{depth}"], "gradient_norm", f"{kind}-{depth}", color, style)
-        for kind, style in zip(KINDS, ("dashed", "solid"), strict=True)
-        for color, depth in depths
-    )
-    gradients = Panel("gradient norm", "iteration", "norm of all gradients", tuple(norms), log=True)
-    return [*panels, error_panel("at the end, by depth", ends, by_depth=True), gradients]
+    yield tables.error_panel("at the end, by depth", ends, by_depth=True)
+    norms = [*curves("plain", "gradient_norm", "", "dashed"), *curves("resnet", "gradient_norm", "", "solid")]
+    yield Panel("gradient norm", "iteration", "norm of all gradients", tuple(norms), log=True)
 
 
 def first_gradient(spec: RunSpec, context: Context) -> float:
-    """The norm of all gradients of a run's first batch, before any step: the log starts some steps later.
-
-    Args:
-        spec: the run whose initial weights and first batch to take.
-        context: where the data are.
-    """
+    """The norm of all gradients of a run's first batch, before any step: the log starts some steps later."""
     data = datasets.load(spec.data, context.place.data_root)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(batches.stream(spec.seed, "weights"))
-        model = networks.build(spec.network, data.classes, data.channels, **dict(spec.options))
     device = pick_device(context.place.device)
-    model = channels_last(model.to(device))
+    model = loop.network(spec, data).to(device)
     images, labels = next(data.batches(spec.recipe, spec.seed, 0, batches.Part(), device))
     F.cross_entropy(model(images), labels).backward()
-    return math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None))
+    return float(get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
 
 
-def findings(preset: Preset, found: dict[str, list[RunResult]]) -> list[str]:
+def _findings(preset: Preset, found: dict[str, list[RunResult]]) -> Iterator[str]:
     """Each claim of section 4.2 against the measurements."""
 
-    def compare(a: str, b: str, value: Callable[[Results], list[float]]) -> Comparison:
-        return Comparison(_dashed(a), value(found[a]), _dashed(b), value(found[b]))
+    def compare(a: str, b: str, what: str, claim: str, higher: bool) -> str:
+        first, second = (tables.per_seed(found[network], what) for network in (a, b))
+        return Comparison(_dashed(a), first, _dashed(b), second).finding(claim, higher)
 
-    lines, first, last = [], preset.depths[0], preset.depths[-1]
-    measures = (("training", train_errors), ("test", test_errors))
-    for what, value in measures:
+    first, last = preset.depths[0], preset.depths[-1]
+    measures = {"training": "train_error", "test": "test_error"}
+    for what, value in measures.items():
         for kind, name in KINDS.items():
             claim = f"{name}: {what} error {'rises' if kind == 'plain' else 'falls'} with depth"
-            lines.append(compare(f"{kind}{first}", f"{kind}{last}", value).finding(claim, higher=kind == "plain"))
+            yield compare(f"{kind}{first}", f"{kind}{last}", value, claim, kind == "plain")
     for depth in preset.depths:
-        for what, value in measures:
+        for what, value in measures.items():
             claim = f"{depth} layers: residual has the lower {what} error"
-            lines.append(compare(f"plain{depth}", f"resnet{depth}", value).finding(claim, higher=False))
-    return lines
+            yield compare(f"plain{depth}", f"resnet{depth}", value, claim, False)
 
 
 def _dashed(network: str) -> str:
@@ -152,24 +150,127 @@ def _dashed(network: str) -> str:
     return f"{kind}-{network.removeprefix(kind)}"
 
 
-def data(found: dict[str, list[RunResult]], starts: dict[str, list[float]]) -> dict[str, object]:
-    """Every seed's numbers, for the JSON."""
+# ---- 4: depth --------------------------------------------------------------------------------------------------------
+
+
+def depth_specs(preset: Preset) -> list[RunSpec]:
+    return preset.specs(tuple(f"resnet{depth}" for depth in preset.more_depths))
+
+
+def one_step(network: str, preset: Preset, device_name: str) -> dict[str, Any]:
+    """Build a network, take one training step of a whole batch on random images, and measure time and memory.
+
+    On a CPU the memory is the growth of the process's peak resident set, so this runs in a process of its own.
+
+    >>> from fastres.lab.paper.presets import preset
+    >>> sorted(one_step("resnet8", preset("ci"), "cpu"))
+    ['batch', 'loss', 'memory_bytes', 'parameters', 'seconds']
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        measured: dict[str, Any] = pool.apply(_step, (network, preset, device_name))
+    return measured
+
+
+def _step(network: str, preset: Preset, device_name: str) -> dict[str, Any]:
+    device = pick_device(device_name)
+    model = networks.build(network, preset.classes, preset.channels)
+    model = channels_last(model.to(device))
+    batch = preset.recipe.batch_size
+    images = torch.randn(batch, preset.channels, preset.size, preset.size, device=device)
+    labels = torch.randint(preset.classes, (batch,), device=device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=preset.recipe.lr, momentum=preset.recipe.momentum)
+    before = _peak(device, reset=True)
+    start = time.perf_counter()
+    loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    value = float(loss.detach())
     return {
-        network: {
-            "seeds": [r.spec.seed for r in results],
-            "parameters": results[0].parameters,
-            "test_error": test_errors(results),
-            "best_test_error": [r.best_test_error for r in results],
-            "train_error": train_errors(results),
-            "train_loss": train_losses(results),
-            "first_gradient_norm": starts[network],
-            "gradient_norm": gradient_norms(results, 0.1),
-            "seconds": [r.seconds for r in results],
-        }
-        for network, results in found.items()
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "batch": batch,
+        "loss": value,
+        "seconds": time.perf_counter() - start,
+        "memory_bytes": _peak(device) - (before if device.type == "cpu" else 0),
     }
 
 
-EXPERIMENT = Experiment(
-    1, "degradation", "Degradation: plain against residual by depth", "Figs. 1, 6; Table 6", specs, outcome
+def _peak(device: torch.device, reset: bool = False) -> int:
+    """The peak bytes in use since the last reset: allocated on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if not status.exists():  # not on Linux: the peak since the process started
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if reset:
+        with contextlib.suppress(OSError):  # not allowed in some containers: then since the process started
+            Path("/proc/self/clear_refs").write_text("5")
+    return next(int(line.split()[1]) << 10 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+
+
+def depth_outcome(context: Context) -> Outcome:
+    """Table 6 next to the errors measured here, and the deepest network's step."""
+    preset = context.preset
+    found = {depth: context.of(f"resnet{depth}") for depth in preset.more_depths}
+    errors = {depth: tables.per_seed(results, "test_error") for depth, results in found.items()}
+    table = Table.of(
+        f"Residual networks by depth: {preset.title}",
+        {
+            "network": lambda depth: f"resnet-{depth}",
+            "parameters here": lambda depth: f"{found[depth][0].parameters:,}",
+            "with 3 channels (paper)": _paper_parameters,
+            **tables.columns(found, "training error %", "test error %"),
+            "Table 6, CIFAR-10 test error %": lambda depth: _published(depth, True),
+            "other reproductions %": lambda depth: _published(depth, False),
+        },
+        found,
+        preset.seeds_note(" at the end of the runs, not the best of them."),
+    )
+    deepest = f"resnet{preset.deepest}"
+    context.tell(f"one step of {deepest}")
+    step = one_step(deepest, preset, context.place.device)
+    mib = f"{step['memory_bytes'] / 2**20:,.0f}"
+    cells = {
+        "network": deepest,
+        "parameters": f"{step['parameters']:,}",
+        "batch": str(step["batch"]),
+        "image": f"{preset.size}x{preset.size}x{preset.channels}",
+        "seconds": f"{step['seconds']:.1f}",
+        "memory MiB": mib,
+        "loss": f"{step['loss']:.3f}",
+    }
+    note = (
+        "Memory: the most allocated on a GPU; on a CPU the growth of the process during the step, its weights already"
+        " there. This is the first step, so seconds include the first call of every operator."
+    )
+    memory = Table(f"One training step of {deepest}", tuple(cells), (tuple(cells.values()),), (note,))
+    first, last = preset.more_depths[0], preset.more_depths[-1]
+    ends = Comparison(f"resnet-{first}", errors[first], f"resnet-{last}", errors[last])
+    lines = (
+        ends.finding("test error falls with depth", higher=False),
+        f"{deepest} builds and takes a step: loss {step['loss']:.3f}, {mib} MiB",
+    )
+    train = ((depth, tables.per_seed(results, "train_error")) for depth, results in found.items())
+    at_the_end = tables.curve(errors.items(), "test", 0), tables.curve(train, "train", 0, "dashed")
+    by_iteration = (
+        tables.over_seeds(each, "test_error", f"resnet-{d}", i) for i, (d, each) in enumerate(found.items())
+    )
+    panels = tables.error_panel("at the end", at_the_end, by_depth=True), tables.error_panel("test error", by_iteration)
+    return Outcome((table, memory), lines, panels, {"step": step, "test_error": errors})
+
+
+def _paper_parameters(depth: int) -> str:
+    known = PARAMETERS.get(f"resnet{depth}")
+    return f"{known[0]:,}" if known else "-"
+
+
+def _published(depth: int, paper: bool) -> str:
+    found = [each for each in find(f"resnet{depth}", data="cifar10") if (each.source == "Table 6") == paper]
+    return ", ".join(tables.percent(each.top1) + (f" ({each.note})" if each.note else "") for each in found) or "-"
+
+
+EXPERIMENTS = (
+    Experiment(1, "degradation", "Degradation: plain against residual by depth", "Figs. 1, 6; Table 6", specs, outcome),
+    Experiment(4, "depth", "Depth", "Table 6", depth_specs, depth_outcome),
 )

@@ -17,9 +17,8 @@ from fastres.lab import datasets, networks
 from fastres.lab.checkpoints import load_checkpoint
 from fastres.lab.devices import channels_last, pick_device
 from fastres.lab.evaluation import Views, test_errors
-from fastres.lab.paper.experiment import Context, Evaluation, Experiment
-from fastres.lab.paper.presets import PaperError
-from fastres.lab.paper.published import Published, find
+from fastres.lab.paper.presets import PaperError, Published, find
+from fastres.lab.paper.runs import Context, Evaluation, Experiment
 from fastres.lab.paper.tables import Outcome, Table, percent
 
 VIEWS: dict[str, Views] = {"1-crop": "single", "10-crop": "ten-crop", "multi-scale": "multi-scale"}
@@ -41,8 +40,7 @@ def check(asked: Evaluation) -> tuple[str, Path]:
 def outcome(context: Context) -> Outcome:
     """The measured errors, a row for each published number, and their difference.
 
-    Raises:
-        LabError: no network or checkpoint, one that does not fit, no data.
+    Raises LabError: no network or checkpoint, one that does not fit, no data.
     """
     asked = context.evaluation
     network, weights = check(asked)
@@ -98,13 +96,15 @@ def rows_for(network: str, view: str, shortcut: str | None) -> list[Published]:
     return [each for each in found if each.shortcut == shortcut]
 
 
-EXPERIMENT = Experiment(
-    6,
-    "imagenet",
-    "ImageNet: a checkpoint's exact evaluation",
-    "Tables 2, 3, 4",
-    lambda preset: (),
-    outcome,
-    presets=("imagenet",),
-    note="forward passes only: 50,000 images x 1, 10, and 10 larger views",
+EXPERIMENTS = (
+    Experiment(
+        6,
+        "imagenet",
+        "ImageNet: a checkpoint's exact evaluation",
+        "Tables 2, 3, 4",
+        lambda preset: (),
+        outcome,
+        presets=("imagenet",),
+        note="forward passes only: 50,000 images x 1, 10, and 10 larger views",
+    ),
 )

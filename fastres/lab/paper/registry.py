@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from fastres.lab import networks
 from fastres.lab.loop_state import RunSpec
-from fastres.lab.paper import degradation, depth, imagenet, responses, shortcuts, skips
-from fastres.lab.paper.experiment import Experiment
-from fastres.lab.paper.presets import PaperError, Preset, preset
-from fastres.lab.paper.published import Published, find
-from fastres.lab.paper.runs import layers
+from fastres.lab.paper import degradation, imagenet, responses, shortcuts
+from fastres.lab.paper.presets import PaperError, Preset, Published, find, preset
+from fastres.lab.paper.runs import Experiment, layers
 
 EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT for module in (degradation, shortcuts, responses, depth, skips, imagenet)
+    each.name: each
+    for each in sorted(
+        (each for module in (degradation, shortcuts, responses, imagenet) for each in module.EXPERIMENTS),
+        key=lambda each: each.number,
+    )
 }
 GPU_FLOPS = 5e12  # sustained in training: an assumption, about what small networks reach on a large GPU
 
 
 def experiment(name: str) -> Experiment:
-    """The experiment called `name`.
+    """The experiment called `name`; raises PaperError, which lists them.
 
-    Raises:
-        PaperError: no such experiment; the message lists them.
-
-    Example:
-        >>> experiment("responses").source
-        'Fig. 7'
+    >>> experiment("responses").source
+    'Fig. 7'
     """
     if name not in EXPERIMENTS:
         raise PaperError(f"experiment: got {name!r}, expected {', '.join(EXPERIMENTS)}, or report")
@@ -46,9 +44,8 @@ def estimate(name: str, preset_name: str) -> str:
     A training iteration costs three times the multiply-adds of a forward pass, each two operations. The CPU's seconds
     for each layer and iteration are measured (presets.py); a GPU is assumed to sustain 5 TFLOP/s.
 
-    Example:
-        >>> estimate("degradation", "digits")
-        'about 21 min on two CPU cores'
+    >>> estimate("degradation", "digits")
+    'about 21 min on two CPU cores'
     """
     chosen = experiment(name)
     if preset_name not in chosen.presets:
@@ -66,6 +63,5 @@ def estimate(name: str, preset_name: str) -> str:
 
 
 def operations(spec: RunSpec, plan: Preset) -> float:
-    """Floating-point operations of a run."""
     cost = networks.cost(spec.network, plan.classes, plan.channels, plan.size, **dict(spec.options))
     return 6.0 * cost.multiply_adds * spec.recipe.batch_size * spec.recipe.iterations

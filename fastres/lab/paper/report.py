@@ -1,9 +1,6 @@
-"""Result files of experiments, and one page with all that exist.
+"""Result files of experiments (numbers, tables, findings, a plot), and one page with all that exist.
 
-OUT/paper-NAME-PRESET.json   numbers, tables, findings, environment
-OUT/paper-NAME-PRESET.md     tables and findings
-OUT/paper-NAME-PRESET.png    the plot
-OUT/report.md, report.html   all of them, in the paper's order
+OUT/paper-NAME-PRESET.json, .md, .png; OUT/report.md, report.html: all of them, in the paper's order
 """
 
 from __future__ import annotations
@@ -11,16 +8,15 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastres.lab.errors import OutputError, require
-from fastres.lab.paper.experiment import Experiment
-from fastres.lab.paper.figures import draw
-from fastres.lab.paper.presets import PaperError, Preset
-from fastres.lab.paper.published import CLAIMS
-from fastres.lab.paper.tables import Outcome, Table
-from fastres.lab.results import write_atomically, write_json
+from fastres.lab.paper.presets import CLAIMS, PaperError, Preset
+from fastres.lab.paper.runs import Experiment
+from fastres.lab.paper.tables import Curve, Outcome, Panel, Table
+from fastres.lab.results import new_figure, save_png, style, write_json, write_text
 
 SCHEMA = "fastres.paper/1"
 PAPER = "He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, CVPR 2016"
@@ -53,7 +49,7 @@ def write(
         paths.append(out / f"{name}.png")
         footnote = f"line: mean of the seeds, band: minimum to maximum. {machine(where)}"
         draw(outcome.panels, paths[-1], f"{experiment.title} ({experiment.source}) - {preset.title}", footnote)
-    write_atomically(paths[1], lambda file: file.write((markdown(document, "#") + "\n").encode()))
+    write_text(paths[1], markdown(document, "#") + "\n")
     write_json(paths[0], document)  # last: if it exists, so do the others
     return paths
 
@@ -66,7 +62,6 @@ def machine(where: dict[str, Any]) -> str:
 
 
 def markdown(document: dict[str, Any], heading: str = "##") -> str:
-    """One experiment as Markdown."""
     lines = [f"{heading} {document['number']} {document['title']} ({document['source']})", ""]
     lines += [f"`{document['environment']['command']}`. {machine(document['environment'])}.", ""]
     if document["claims"]:
@@ -83,8 +78,7 @@ def markdown(document: dict[str, Any], heading: str = "##") -> str:
 def documents(out: Path) -> list[dict[str, Any]]:
     """The results in a folder, in the paper's order.
 
-    Raises:
-        PaperError: there are none, or a file is damaged.
+    Raises PaperError: there are none, or a file is damaged.
     """
     found = []
     for path in sorted(out.glob("paper-*.json")):
@@ -105,8 +99,7 @@ def documents(out: Path) -> list[dict[str, Any]]:
 def page(out: Path, kind: str = "md") -> Path:
     """Write report.md or report.html, one page with all results in `out`; the HTML embeds its plots.
 
-    Raises:
-        PaperError: nothing to report, or an unknown kind; OutputError: the page cannot be written.
+    Raises PaperError: nothing to report, or an unknown kind; OutputError: the page cannot be written.
     """
     if kind not in ("md", "html"):
         raise PaperError(f"format: got {kind!r}, expected md or html")
@@ -114,7 +107,7 @@ def page(out: Path, kind: str = "md") -> Path:
     if kind == "html":
         text = _html(text, out)
     path = out / f"report.{kind}"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, text)
     return path
 
 
@@ -145,3 +138,68 @@ img {{ max-width: 100%; }}
 {body}
 </html>
 """
+
+
+COLORS = ("#1f6fb4", "#d1741f", "#3a8f4d", "#8a4fa3", "#c8452f", "#5b6570")
+
+
+def draw(panels: Sequence[Panel], path: Path, title: str, footnote: str) -> None:
+    """Write `panels`, two to a row, with the range of the seeds around each mean, as a PNG at `path`.
+
+    Raises MissingExtra where matplotlib is not installed, OutputError, ValueError for no panels.
+    """
+    if not panels:
+        raise ValueError("panels: got none, expected at least one")
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(6.6 * columns, 1.2 + 4.0 * rows, dpi=120)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    shared = [p for p in panels if p.percent and not p.points]  # one scale, so that panels can be compared
+    top = max((max(c.high or c.y, default=0.0) for p in shared for c in p.curves), default=0.0)
+    for axes, panel in zip(grid, panels, strict=False):
+        _panel(axes, panel)
+        if panel in shared:
+            axes.set_ylim(0, 103 * min(1.0, top))
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    save_png(figure, path, footnote)
+
+
+def _panel(axes: Any, panel: Panel) -> None:
+    for curve in panel.curves:
+        _curve(axes, curve, 100.0 if panel.percent else 1.0, panel.points)
+    style(axes, panel.title)
+    axes.set_xlabel(panel.xlabel, fontsize=9)
+    axes.set_ylabel(panel.ylabel, fontsize=9)
+    axes.tick_params(labelsize=8, which="both")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # iterations and layers: there may be two
+    if panel.log:
+        axes.set_yscale("log")
+        _label_plainly(axes)
+    elif not any(min(curve.low or curve.y, default=0.0) < 0 for curve in panel.curves):
+        axes.set_ylim(bottom=0)
+    if panel.points:
+        axes.set_xticks(sorted({x for curve in panel.curves for x in curve.x}))
+    axes.legend(fontsize=7.5, frameon=False, ncols=2 if len(panel.curves) > 4 else 1)
+
+
+def _label_plainly(axes: Any) -> None:
+    """Label a log axis 0.1 and 1, not by powers of 10, at the places where matplotlib labels it."""
+
+    class Plain(require("matplotlib.ticker", "the figure", "viz").LogFormatter):  # type: ignore[misc]
+        def __call__(self, value: float, place: int | None = None) -> str:
+            return f"{value:g}" if super().__call__(value, place) else ""
+
+    axes.yaxis.set_major_formatter(Plain())
+    axes.yaxis.set_minor_formatter(Plain())
+
+
+def _curve(axes: Any, curve: Curve, scale: float, points: bool) -> None:
+    look: dict[str, Any] = {"color": COLORS[curve.color % len(COLORS)], "linestyle": curve.style, "markersize": 4}
+    width = 1.6 * (0.6 if curve.style == "dashed" else 1.0)
+    y = [scale * value for value in curve.y]
+    axes.plot(curve.x, y, **look, linewidth=width, label=curve.label, marker="o" if points or len(y) == 1 else None)
+    if curve.low and curve.low != curve.high:
+        low, high = ([scale * value for value in values] for values in (curve.low, curve.high))
+        axes.fill_between(curve.x, low, high, color=look["color"], alpha=0.13, linewidth=0)

@@ -21,11 +21,9 @@ from fastres.lab import datasets, loop
 from fastres.lab.batches import Part
 from fastres.lab.devices import pick_device
 from fastres.lab.loop_state import RunSpec
-from fastres.lab.paper.curves import curve
 from fastres.lab.paper.degradation import KINDS, specs
-from fastres.lab.paper.experiment import Context, Experiment
-from fastres.lab.paper.runs import folder
-from fastres.lab.paper.tables import Comparison, Curve, Outcome, Panel, Table, spread
+from fastres.lab.paper.runs import Context, Experiment, folder
+from fastres.lab.paper.tables import Comparison, Curve, Outcome, Panel, Table, curve, spread
 
 
 def layers_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -55,16 +53,12 @@ def responses(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
         model: fused or not; its mode and its hooks are restored.
         batches: images [N, C, H, W] on the model's device.
 
-    Returns:
-        The deviations by the convolution's name, in the order of the network.
+    Returns the deviations by the convolution's name, in the order of the network. Raises ValueError: no batches, or a
+    network without 3x3 layers.
 
-    Raises:
-        ValueError: no batches, or a network without 3x3 layers.
-
-    Example:
-        >>> from fastres.models import cifar_resnet
-        >>> len(responses(cifar_resnet(20), [torch.randn(2, 3, 8, 8)]))
-        19
+    >>> from fastres.models import cifar_resnet
+    >>> len(responses(cifar_resnet(20), [torch.randn(2, 3, 8, 8)]))
+    19
     """
     norms = layers_of(model)
     if not norms:
@@ -149,6 +143,6 @@ def _curves(stds: dict[str, list[list[float]]], depths: tuple[int, ...], by_size
             yield curve(layers, f"{kind}-{depth}", color, "dashed" if kind == "plain" else "solid")
 
 
-EXPERIMENT = Experiment(
-    3, "responses", "Layer responses", "Fig. 7", specs, outcome, note="the runs are those of degradation"
+EXPERIMENTS = (
+    Experiment(3, "responses", "Layer responses", "Fig. 7", specs, outcome, note="the runs are those of degradation"),
 )

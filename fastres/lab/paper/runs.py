@@ -10,9 +10,10 @@ import hashlib
 import json
 import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import torch
 from fastres.lab import loop
 from fastres.lab.errors import LabError, RunError
 from fastres.lab.loop_state import RunResult, RunSpec
+from fastres.lab.paper.presets import Preset
+from fastres.lab.paper.tables import Outcome
 
 _PATIENCE_S = 60.0  # for a worker to write its checkpoint
 
@@ -30,19 +33,12 @@ Report = Callable[[int, int, str], None]  # (iterations done, of all runs, text)
 
 @dataclass(frozen=True)
 class Place:
-    """The place and the manner in which runs execute.
+    """The place and the manner in which runs execute."""
 
-    Args:
-        out: the experiments' folder.
-        device: for :func:`fastres.lab.loop.run`; several runs at a time need "cpu".
-        workers: runs at a time; with several, each uses one thread.
-        data_root: of data that is not bundled.
-    """
-
-    out: Path
-    device: str = "auto"
-    workers: int = 1
-    data_root: Path | None = None
+    out: Path  # the experiments' folder
+    device: str = "auto"  # several runs at a time need "cpu"
+    workers: int = 1  # runs at a time; with several, each uses one thread
+    data_root: Path | None = None  # of data that is not bundled
 
 
 def folder(out: Path, spec: RunSpec) -> Path:
@@ -58,7 +54,6 @@ def folder(out: Path, spec: RunSpec) -> Path:
 
 
 def finished(out: Path, spec: RunSpec) -> bool:
-    """True once the run is complete."""
     return (folder(out, spec) / "result.json").is_file()
 
 
@@ -75,14 +70,8 @@ def cost(spec: RunSpec) -> int:
 def execute(specs: Sequence[RunSpec], place: Place, report: Report | None = None) -> dict[RunSpec, RunResult]:
     """Execute the runs that are not done yet, longest first, and return all results.
 
-    After an interrupt, a second call resumes.
-
-    Args:
-        specs: may contain duplicates.
-        report: called in this process with the work done so far, in units of iterations x layers.
-
-    Raises:
-        LabError: what `loop.run` raises.
+    `report` is called in this process with the work done so far, in units of iterations x layers. After an interrupt, a
+    second call resumes. Raises LabError, as `loop.run` does.
     """
     unique = list(dict.fromkeys(specs))
     todo = sorted((spec for spec in unique if not finished(place.out, spec)), key=cost, reverse=True)
@@ -102,8 +91,6 @@ def _run(spec: RunSpec, place: Place, on_step: Callable[[Any], None] | None) -> 
 
 
 class _Meter:
-    """Sums up the progress of the runs."""
-
     def __init__(self, todo: Sequence[RunSpec], runs: int, report: Report) -> None:
         self.report, self.runs = report, runs
         self.total = sum(map(cost, todo))
@@ -133,76 +120,91 @@ def _teller(spec: RunSpec, tell: Callable[[int], None]) -> Callable[[Any], None]
     return on_step
 
 
-class _Worker:
-    """A single-threaded process that executes one run after another, and its current run."""
-
-    def __init__(self, context: Any, place: Place) -> None:
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, place), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.spec: RunSpec | None = None
-
-    def start_next(self, todo: list[RunSpec]) -> None:
-        """Send the next run, or None if there is none."""
-        self.spec = todo.pop(0) if todo else None
-        self.pipe.send(self.spec)
-
-
 def _in_parallel(todo: list[RunSpec], place: Place, meter: _Meter) -> None:
+    """Execute the runs in single-threaded processes, one for each run."""
     context = multiprocessing.get_context("spawn")
-    workers: list[_Worker] = []
+    busy: dict[Any, tuple[Any, RunSpec]] = {}  # by pipe
     try:
-        for _ in range(min(place.workers, len(todo))):
-            workers.append(_Worker(context, place))
-            workers[-1].start_next(todo)
-        while busy := {worker.pipe: worker for worker in workers if worker.spec is not None}:
-            for pipe in connection.wait(list(busy)):
-                _receive(busy[pipe], todo, meter)
+        while todo or busy:
+            while todo and len(busy) < place.workers:
+                spec = todo.pop(0)
+                pipe, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(theirs, spec, place), daemon=True)
+                process.start()
+                theirs.close()
+                busy[pipe] = process, spec
+            ready: Any
+            for ready in connection.wait(list(busy)):
+                process, spec = busy[ready]
+                try:
+                    message = ready.recv()
+                except EOFError:
+                    process.join(_PATIENCE_S)
+                    if process.exitcode != 0:
+                        code = f"its process ended with exit code {process.exitcode}"
+                        raise RunError(
+                            f"run of {spec.network}: {code}, expected a result; run it again to resume"
+                        ) from None
+                    del busy[ready]
+                    meter.end(spec)
+                    continue
+                if isinstance(message, BaseException):
+                    raise message
+                meter.at(spec, message)
     finally:
-        for worker in workers:
-            if worker.spec is not None:  # in progress: it writes its checkpoint and exits
-                worker.process.terminate()
-        for worker in workers:
-            worker.process.join(_PATIENCE_S)
-            if worker.process.exitcode is None:
-                worker.process.kill()
-                worker.process.join()
-            worker.pipe.close()
+        for process, _ in busy.values():
+            process.terminate()  # it writes its checkpoint and exits
+        for process, _ in busy.values():
+            process.join(_PATIENCE_S)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
 
 
-def _receive(worker: _Worker, todo: list[RunSpec], meter: _Meter) -> None:
-    assert worker.spec is not None
-    try:
-        message = worker.pipe.recv()
-    except EOFError:
-        worker.process.join(_PATIENCE_S)
-        code, name = worker.process.exitcode, worker.spec.network
-        raise RunError(
-            f"run of {name}: its process ended with exit code {code}, expected a result; run it again to resume"
-        ) from None
-    if isinstance(message, BaseException):
-        raise message
-    if isinstance(message, int):
-        meter.at(worker.spec, message)
-    else:
-        meter.end(worker.spec)
-        worker.start_next(todo)
-
-
-def _work(pipe: Any, place: Place) -> None:
-    """A worker's main function: execute the runs that arrive on the pipe; send iterations, then None or the error."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # between two runs; within one, the loop handles it and writes its checkpoint
+def _work(pipe: Any, spec: RunSpec, place: Place) -> None:
+    """A process's main function: execute one run; send its iterations, and its error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the loop handles it and writes its checkpoint
     torch.set_num_threads(1)
     try:
-        while (spec := pipe.recv()) is not None:
-            try:
-                _run(spec, place, _teller(spec, pipe.send))
-            except Exception as error:
-                pipe.send(error if isinstance(error, LabError) else RunError(f"run of {spec.network}: {error!r}"))
-                return
-            pipe.send(None)
-    except (KeyboardInterrupt, EOFError, BrokenPipeError):  # stopped, or the parent is gone
-        return
+        _run(spec, place, _teller(spec, pipe.send))
+    except (KeyboardInterrupt, BrokenPipeError):  # stopped, or the parent is gone
+        sys.exit(1)
+    except Exception as error:
+        pipe.send(error if isinstance(error, LabError) else RunError(f"run of {spec.network}: {error!r}"))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The network, weights and views of experiment 6."""
+
+    network: str | None = None
+    weights: Path | None = None
+    shortcut: str | None = None
+    views: tuple[str, ...] = ("1-crop", "10-crop", "multi-scale")
+
+
+@dataclass(frozen=True)
+class Context:
+    """The input of an experiment's `outcome`: its preset and its finished runs."""
+
+    preset: Preset
+    place: Place
+    results: dict[RunSpec, RunResult] = field(default_factory=dict)
+    evaluation: Evaluation = Evaluation()
+    tell: Callable[[str], None] = lambda text: None
+
+    def of(self, network: str, **options: object) -> list[RunResult]:
+        """The results of one network, one per seed."""
+        return [self.results[self.preset.spec(network, seed, **options)] for seed in self.preset.seeds]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    number: int
+    name: str
+    title: str
+    source: str  # tables and figures of the paper
+    specs: Callable[[Preset], Sequence[RunSpec]]  # the runs it needs; none for experiments that train nothing
+    outcome: Callable[[Context], Outcome]
+    presets: tuple[str, ...] = ("ci", "digits", "cifar10")
+    note: str = ""  # on its cost, for the list

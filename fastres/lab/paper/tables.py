@@ -1,4 +1,4 @@
-"""Tables and outcomes of experiments as data, from which the terminal, the result files and the report are made."""
+"""Outcomes of experiments as data: tables, curves and comparisons of seeds, for terminal, files and report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from fastres.lab.loop_state import RunResult
+
 Key = TypeVar("Key")
+Results = Sequence[RunResult]  # of one network, one per seed
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,6 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """One set of axes."""
-
     title: str
     xlabel: str
     ylabel: str
@@ -151,3 +152,73 @@ class Comparison:
         unit, digits = (" %", 2) if self.scale == 100 else ("", 3)
         values = [f"{self.scale * statistics.fmean(each):.{digits}f}{unit}" for each in (self.a, self.b)]
         return f"{self.name_b} {values[1]} against {self.name_a} {values[0]}: {word}{near}"
+
+
+def over_seeds(results: Results, value: str, label: str, color: int, style: str = "solid") -> Curve:
+    """`value`, a column of the log, against the iteration."""
+    rows: dict[int, list[float]] = {}
+    for result in results:
+        for point in result.history:
+            found = getattr(point, value)
+            if found is not None:
+                rows.setdefault(point.iteration, []).append(found)
+    return curve(((at, v) for at, v in sorted(rows.items()) if len(v) == len(results)), label, color, style)
+
+
+def curve(groups: Iterable[tuple[int, Sequence[float]]], label: str, color: int, style: str = "solid") -> Curve:
+    """The mean, the least and the largest of the seeds' values at each x."""
+    points = [(float(x), statistics.fmean(values), min(values), max(values)) for x, values in groups]
+    x, mean, low, high = zip(*points, strict=True) if points else ((), (), (), ())
+    return Curve(label, x, mean, low, high, style, color)
+
+
+def error_panel(title: str, curves: Iterable[Curve], by_depth: bool = False) -> Panel:
+    """Errors in percent, by iteration or by depth."""
+    xlabel = "layers" if by_depth else "iteration"
+    return Panel(title, xlabel, "error %", tuple(curves), percent=True, points=by_depth)
+
+
+def loss_panel(title: str, curves: Iterable[Curve]) -> Panel:
+    """Training losses by iteration, on a log scale."""
+    return Panel(title, "iteration", "cross-entropy", tuple(curves), log=True)
+
+
+def per_seed(results: Results, value: str) -> list[float]:
+    """One number for each run.
+
+    test_error                 at the end of the run: the last, not the best (section 4.2 tests once)
+    train_error, train_loss    the mean over the last tenth of the points, on the augmented batches as they came
+    gradient_norm              the median over the last nine tenths of the iterations
+    """
+    return [_of_run(result, value) for result in results]
+
+
+def _of_run(result: RunResult, value: str) -> float:
+    history = result.history
+    if value == "test_error":
+        assert result.test_error is not None  # of a finished run
+        return result.test_error
+    if value == "gradient_norm":
+        late = [point for point in history if point.iteration >= 0.1 * history[-1].iteration]
+        return statistics.median(point.gradient_norm for point in late if point.gradient_norm is not None)
+    return statistics.fmean(getattr(point, value) for point in history[-max(1, len(history) // 10) :])
+
+
+_COLUMNS = {  # title -> value, scale, digits
+    "training error %": ("train_error", 100.0, 2),
+    "training loss": ("train_loss", 1.0, 4),
+    "test error %": ("test_error", 100.0, 2),
+    "gradient": ("gradient_norm", 1.0, 2),
+}
+
+
+def columns(found: Mapping[Key, Results], *titles: str) -> dict[str, Callable[[Key], str]]:
+    """The columns of these titles for a table whose rows are the keys of `found`."""
+
+    def column(title: str) -> Callable[[Key], str]:
+        if title == "parameters":
+            return lambda key: f"{found[key][0].parameters:,}"
+        value, scale, digits = _COLUMNS[title]
+        return lambda key: spread(per_seed(found[key], value), scale, digits)
+
+    return {title: column(title) for title in titles}
