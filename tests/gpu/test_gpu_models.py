@@ -281,13 +281,6 @@ def test_frozen_beside_the_referee_at_another_batch():
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @every_network
 def test_compiled_inference_is_as_good_as_eager(name, fresh_compiler):
     stock, x = build(name).eval(), images()

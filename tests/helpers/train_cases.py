@@ -1,6 +1,7 @@
 """What the tests of training share: blocks of every family with a swapped twin, the options of swap, snapshots."""
 
 import copy
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -105,13 +106,43 @@ def weighted(y):
     return (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
 
 
-def run(block, x, loss=weighted, cast=None, around=nullcontext):
+def run(block, x, loss=weighted, cast=None, around=nullcontext, needs_x=True):
     """Output, gradients and state of one forward, under autocast to `cast`, and one backward."""
-    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(needs_x)
     with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None), around():
         y = block(leaf)
     loss(y.float() if cast else y).backward()
-    return {"y": y.detach()} | gradients(block, x=leaf) | state(block)
+    found = {"y": y.detach()} | gradients(block, x=leaf) | state(block)
+    return {name.replace("_orig_mod.", ""): t for name, t in found.items()}  # of a compiled block
+
+
+def in_threads(count, work):
+    """What work(0), ..., work(count - 1) return, called at once."""
+    start, found = threading.Barrier(count), {}
+
+    def call(i):
+        start.wait()
+        found[i] = work(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == count, "a thread raised"
+    return [found[i] for i in range(count)]
+
+
+# What training may leave out of any network.
+FREEZES = {
+    "norms in eval": lambda net: [bn.eval() for bn in batch_norms(net)],
+    "norms in eval, no gradients": lambda net: [bn.eval().requires_grad_(False) for bn in batch_norms(net)],
+    "every second norm in eval": lambda net: [bn.eval() for bn in batch_norms(net)[::2]],
+    "norm weights": lambda net: [bn.weight.requires_grad_(False) for bn in batch_norms(net)],
+    "norm biases": lambda net: [bn.bias.requires_grad_(False) for bn in batch_norms(net)],
+    "norms without gradients": lambda net: [bn.requires_grad_(False) for bn in batch_norms(net)],
+    "convolutions": lambda net: [m.requires_grad_(False) for m in net.modules() if isinstance(m, nn.Conv2d)],
+}
 
 
 def stage():

@@ -1,6 +1,7 @@
 """Swapped blocks under torch.utils.checkpoint: as PyTorch has it, and with swap(checkpoint_bn="once")."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -32,9 +33,21 @@ from train_cases import (
 # ---- as PyTorch has it -----------------------------------------------------------------------------------------------
 
 
-def checkpointed(model, x, reentrant):
-    with set_checkpoint_early_stop(False):
-        return checkpoint(model, x, use_reentrant=reentrant)
+def under_checkpoint(block, reentrant):
+    class Checkpointed(nn.Module):
+        """`block` under checkpoint, with the block's own names."""
+
+        def forward(self, x):
+            return checkpoint(block, x, use_reentrant=reentrant)
+
+        named_parameters, state_dict = block.named_parameters, block.state_dict
+
+    return Checkpointed()
+
+
+def alone(found):
+    """The gradients among the results."""
+    return {name: t for name, t in found.items() if name.startswith(("dx", "grad "))}
 
 
 @every_option
@@ -45,16 +58,14 @@ def test_row26_gradients_under_checkpoint_are_the_plain_ones_bit_for_bit(options
     """And statistics move in the recomputation again, as the stock block's do. float64 is bitwise where nothing of the
     plain run is computed again either."""
     block, stock = block_twins(name, dtype, options)
-    plain, x, found = copy.deepcopy(block), block_input(dtype), []
-    for model, enabled in ((block, True), (stock, True), (plain, False)):
-        leaf = x.clone().requires_grad_()
-        y = checkpointed(model, leaf, reentrant) if enabled else model(leaf)
-        y.square().sum().backward()
-        found.append(gradients(model, x=leaf))
+    x = block_input(dtype)
+    plain = alone(run(copy.deepcopy(block), x))
+    whole = partial(set_checkpoint_early_stop, False)
+    found, _ = (alone(run(under_checkpoint(model, reentrant), x, around=whole)) for model in (block, stock))
     if dtype is torch.float64 and options:
-        assert_same(found[0], found[2], 1e-12)
+        assert_same(found, plain, 1e-12)
     else:
-        assert_bitwise(found[0], found[2])
+        assert_bitwise(found, plain)
     assert_same(state(block), state(stock), TOLERANCES[dtype])
     assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {2}
 
@@ -67,12 +78,8 @@ def test_row26_checkpoint_sequential_under_autocast(options):
     for model in (net, plain):
         leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            y = leaf
-            if model is net:
-                y = checkpoint_sequential(list(model.children())[:3], 2, y, use_reentrant=False)
-            else:
-                for child in list(model.children())[:3]:
-                    y = child(y)
+            layers = model[:3]
+            y = checkpoint_sequential(layers, 2, leaf, use_reentrant=False) if model is net else layers(leaf)
         y.float().square().mean().backward()
         found.append(gradients(model, x=leaf))
     assert_bitwise(*found)
@@ -94,20 +101,8 @@ def test_row26_once_equals_a_run_without_checkpoint(name, options, reentrant, ca
     swap(plain, strict=True)
     for _ in range(2):
         x = block_input()
-        assert_bitwise(run(partial_checkpoint(once, reentrant), x, cast=cast), run(plain, x, cast=cast))
+        assert_bitwise(run(under_checkpoint(once, reentrant), x, cast=cast), run(plain, x, cast=cast))
     assert {int(bn.num_batches_tracked) for bn in batch_norms(once)} == {2}
-
-
-def partial_checkpoint(block, reentrant):
-    class Checkpointed(nn.Module):
-        """`block` under checkpoint, with the block's own names."""
-
-        def forward(self, x):
-            return checkpoint(block, x, use_reentrant=reentrant)
-
-        named_parameters, state_dict = block.named_parameters, block.state_dict
-
-    return Checkpointed()
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the inner one, in the outer's first run
@@ -139,7 +134,7 @@ def test_row26_once_leaves_ordinary_steps_alone_and_torch_moves_twice():
         run(block, block_input())
         assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {1}
         block.zero_grad()
-        run(partial_checkpoint(block, True), block_input())
+        run(under_checkpoint(block, True), block_input())
         assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {1 + moved}
 
 
