@@ -55,12 +55,6 @@ def fresh_compiler():
 
 
 @pytest.fixture
-def tf32(monkeypatch):
-    """cuDNN may use TF32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-
-
-@pytest.fixture
 def settings(monkeypatch):
     """Sets FASTRES_* variables for one test: `settings(FASTRES_DISABLE="cpu", FASTRES_BACKEND=None)`."""
 

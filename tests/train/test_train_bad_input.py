@@ -13,20 +13,7 @@ from torch.nn import functional as F
 
 from fastres._dispatch import BackendError
 from swap_cases import assert_same, projection, step
-from train_cases import (
-    TOLERANCES,
-    assert_bitwise,
-    block_input,
-    block_twins,
-    every_block,
-    every_option,
-    every_precision,
-    outcome,
-    run,
-    state,
-    twins,
-    vision,
-)
+from train_cases import TOLERANCES, assert_bitwise, block_input, block_twins, every, outcome, run, state, twins, vision
 
 
 def assert_not_half_moved(block, stock, before):
@@ -62,9 +49,7 @@ class Raises(nn.Module):
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 def test_row4_one_value_per_channel_raises_and_moves_nothing(options, dtype, name):
     block, stock = block_twins(name, dtype, options)
     before = state(block)
@@ -74,8 +59,7 @@ def test_row4_one_value_per_channel_raises_and_moves_nothing(options, dtype, nam
     assert block.eval()(block_input(dtype, 1, 1)).isfinite().all()
 
 
-@every_option
-@every_precision
+@every("option", "precision")
 def test_row4_a_later_norm_that_raises_leaves_the_earlier_ones_moved_as_in_eager(options, dtype):
     """2 x 2 pixels pass bn1; behind the stride of 2 one pixel is left, and bn2 raises."""
     block, stock = twins(lambda: vision.Bottleneck(8, 4, 2, projection(8, 16, 2)), dtype, options)
@@ -87,9 +71,7 @@ def test_row4_a_later_norm_that_raises_leaves_the_earlier_ones_moved_as_in_eager
     assert_bitwise(*({n: t[n] for n in t if not n.startswith("bn1.")} for t in (now, before)))
 
 
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 def test_row3_empty_batch_moves_nothing_and_gives_zero_gradients(options, dtype, name):
     block, stock = block_twins(name, dtype, options)
     before, x = state(block), block_input(dtype, 0)
@@ -99,9 +81,7 @@ def test_row3_empty_batch_moves_nothing_and_gives_zero_gradients(options, dtype,
     assert_bitwise(state(block), before)
 
 
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_go_where_eager_sends_them(options, dtype, name, value):
     """One bad pixel in one image: NaN in y, in every gradient and in the statistics exactly where the stock block has
@@ -134,8 +114,7 @@ BAD = {
 }
 
 
-@every_option
-@every_block
+@every("option", "block")
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("train", [True, False])
 def test_row50_bad_x(options, name, kind, train):
@@ -150,7 +129,7 @@ def test_row50_bad_x(options, name, kind, train):
         assert type(ours) is type(theirs) and str(ours)[:60] == str(theirs)[:60]
 
 
-@every_option
+@every("option")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_row20_half_networks_have_eagers_dtypes_and_refuse_float32(options, dtype):
     block, stock = block_twins("basic", torch.float32, options)
@@ -161,7 +140,7 @@ def test_row20_half_networks_have_eagers_dtypes_and_refuse_float32(options, dtyp
     assert_fails_as_stock(block, stock, block_input(torch.float32), RuntimeError)
 
 
-@every_option
+@every("option")
 @pytest.mark.parametrize("bad", ["bn1", "bn2"])
 @pytest.mark.parametrize("off", [-1, 1])
 def test_row5_a_norm_of_other_channels_raises_where_eager_does(options, bad, off):
@@ -174,8 +153,7 @@ def test_row5_a_norm_of_other_channels_raises_where_eager_does(options, bad, off
     assert int(block.bn1.num_batches_tracked) == (bad == "bn2")
 
 
-@every_option
-@every_precision
+@every("option", "precision")
 @pytest.mark.parametrize("train", [True, False])
 def test_a_residual_of_the_wrong_shape(options, dtype, train):
     """A stride without its projection: the addition raises in both, after every BN has seen the batch."""
@@ -185,7 +163,7 @@ def test_a_residual_of_the_wrong_shape(options, dtype, train):
     assert int(block.bn2.num_batches_tracked) == train
 
 
-@every_option
+@every("option")
 @pytest.mark.parametrize("child", ["conv2", "downsample"])
 def test_a_child_that_raises_leaves_what_ran_before_it_moved(options, child):
     """The shortcut runs before the last BN here and after it in the stock block: that BN alone is not compared."""
@@ -224,7 +202,7 @@ def test_a_backend_that_refuses_says_why_and_moves_nothing(named, dtype, cast):
         assert block(block_input(dtype)).dtype is (cast or dtype)
 
 
-@every_option
+@every("option")
 def test_a_broken_forward_is_seen_by_the_buffer_check(options):
     """A BN that has moved where the stock one has not is called out."""
     block, stock = block_twins("basic", torch.float32, options)

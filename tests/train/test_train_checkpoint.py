@@ -18,11 +18,9 @@ from train_cases import (
     batch_norms,
     block_input,
     block_twins,
-    every_block,
-    every_build,
-    every_option,
-    every_precision,
+    every,
     gradients,
+    only_gradients,
     run,
     stage,
     state,
@@ -45,23 +43,16 @@ def under_checkpoint(block, reentrant):
     return Checkpointed()
 
 
-def alone(found):
-    """The gradients among the results."""
-    return {name: t for name, t in found.items() if name.startswith(("dx", "grad "))}
-
-
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_row26_gradients_under_checkpoint_are_the_plain_ones_bit_for_bit(options, dtype, name, reentrant):
     """And statistics move in the recomputation again, as the stock block's do. float64 is bitwise where nothing of the
     plain run is computed again either."""
     block, stock = block_twins(name, dtype, options)
     x = block_input(dtype)
-    plain = alone(run(copy.deepcopy(block), x))
+    plain = only_gradients(run(copy.deepcopy(block), x))
     whole = partial(set_checkpoint_early_stop, False)
-    found, _ = (alone(run(under_checkpoint(model, reentrant), x, around=whole)) for model in (block, stock))
+    found, _ = (only_gradients(run(under_checkpoint(model, reentrant), x, around=whole)) for model in (block, stock))
     if dtype is torch.float64 and options:
         assert_same(found, plain, 1e-12)
     else:
@@ -70,7 +61,7 @@ def test_row26_gradients_under_checkpoint_are_the_plain_ones_bit_for_bit(options
     assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {2}
 
 
-@every_option
+@every("option")
 def test_row26_checkpoint_sequential_under_autocast(options):
     """The recomputation runs under the forward's autocast, so its gradients are the plain run's."""
     net, _ = tiny_twins(torch.float32, options)
@@ -91,7 +82,7 @@ def test_row26_checkpoint_sequential_under_autocast(options):
 ONCE = [{"checkpoint_bn": "once"}, {"checkpoint_bn": "once", "memory": "min"}]
 
 
-@every_build
+@every("build")
 @pytest.mark.parametrize("options", ONCE, ids=["default", "min"])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])

@@ -26,7 +26,7 @@ from train_cases import (
     assert_bitwise,
     batch_norms,
     block_input,
-    every_build,
+    every,
     gradients,
     run,
     stage,
@@ -49,7 +49,7 @@ def lean_and_default(build, dtype=torch.float32):
 # ---- the same results ------------------------------------------------------------------------------------------------
 
 
-@every_build
+@every("build")
 @pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("train", [True, False])
 def test_results_are_the_defaults_bit_for_bit(name, cast, train):
@@ -59,7 +59,7 @@ def test_results_are_the_defaults_bit_for_bit(name, cast, train):
         assert_bitwise(run(lean.train(train), x, cast=cast), run(default.train(train), x, cast=cast))
 
 
-@every_build
+@every("build")
 @pytest.mark.parametrize("momentum", [None, 0.0, 1.0])
 def test_momentum_and_untracked_statistics(name, momentum):
     lean, default = lean_and_default(BUILDS[name])
@@ -78,7 +78,7 @@ def test_float64_runs_through_the_reference():
     assert_same(run(lean, x, lambda y: y.square().sum()), run(default, x, lambda y: y.square().sum()), 1e-12)
 
 
-@every_build
+@every("build")
 @pytest.mark.parametrize(
     ("kind", "needs_x"), [*itertools.product(FREEZES, (True, False)), ("all parameters", True)], ids=str
 )

@@ -18,8 +18,7 @@ from train_cases import (
     assert_bitwise,
     block_input,
     block_twins,
-    every_block,
-    every_option,
+    every,
     gradients,
     in_threads,
     run,
@@ -108,8 +107,7 @@ def test_gradients_are_written_over_here(learns_again):
     assert seen["dx"] == seen["dy"], (_ownership._unshared, _ownership._attempts)
 
 
-@every_option
-@every_block
+@every("option", "block")
 @pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_results_do_not_depend_on_it(assert_independent, options, name, cast, channels_last):
@@ -124,7 +122,7 @@ def test_results_do_not_depend_on_it(assert_independent, options, name, cast, ch
         assert_independent(partial(results, train))
 
 
-@every_option
+@every("option")
 @pytest.mark.parametrize("kind", FREEZES)
 def test_results_do_not_depend_on_it_with_frozen_parts(assert_independent, options, kind):
     def results():
@@ -145,35 +143,16 @@ class Sends(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, kept):
-        ctx.kept = kept
+    def forward(ctx, y, kept, how="itself"):
+        ctx.kept, ctx.how, ctx.shape = kept.flatten() if how == "as a view" else kept, how, y.shape
+        if how == "saved":
+            ctx.save_for_backward(kept)
         return y.sum()
 
     @staticmethod
     def backward(ctx, _):
-        return ctx.kept, None
-
-
-class SendsSaved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, kept):
-        ctx.save_for_backward(kept)
-        return y.sum()
-
-    @staticmethod
-    def backward(ctx, _):
-        return ctx.saved_tensors[0], None
-
-
-class SendsView(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, kept):
-        ctx.kept, ctx.shape = kept.flatten(), y.shape
-        return y.sum()
-
-    @staticmethod
-    def backward(ctx, _):
-        return ctx.kept.view(ctx.shape), None
+        kept = ctx.saved_tensors[0] if ctx.how == "saved" else ctx.kept
+        return kept.view(ctx.shape) if ctx.how == "as a view" else kept, None, None
 
 
 HOLDERS = {
@@ -200,8 +179,7 @@ def values(kept):
     return torch.as_tensor(kept).detach().flatten().clone()
 
 
-@every_option
-@every_block
+@every("option", "block")
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_a_hook_that_keeps_the_gradient_finds_it_unchanged(options, name, holder):
     """On the block's output and on the output of every convolution inside."""
@@ -223,15 +201,14 @@ def test_a_hook_that_keeps_the_gradient_finds_it_unchanged(options, name, holder
         assert torch.equal(values(found), t)
 
 
-@every_option
-@every_block
-@pytest.mark.parametrize("function", [Sends, SendsSaved, SendsView])
-def test_a_function_that_sends_a_tensor_of_its_own_gets_it_back_unchanged(options, name, function):
+@every("option", "block")
+@pytest.mark.parametrize("how", ["itself", "saved", "as a view"])
+def test_a_function_that_sends_a_tensor_of_its_own_gets_it_back_unchanged(options, name, how):
     block, _ = block_twins(name, torch.float32, options)
     y = block(block_input())
     kept = torch.randn_like(y)
     before = kept.clone()
-    loss = function.apply(y, kept)
+    loss = Sends.apply(y, kept, how)
     first = None
     for i in range(3):
         block.zero_grad()
@@ -241,8 +218,7 @@ def test_a_function_that_sends_a_tensor_of_its_own_gets_it_back_unchanged(option
         assert_bitwise(gradients(block), first)
 
 
-@every_option
-@every_block
+@every("option", "block")
 def test_gradients_given_and_asked_for_stay(options, name):
     """backward(dy), grad_outputs, retain_grad, an intermediate among the inputs of autograd.grad, a node's pre-hook."""
     block, stock = block_twins(name, torch.float32, options)
@@ -269,8 +245,7 @@ def test_gradients_given_and_asked_for_stay(options, name):
     assert len(kept) == 2 and all(torch.equal(g, before) for g in kept)
 
 
-@every_option
-@every_block
+@every("option", "block")
 def test_gradients_that_go_two_ways(assert_independent, options, name):
     """One gradient for two branches, a leaf beside the block, a view, an expanded one, a sum of both halves."""
 
@@ -299,7 +274,7 @@ def test_gradients_that_go_two_ways(assert_independent, options, name):
     assert_independent(results)
 
 
-@every_option
+@every("option")
 def test_module_hooks_anomaly_mode_and_checkpoint(assert_independent, options):
     def results():
         block, _ = twins(stage, torch.float32, options)
@@ -314,7 +289,7 @@ def test_module_hooks_anomaly_mode_and_checkpoint(assert_independent, options):
     assert_independent(results)
 
 
-@every_option
+@every("option")
 def test_gradient_penalty(assert_independent, options):
     def results():
         block, _ = twins(stage, torch.float32, options)
@@ -327,7 +302,7 @@ def test_gradient_penalty(assert_independent, options):
     assert_independent(results)
 
 
-@every_option
+@every("option")
 def test_backward_in_other_threads(from_size, options):
     """Four threads, each its own graph and its own kept gradient; the counts are the same there."""
     torch.manual_seed(3)
