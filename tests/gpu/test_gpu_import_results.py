@@ -249,3 +249,8 @@ def test_a_disk_that_is_full_in_the_middle_changes_nothing(folder, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", write_text)
     assert imports(folder) == 1 and state(folder) == before
+
+
+def test_a_folder_that_is_not_there(tmp_path, capsys):
+    assert import_results.main([str(tmp_path / "none")], tmp_path) == 1
+    assert "is not a folder" in capsys.readouterr().err
