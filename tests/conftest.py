@@ -48,6 +48,13 @@ def _usable(request):
 
 
 @pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def settings(monkeypatch):
     """Sets FASTRES_* variables for one test: `settings(FASTRES_DISABLE="cpu", FASTRES_BACKEND=None)`."""
 

@@ -35,11 +35,7 @@ def test_shapes_are_torchvisions(network):
     seen = observed(network, torch.nn.BatchNorm2d, last, lambda module, inputs, output: output.shape[1:])
     assert {key: count for key, count in table.items() if count} == seen
     assert len(table) == len(shapes.ACTIVATIONS)
-
-
-def test_distinct_shapes():
-    sizes = [a.size for a in shapes.distinct()]
-    assert sorted(sizes) == sorted({a.size for a in shapes.ACTIVATIONS})
+    assert sorted(a.size for a in shapes.distinct()) == sorted({a.size for a in shapes.ACTIVATIONS})
 
 
 @pytest.mark.parametrize("network", ["resnet18", "resnet50"])
@@ -104,16 +100,6 @@ def test_operators_are_judged(kind, form, dtype, monkeypatch):
         monkeypatch.setattr(bench_bn_act.BnActCase, "forward_of", wrong)
         found = verdict()
         assert not found.passed and found.error_ratio > 2, f"part {part}"
-
-
-def test_replay_reads_as_the_samples():  # what pytest-benchmark makes of it: test_suite_runs
-    samples = [0.25, 0.1 + 0.2, 1e-9, 3.0]
-    replay = measure.Replay()
-    replay.load(samples)
-    starts_and_ends = [(replay(), replay()) for _ in samples]
-    assert [end - start for start, end in starts_and_ends] == samples
-    with pytest.raises(IndexError):
-        replay()
 
 
 class SleepCase(measure.Case):

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import torch
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from cli_cases import FASTRES, one_line, started  # noqa: E402
+from cli_cases import FASTRES, one_line, png_size, started  # noqa: E402
 from fastres import cli  # noqa: E402
 from fastres.lab import demo, demo_photographs  # noqa: E402
 from fastres.lab.terminal import progress  # noqa: E402
@@ -52,15 +51,12 @@ def test_demo_quick_runs_end_to_end(quick):
     assert all(line.startswith("freeze: ") for line in done.stderr.splitlines()), done.stderr
     for part in ("held-out accuracy", "predictions agree", "eager NCHW", "eager channels_last", "swapped"):
         assert part in done.stdout
+    assert not CONTROL.search(done.stdout)  # in a pipe: plain and narrow
+    assert max(len(line) for line in done.stdout.splitlines() if str(out) not in line) <= 80
     assert f"{out / 'demo.json'}\n" in done.stdout and f"{out / 'demo.png'}\n" in done.stdout
     assert sorted(path.name for path in out.iterdir()) == ["demo.json", "demo.png"]  # no temporary file stays
-
-
-@one_demo
-def test_demo_output_in_a_pipe_is_plain_and_narrow(quick):
-    done, out = quick
-    assert not CONTROL.search(done.stdout)
-    assert max(len(line) for line in done.stdout.splitlines() if str(out) not in line) <= 80
+    width, height = png_size(out / "demo.png")
+    assert width >= 1000 and height >= 500
 
 
 @one_demo
@@ -91,20 +87,10 @@ def test_demo_json(quick):
             continue
         ratio = row["ratio_to_eager"]
         assert ratio["low"] <= ratio["median"] <= ratio["high"] and ratio["n"] == len(row["samples_ms"])
-        pairs = zip(rows[table["baseline"]]["samples_ms"], row["samples_ms"], strict=False)
-        assert ratio["low"] == pytest.approx(min(a / b for a, b in pairs))
     for name in ("swapped", "frozen fp32", "frozen bf16"):
         assert rows[name]["verdict"]["passed"] is True and rows[name]["verdict"]["error_ratio"] <= 2
     assert rows["frozen bf16"]["dtype"] == "bf16"
     assert any("random" in note and "calibrated" in note for note in table["notes"])
-
-
-@one_demo
-def test_demo_png(quick):
-    data = (quick[1] / "demo.png").read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
-    width, height = struct.unpack(">II", data[16:24])
-    assert width >= 1000 and height >= 500
 
 
 @pytest.mark.full
@@ -119,12 +105,6 @@ def test_demo_reaches_its_accuracy_in_time(tmp_path):
     assert seconds < 240, f"{seconds:.0f} s on this machine, expected under 240"
 
 
-@pytest.mark.full
-def test_digits_reach_97_percent_from_any_seed():
-    for seed in (1, 2):
-        assert demo.learn(torch.device("cpu"), quick=False, seed=seed).accuracy >= 0.97
-
-
 # ---- demo: what can be wrong is found before any work ----------------------------------------------------------------
 
 
@@ -133,25 +113,14 @@ def no_work(monkeypatch):
     """Fails the test if the demo begins to train or to measure."""
     pytest.importorskip("sklearn")
     pytest.importorskip("torchvision")
-
-    def begun(*args, **kwargs):
-        raise AssertionError("the demo began its work")
-
-    monkeypatch.setattr(demo, "learn", begun)
-    monkeypatch.setattr(demo_photographs, "compare_configurations", begun)
+    monkeypatch.setattr(demo, "learn", None)
+    monkeypatch.setattr(demo_photographs, "compare_configurations", None)
 
 
 def test_demo_unwritable_output(no_work, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["demo", "--out", str(tmp_path / "file" / "x")]) == 2
     assert f"output folder {tmp_path / 'file' / 'x'}: cannot be written: Not a directory" in one_line(capsys)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_demo_output_without_permission(no_work, tmp_path, capsys):
-    tmp_path.chmod(0o500)
-    assert cli.main(["demo", "--out", str(tmp_path / "x")]) == 2
-    assert "Permission denied" in one_line(capsys)
 
 
 @pytest.mark.parametrize(  # what else a file can be: test_lab.py
@@ -286,12 +255,7 @@ def test_interrupt_is_one_line_and_130(tmp_path):
 
 @pytest.mark.parametrize(
     ("load", "env", "again"),
-    [
-        (9.0, {}, True),
-        (1.5, {}, False),
-        (9.0, {"OMP_WAIT_POLICY": "ACTIVE"}, False),
-        (9.0, {"GOMP_SPINCOUNT": "9"}, False),
-    ],
+    [(9, {}, True), (1.5, {}, False), (9, {"OMP_WAIT_POLICY": "ACTIVE"}, False), (9, {"GOMP_SPINCOUNT": "9"}, False)],
 )
 @pytest.mark.parametrize("command", ["demo", "train", "freeze"])
 def test_on_busy_cores_it_starts_over_with_waiting_threads(monkeypatch, load, env, again, command):
@@ -315,15 +279,19 @@ def test_on_busy_cores_it_starts_over_with_waiting_threads(monkeypatch, load, en
         assert environment == {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def test_interrupt_anywhere(monkeypatch, capsys):
-    from fastres import _info
+def test_an_interrupt_is_one_line_anywhere_and_bugs_keep_their_traceback(monkeypatch, capsys):
+    def raises(error):
+        def info(**kwargs):
+            raise error
 
-    def interrupted(**kwargs):
-        raise KeyboardInterrupt
+        return info
 
-    monkeypatch.setattr(_info, "info", interrupted)
+    monkeypatch.setattr("fastres._info.info", raises(KeyboardInterrupt))
     assert cli.main(["info"]) == 130
     assert one_line(capsys) == "fastres: interrupted\n"
+    monkeypatch.setattr("fastres._info.info", raises(ZeroDivisionError))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["info"])
 
 
 def test_a_closed_pipe_is_no_traceback():
@@ -332,14 +300,6 @@ def test_a_closed_pipe_is_no_traceback():
     done = subprocess.run([*FASTRES, "info"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(writer)
     assert "Traceback" not in done.stderr and done.returncode not in (0, 2)
-
-
-def test_bugs_keep_their_traceback(monkeypatch):
-    from fastres import _info
-
-    monkeypatch.setattr(_info, "info", lambda **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["info"])
 
 
 def drawn(monkeypatch, terminal: bool, **env: str) -> str:
@@ -356,17 +316,13 @@ def drawn(monkeypatch, terminal: bool, **env: str) -> str:
     return console.file.getvalue()
 
 
-def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+def test_progress_on_a_terminal_is_a_bar_and_honours_no_color(monkeypatch):
     text = drawn(monkeypatch, True)
     assert "\x1b[" in text and "100%" in text and "loss 0.5" in text
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     assert max(map(len, re.split(r"[\r\n]", plain))) <= 80
-
-
-def test_progress_honours_no_color(monkeypatch):
     colors = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
-    assert colors.search(drawn(monkeypatch, True))
-    assert not colors.search(drawn(monkeypatch, True, NO_COLOR="1"))
+    assert colors.search(text) and not colors.search(drawn(monkeypatch, True, NO_COLOR="1"))
 
 
 def test_progress_in_a_pipe_is_lines(monkeypatch):

@@ -68,11 +68,7 @@ def file(tmp_path):
 @pytest.fixture
 def no_work(monkeypatch):
     """Fails the test if a network is frozen."""
-
-    def begun(*args, **kwargs):
-        raise AssertionError("it began to freeze")
-
-    monkeypatch.setattr(freeze_command, "freeze_model", begun)
+    monkeypatch.setattr(freeze_command, "freeze_model", None)
 
 
 # ---- what it shows and writes ----------------------------------------------------------------------------------------
@@ -142,9 +138,7 @@ def test_what_the_referee_rejects_is_shown_and_not_saved(tmp_path, capsys, monke
     assert freeze(*SMALL, "--report", "--json", str(tmp_path / "x.json"), "--save", str(tmp_path / "x")) == 1
     out, err = capsys.readouterr()
     assert "verify: FAILED" in out and not saved
-    assert (
-        err.startswith("fastres: the referee rejects the frozen fastres:cifar_resnet8: error ") and err.count("\n") == 1
-    )
+    assert err.startswith("fastres: the referee rejects the frozen ") and err.count("\n") == 1
     assert json.loads((tmp_path / "x.json").read_text())["report"]["verification"]["passed"] is False
 
 
@@ -159,12 +153,14 @@ def test_a_terminal_shows_what_is_being_done(monkeypatch, capsys):
 # ---- naming a network ------------------------------------------------------------------------------------------------
 
 
-def test_torchvision(capsys):
+def test_torchvision_and_fastres(capsys):
     torchvision = pytest.importorskip("torchvision")
     assert freeze("torchvision:resnet18", "--image-size", "32", "--no-tune") == 0
     assert "ResNet: 20 of 20 convolutions" in capsys.readouterr().out
     torch.manual_seed(0)
     wanted = torchvision.models.resnet18().state_dict()
+    assert build("fastres:cifar_plain8", channels=1).model.conv1.in_channels == 1
+    assert isinstance(build("fastres:resnet18").model, models.ResNet)
     made = build("torchvision:resnet18")
     assert not made.model.training and made.weights == RANDOM
     assert all(torch.equal(t, wanted[name]) for name, t in made.model.state_dict().items())
@@ -172,12 +168,8 @@ def test_torchvision(capsys):
 
 def test_torchvision_downloads_no_backbone(monkeypatch):
     pytest.importorskip("torchvision")
-
-    def download(*args, **kwargs):
-        raise AssertionError("it downloads")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", download)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", download)
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", None)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", None)
     assert type(build("torchvision:lraspp_mobilenet_v3_large").model).__name__ == "LRASPP"
 
 
@@ -186,11 +178,6 @@ def test_timm_with_other_channels(capsys):
     assert freeze("timm:resnet10t", "--image-size", "32", "--channels", "1", "--no-tune") == 0
     out = capsys.readouterr().out
     assert "example 1x1x32x32" in out and RANDOM in out
-
-
-def test_fastres_by_depth_and_channels():
-    assert build("fastres:cifar_plain8", channels=1).model.conv1.in_channels == 1
-    assert isinstance(build("fastres:resnet18").model, models.ResNet)
 
 
 @pytest.fixture
@@ -254,19 +241,18 @@ def test_weights_from_a_file(tmp_path, capsys, suffix):
     assert f"fastres:cifar_resnet8: weights of {path}; example" in capsys.readouterr().out
 
 
-BAD_WEIGHTS = {  # what else a file can be: test_lab.py
-    "other shape": (
-        lambda path: save_file(models.cifar_resnet(8, num_classes=3).state_dict(), path),
-        "got shape [3] for 'fc.bias', expected [10]",
-    ),
-    "other bytes": (lambda path: path.write_bytes(b"\0" * 64), "cannot be read"),
-    "no file": (lambda path: None, "got no such file"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_WEIGHTS)
-def test_bad_weights(no_work, tmp_path, capsys, case):
-    make, message = BAD_WEIGHTS[case]
+@pytest.mark.parametrize(  # what else a file can be: test_lab.py
+    ("make", "message"),
+    [
+        (
+            lambda path: save_file(models.cifar_resnet(8, num_classes=3).state_dict(), path),
+            "got shape [3] for 'fc.bias', expected [10]",
+        ),
+        (lambda path: path.write_bytes(b"\0" * 64), "cannot be read"),
+        (lambda path: None, "got no such file"),
+    ],
+)
+def test_bad_weights(no_work, tmp_path, capsys, make, message):
     path = tmp_path / "net.safetensors"
     make(path)
     assert freeze(*SMALL, "--weights", str(path)) == 2

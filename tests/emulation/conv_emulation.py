@@ -13,6 +13,7 @@ import torch
 
 import emulation
 from emulation import LAUNCHER, ROOT, cutlass_headers, pointer, toolkit_headers
+from fastres.ops._conv_backends import output_size
 
 SOURCES = [
     ROOT / "tests/emulation/native/emulated80.cpp",
@@ -75,22 +76,13 @@ def tiles():
     return found
 
 
-def pair(value):
-    return tuple(value) if isinstance(value, (tuple, list)) else (value, value)
-
-
-def extents(x, weight, stride, padding, dilation):
-    """Rows and columns of y."""
-    axes = zip(x[2:], weight[2:], pair(stride), pair(padding), pair(dilation), strict=True)
-    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
-
-
 def problem(x, weight, stride, padding, dilation):
     """ConvShape, of the shapes of x and weight."""
     n, c, h, w = x
     k, _, r, s = weight
-    out = extents(x, weight, stride, padding, dilation)
-    return (ctypes.c_int64 * 15)(n, h, w, c, k, r, s, *out, *pair(stride), *pair(padding), *pair(dilation))
+    stride, padding, dilation = ((v, v) if isinstance(v, int) else v for v in (stride, padding, dilation))
+    out = output_size((h, w), (r, s), stride, padding, dilation)
+    return (ctypes.c_int64 * 15)(n, h, w, c, k, r, s, *out, *stride, *padding, *dilation)
 
 
 def refusal(tile, x, weight, stride=1, padding=0, dilation=1):

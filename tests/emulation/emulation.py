@@ -12,6 +12,7 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,6 +95,11 @@ def library():
         getattr(loaded, name).restype = ctypes.c_int64
     loaded.fast_divide.restype = ctypes.c_uint32
     return loaded
+
+
+def on_gpu(dtype=torch.float16):
+    """What refusals read of a tensor on a GPU, where there is none."""
+    return SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)
 
 
 def pointer(t):

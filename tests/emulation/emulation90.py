@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import cuda_to_cpp
+from conv_emulation import problem
 from emulation import ROOT, compiler, cutlass_headers, need_gcc, pointer, toolkit_headers
 
 SHIPPED = [ROOT / "csrc/element.h", *(ROOT / "csrc/cuda" / name for name in ("conv_act.h", "runtime.h", "launch.h"))]
@@ -88,15 +88,13 @@ class Tile:
 
     def run(self, x, weight, bias, residual, act="none", stride=1, padding=0, dilation=1, multiprocessors=2, seed=0):
         """y, all of it written and nothing beside it; raises what the kernel or the emulated GPU says."""
-        (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
-        pairs = [(v, v) if isinstance(v, int) else v for v in (stride, padding, dilation)]
-        p, q = F.conv2d(x[:, :1].float(), weight[:1, :1].float(), None, *pairs).shape[2:]
+        sizes = problem(x.shape, weight.shape, stride, padding, dilation)
+        n, _, _, _, k, _, _, p, q, *_ = sizes
         images = (t if t is None else t.contiguous(memory_format=torch.channels_last) for t in (x, weight, residual))
         x, weight, residual = images
         memory = torch.full((2 * GUARD + n * p * q * k,), float("nan"), dtype=self.dtype)
         y = memory[GUARD:-GUARD].view(n, p, q, k).permute(0, 3, 1, 2)
         before = memory.view(torch.uint8).clone()
-        sizes = (ctypes.c_int64 * 15)(n, h, w, c, k, r, s, p, q, *(v for pair in pairs for v in pair))
         tensors = map(pointer, (x, weight, bias, residual, y))
         how = act.encode(), ctypes.c_int(multiprocessors), ctypes.c_uint64(seed)
         message = library(self.everything).conv_act(self.number, sizes, *tensors, *how)

@@ -14,16 +14,15 @@ import random
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from conv_emulation import bounded, conv_act, extents, order, refusal, tiles
+from conv_cases import EAGER, eager
+from conv_emulation import bounded, conv_act, order, problem, refusal, tiles
 from native_case import dense, edges_untouched
 from referee import assert_as_good
 
 NAMES = ("sm80_64x64", "sm80_128x128")
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 KERNELS = list(itertools.product(NAMES, TYPES))
-ACTS = {"relu": F.relu, "relu6": F.relu6, "none": lambda z: z}
 BOUNDS = {"relu": (0.0, float("inf")), "relu6": (0.0, 6.0), "none": (-float("inf"), float("inf"))}
 SPECIAL = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
 POINT, THREE = (1, 1, 0, 1), (3, 1, 1, 1)  # kernel, stride, padding, dilation of an axis
@@ -57,18 +56,12 @@ def geometry(n, c, k, size, axes):
     return (n, c, *rows), (k, c, *kernel), dict(zip(("stride", "padding", "dilation"), how, strict=True))
 
 
-def formula(tensors, how, act):
-    x, weight, bias, residual = tensors
-    z = F.conv2d(x, weight, bias, **how)
-    return ACTS[act](z if residual is None else z + residual)
-
-
 class Case:
     """A call's tensors: integers, whose sums fp16 and bf16 have to round, or draws from a normal distribution."""
 
     def __init__(self, tile, x, weight, how, bias=True, residual=True, integers=True):
         self.tile, self.how = tile, how
-        self.out = (x[0], weight[0], *extents(x, weight, **how))
+        self.out = (x[0], weight[0], *problem(x, weight, **how)[7:9])
 
         def draw(shape, most, std=1.0):
             values = torch.randint(-most, most + 1, shape).float() if integers else torch.randn(shape) * std
@@ -91,15 +84,17 @@ class Case:
         return y
 
     def exact(self, act="relu"):
-        return formula(self.tensors(torch.Tensor.double), self.how, act)
+        return eager(*self.tensors(torch.Tensor.double), **self.how, act=act)
 
     def check_exact(self, act="relu"):
         got, want = self.run(act), self.exact(act).to(self.tile.dtype)
         assert torch.equal(got, want), (self.tile, self.x.shape, self.weight.shape, self.how, act)
 
     def check_random(self, act="relu"):
-        magnitude = formula(self.tensors(lambda t: t.double().abs()), self.how, "none")
-        assert_as_good(self.run(act), formula(self.tensors(), self.how, act), self.exact(act), magnitude, f"{self.how}")
+        magnitude = eager(*self.tensors(lambda t: t.double().abs()), **self.how, act="none")
+        assert_as_good(
+            self.run(act), eager(*self.tensors(), **self.how, act=act), self.exact(act), magnitude, f"{self.how}"
+        )
 
 
 # ---- forward ---------------------------------------------------------------------------------------------------------
@@ -118,7 +113,7 @@ def test_integers_are_exact_over_kernels_strides_paddings_and_dilations(tile):
     for i, axes in enumerate(zip(AXES, others, strict=True)):
         if (i + tile.index) % 3 == 0:
             call = geometry(2, (8, 24, 40)[i % 3], (8, 72, 40)[i // 3 % 3], (3, 5), axes)
-            Case(tile, *call, bias=i % 5 > 0, residual=i % 7 > 0).check_exact(list(ACTS)[i // 2 % 3])
+            Case(tile, *call, bias=i % 5 > 0, residual=i % 7 > 0).check_exact(list(BOUNDS)[i // 2 % 3])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 8), (9, 15), (3, 43), (20, 13)], ids=str)
@@ -138,7 +133,7 @@ def test_pointwise_convolutions_as_one_line_of_pixels_and_not(tile):
 
 
 def test_random_values_against_fp64(tile):
-    epilogues = itertools.cycle(itertools.product((True, False), (True, False), ACTS))
+    epilogues = itertools.cycle(itertools.product((True, False), (True, False), BOUNDS))
     for (c, k), axis in itertools.product([(8, 136), (72, 40)], [THREE, (5, 2, 2, 2), POINT]):
         for bias, residual, act in itertools.islice(epilogues, 5):
             Case(tile, *geometry(2, c, k, (6, 7), [axis, axis]), bias, residual, integers=False).check_random(act)
@@ -160,7 +155,7 @@ def test_tf32_is_rounded_to_the_nearest_on_sm_80(name, rounded):
 
 
 def test_row10_nan_and_infinity_as_eager(tile):
-    for i, (value, act) in enumerate(itertools.product(SPECIAL.values(), ACTS)):
+    for i, (value, act) in enumerate(itertools.product(SPECIAL.values(), BOUNDS)):
         case = Case(tile, *geometry(2, 40, 72, (5, 6), [(3, 1, 0, 1), THREE]))
         case.x[1, 24 + i, 2, 4] = value
         case.bias[i] = value  # on every lane of a vector
@@ -184,7 +179,7 @@ def test_row12_sums_beyond_fp16_are_infinite_and_row10_what_vanishes_keeps_its_s
         case.x.fill_(x)
         case.weight.copy_(case.weight.sign() * weight)
         case.weight[:2] = torch.tensor([weight, -weight]).view(2, 1, 1, 1)
-        for act in ACTS:
+        for act in BOUNDS:
             got, want = case.run(act), case.exact(act).half()
             assert torch.equal(bits(got), bits(want)), (x, act)
         assert torch.equal(got[0, :2, 0, 0].isinf(), torch.tensor([x > 1, x > 1])) and got[0, 1, 0, 0].signbit()
@@ -193,7 +188,7 @@ def test_row12_sums_beyond_fp16_are_infinite_and_row10_what_vanishes_keeps_its_s
 def test_row10_bounds_let_nan_and_the_sign_of_zero_pass():
     z = torch.tensor([*SPECIAL.values(), 0.0, -0.0, 1e-40, -1e-40, 3.0, -3.0, 6.0, 6.0000005, 1e30, -1e30])
     for act, (lower, upper) in BOUNDS.items():
-        got, want = bounded(z, lower, upper), ACTS[act](z)
+        got, want = bounded(z, lower, upper), EAGER[act](z)
         assert torch.equal(got.isnan(), want.isnan()) and torch.equal(bits(got)[1:], bits(want)[1:]), act
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 import emulation90
+from fastres.ops._conv_backends import output_size
 
 pytestmark = pytest.mark.xdist_group("emulated90")  # one worker: the library's build takes gigabytes
 MULTIPROCESSORS = 132
@@ -32,29 +33,21 @@ class Conv:
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
 
-    def out(self, i):
-        size, taps = ((self.h, self.r), (self.w, self.s))[i]
-        return (size + 2 * self.padding[i] - self.dilation[i] * (taps - 1) - 1) // self.stride[i] + 1
-
     @property
-    def p(self):
-        return self.out(0)
-
-    @property
-    def q(self):
-        return self.out(1)
+    def out(self):
+        return output_size((self.h, self.w), (self.r, self.s), self.stride, self.padding, self.dilation)
 
     @property
     def pixels(self):
-        return self.n * self.p * self.q
+        return self.n * self.out[0] * self.out[1]
 
     @property
     def pointwise(self):
         return (self.r, self.s, self.stride, self.padding) == (1, 1, (1, 1), (0, 0))
 
     def numbers(self):
-        shape = (self.n, self.h, self.w, self.c, self.k, self.r, self.s, self.p, self.q)
-        return *shape, *self.stride, *self.padding, *self.dilation
+        shape = self.n, self.h, self.w, self.c, self.k, self.r, self.s
+        return *shape, *self.out, *self.stride, *self.padding, *self.dilation
 
 
 def refused_by_rule(conv, size):
@@ -66,7 +59,7 @@ def refused_by_rule(conv, size):
         corners += (-padding, padding - reach[-1])
     rules = {
         "channels": conv.c * size % 16 or conv.k * size % 16,
-        "empty": min(n, h, w, conv.c, conv.k, conv.r, conv.s, conv.p, conv.q) < 1,
+        "empty": min(n, h, w, conv.c, conv.k, conv.r, conv.s, *conv.out) < 1,
         "stride": max(conv.stride) > 8,
         "corner": not conv.pointwise and not all(-128 <= v <= 127 for v in corners),
         "offset": max(reach) > 255,
@@ -100,11 +93,9 @@ def random_conv(rng):
         padding = tuple(rng.choice((0, 0, 1, 3, 64, 126, 127, 128, 129, 254)) for _ in range(2))
         sizes = [a * b for a, b in zip((n, h, w, c, k), big, strict=True)]
         conv = Conv(*sizes, r, s, stride, padding, dilation)
-        fits = (
-            max(conv.n * conv.h * conv.w * max(conv.c, 1), conv.k * r * s * max(conv.c, 1), conv.pixels * conv.k)
-            < 2**62
-        )
-        if conv.p >= 1 and conv.q >= 1 and fits:
+        c = max(conv.c, 1)
+        largest = max(conv.n * conv.h * conv.w * c, conv.k * r * s * c, conv.pixels * conv.k)
+        if min(conv.out) >= 1 and largest < 2**62:
             return conv
 
 

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 
+from conv_cases import convolutions
+from emulation import on_gpu
 from fastres import _dispatch, _extension
 from fastres.ops import _conv_backends, _conv_tiles
 from fastres.ops._conv_backends import Conv, output_size, why_not_conv_cuda
@@ -21,7 +22,6 @@ from fastres.ops.conv_act import _kind, conv_act
 from referee import assert_as_good
 from shapes import CONVS
 
-GPU = torch.device("cuda", 0)
 OPERATOR = _dispatch.OPERATORS["conv_act"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NETWORKS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnext50_32x4d")
@@ -45,36 +45,6 @@ def call(n, size, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups
     how = {"channels_last": True, "empty": False, "residual": False, "tf32": True} | others
     return Conv(how["channels_last"], how["empty"], (n, *size), weight, stride, padding, dilation, groups, act,
                 how["residual"], how["tf32"])  # fmt: skip
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of this compute capability, for which the module has code."""
-
-    def make(capability=(9, 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        built = _extension.build_info_cuda() | {"architectures": "8.0;9.0a;10.0+PTX"}
-        monkeypatch.setattr(_extension, "build_info_cuda", lambda: built)
-
-    return make
-
-
-def on_gpu(dtype=torch.float16):
-    """What refusals read of a tensor on a GPU, where there is none."""
-    return SimpleNamespace(device=GPU, dtype=dtype)
-
-
-def convolutions(name):
-    """(x's size, the layer) of every convolution of a network at 224 x 224."""
-    found = {}
-    with torch.device("meta"):
-        net = getattr(torchvision.models, name)(weights=None).eval()
-    for m in net.modules():
-        if isinstance(m, torch.nn.Conv2d):
-            m.register_forward_pre_hook(lambda m, inputs: found.setdefault((tuple(inputs[0].shape[2:]), m)))
-    with torch.no_grad():
-        net(torch.empty(2, 3, 224, 224, device="meta"))
-    return list(found)
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
@@ -114,11 +84,7 @@ def test_refusals_are_sentences(gpu):
     for kind, dtype, words in (
         (call(8, (14, 14), (64, 64, 3, 3), channels_last=False), torch.float16, "NCHW: the kernels read channels_last"),
         (call(8, (14, 14), (64, 2, 3, 3), groups=32), torch.float16, "32 groups: the kernels have 1"),
-        (
-            call(8, (14, 14), (64, 64, 3, 3), act="silu"),
-            torch.float16,
-            "act is 'silu': the kernels have relu, none, relu6",
-        ),
+        (call(8, (14, 14), (64, 64, 3, 3), act="silu"), torch.float16, "act is 'silu': the kernels have relu, none"),
         (call(8, (14, 14), (64, 64, 3, 3), tf32=False), torch.float32, "TF32, which torch.backends.cudnn forbids"),
         (call(8, (14, 14), (64, 64, 3, 3), empty=True), torch.float16, "an empty tensor runs through the reference"),
         (call(8, (14, 14), (64, 3, 3, 3)), torch.float16, "x has 3 channels: must be a multiple of 8, 16 bytes"),
@@ -148,7 +114,6 @@ def test_where_the_copy_engine_cannot_gather_the_older_kernels_do():
 
 def test_a_build_without_cutlass_says_how_to_get_it(monkeypatch, gpu):
     gpu()
-    monkeypatch.setattr(_extension, "why_not_cuda", lambda: None)
     monkeypatch.setattr(_conv_tiles, "kernels", lambda: ())
     (reason,) = why_not_conv_cuda(on_gpu(), call(8, (14, 14), (64, 64, 3, 3)))
     assert "built without CUTLASS's headers: pip install --no-deps nvidia-cutlass" in reason
@@ -175,13 +140,7 @@ def measured(monkeypatch, tmp_path):
 
     def make(*rows):
         entries = [
-            {
-                "arch": 90,
-                "dtype": str(p.dtype).removeprefix("torch."),
-                "shape": list(p.shape),
-                "residual": p.residual,
-                "ms": ms,
-            }
+            {"arch": 90, "dtype": str(p.dtype)[6:], "shape": list(p.shape), "residual": p.residual, "ms": ms}
             for p, ms in rows
         ]
         path = tmp_path / "measured.json"
@@ -361,9 +320,7 @@ def test_the_kernel_gets_dense_aligned_channels_last_tensors(stand_in, act):
 def test_the_operator_is_registered_and_refuses_by_name():
     assert "fastres::_conv_act_native" in torch._C._dispatch_get_registrations_for_dispatch_key("CUDA")
     x, weight = torch.randn(1, 8, 5, 5), torch.randn(8, 8, 3, 3)
-    with pytest.raises(
-        _dispatch.BackendError, match="conv_act: backend 'cuda' refuses: x is on cpu, the kernel runs on"
-    ):
+    with pytest.raises(_dispatch.BackendError, match="conv_act: backend 'cuda' refuses: x is on cpu, the kernel runs"):
         conv_act(x, weight, backend="cuda")
     assert [k.index for k in _conv_tiles.kernels()] == list(range(len(_conv_tiles.kernels())))
 

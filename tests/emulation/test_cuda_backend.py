@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 import fastres
+from emulation import on_gpu
 from fastres import _dispatch, _extension, _info
 from fastres.functional import add_relu, bn_act
 from fastres.ops import _tensors
 
 OPERATORS = ("add_relu", "bn_act")
-GPU = torch.device("cuda", 0)
 needs_module = pytest.mark.skipif(
     _extension.why_not_cuda() is not None, reason=f"fastres._C_cuda is not here: {_extension.why_not_cuda()}"
 )
-
-
-def on_gpu(dtype=torch.float16):
-    """What refusals read of a tensor on a GPU, where there is none."""
-    return SimpleNamespace(device=GPU, dtype=dtype)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A GPU of this compute capability, and a module built for these architectures."""
-
-    def make(capability, architectures="8.0;9.0a;10.0+PTX", why_not=None):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(_extension, "why_not_cuda", lambda: why_not)
-        monkeypatch.setattr(_extension, "build_info_cuda", lambda: {"architectures": architectures})
-
-    return make
 
 
 # ---- the module

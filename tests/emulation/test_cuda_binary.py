@@ -35,10 +35,9 @@ def kind(kernel):
 def test_the_binary_has_every_kernel_for_the_architectures_it_names():
     named = BUILD["architectures"].replace(" ", ";").split(";")
     assert set(FOUND) == {"sm_" + name.partition("+")[0].replace(".", "") for name in named}
-    ptx = cuda_binary.by_architecture(cuda_binary.run("cuobjdump", "--list-ptx", cuda_binary.binary()))
     listed = cuda_binary.run("cuobjdump", "--list-ptx", cuda_binary.binary())
     wanted = {"sm_" + name.partition("+")[0].replace(".", "") for name in named if name.endswith("+PTX")}
-    assert set(re.findall(r"\.(sm_\w+)\.ptx", listed)) == wanted and not ptx
+    assert set(re.findall(r"\.(sm_\w+)\.ptx", listed)) == wanted
     for found in FOUND.values():
         assert {kind(kernel) for kernel in found.values()} == set(KINDS)
         for element, lanes in (("float", 4), ("Half", 8), ("BFloat16", 8)):
@@ -98,9 +97,7 @@ def test_the_table_in_the_docs_is_the_binary_s():
         pytest.skip("the tests lie outside a source tree")
     written = cuda_binary.DOCS.read_text()
     if f"CUDA {BUILD['cuda']}," not in written or cuda_binary.DOCUMENTED not in FOUND:
-        pytest.skip(
-            f"the table is of another release than CUDA {BUILD['cuda']}, or {cuda_binary.DOCUMENTED} is not built"
-        )
+        pytest.skip(f"{cuda_binary.DOCUMENTED} is not built, or not by the table's release of CUDA")
     if not BUILD["cutlass"]:
         pytest.skip("this build has no convolutions")
     table = cuda_binary.table(cuda_binary.binary(), BUILD, _extension.conv_kernels())

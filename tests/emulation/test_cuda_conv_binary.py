@@ -138,9 +138,7 @@ def test_the_parsers_see_a_serialized_loop():
     """A wait behind each product, as ptxas leaves it where it serializes, fails the test above."""
     row, kernel = of(90)[0].values
     at = set(products(kernel))
-    order = [
-        part for i, name in enumerate(kernel.order) for part in ([name, "WARPGROUP.DEPBAR.LE"] if i in at else [name])
-    ]
+    order = [part for i, name in enumerate(kernel.order) for part in [name, *["WARPGROUP.DEPBAR.LE"] * (i in at)]]
     counts = kernel.instructions + cuda_binary.Counter({"WARPGROUP.DEPBAR.LE": len(at)})
     bad = cuda_binary.Kernel(kernel.name, 98, 0, 0, 0, counts, tuple(order))
     with pytest.raises(AssertionError):

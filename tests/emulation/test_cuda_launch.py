@@ -21,10 +21,6 @@ SPECIAL = [NAN, INF, -INF, 0.0, -0.0, TINY, -TINY, 2.0**-126, -(2.0**-126), 1.0,
 PLAN = "lanes width height tiles splits span rows line chunks row_tiles blocks threads".split()
 
 
-def c_float(value):
-    return ctypes.c_float(value)
-
-
 def pairs():
     a, b = torch.tensor(list(itertools.product(SPECIAL, SPECIAL))).unbind(1)
     return a.contiguous(), b.contiguous()
@@ -34,7 +30,7 @@ def elementwise(name, *arguments):
     """A function of element.h over arrays: tensors and numbers, in its order."""
     first = arguments[0]
     out = torch.empty_like(first)
-    converted = [pointer(a) if isinstance(a, torch.Tensor) else c_float(a) for a in arguments]
+    converted = [pointer(a) if isinstance(a, torch.Tensor) else ctypes.c_float(a) for a in arguments]
     getattr(emulation.library(), name)(*converted, pointer(out), ctypes.c_int64(first.numel()))
     return out
 
@@ -55,17 +51,13 @@ def test_relu_is_torchs_to_the_bit():
     assert torch.equal(got.isnan(), z.isnan()) and torch.equal(got[~z.isnan()], torch.relu(z)[~z.isnan()])
     kept = ~(z < 0)  # what ReLU lets through comes back as it was, subnormals and -0.0 among it
     assert_same_bits(got[kept], z[kept])
+    z = sum(pairs())
+    torch.testing.assert_close(elementwise("relu", z), torch.relu(z), rtol=0, atol=0, equal_nan=True)
 
 
 def test_relu_s_gradient_is_threshold_backward_to_the_bit():
     dy, y = pairs()
     assert_same_bits(elementwise("relu_gradient", dy, y), torch.ops.aten.threshold_backward(dy, y, 0))
-
-
-def test_residual_addition_and_relu_are_torchs():
-    x, residual = pairs()
-    got, want = elementwise("relu", x + residual), torch.relu(x + residual)
-    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 def test_affine_subtracts_the_mean_first():
@@ -146,21 +138,33 @@ def test_welford_of_a_first_value_far_from_the_others():
 # ---- flat arrays
 
 
+class Flat:
+    """The launch of a flat array: what is before its vectors, how many there are, what is behind them."""
+
+    def __init__(self, n, address, size, lanes):
+        out = torch.empty(4, dtype=torch.int64)
+        self.arguments = ctypes.c_int64(n), ctypes.c_uint64(address), ctypes.c_int64(size), ctypes.c_int(lanes)
+        emulation.library().flat(*self.arguments, pointer(out))
+        self.head, self.vectors, self.tail, self.blocks = out.tolist()
+
+    def block(self, block):
+        """Where the threads of a block begin: vectors [threads * 4] and single elements [threads], -1 for none."""
+        starts, singles = torch.empty(256 * 4, dtype=torch.int64), torch.empty(256, dtype=torch.int64)
+        where = ctypes.c_int(4), ctypes.c_int64(block), pointer(starts), pointer(singles)
+        emulation.library().flat_block(*self.arguments, *where)
+        return starts, singles
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_flat_arrays_are_covered_once_and_vectors_are_aligned(size):
     lanes = 16 // size
     for n, offset, width in itertools.product([*range(1, 40), 1023, 4097, 9001], range(lanes), (lanes, 1)):
-        address, out = 4096 + offset * size, torch.empty(4, dtype=torch.int64)
-        arguments = ctypes.c_int64(n), ctypes.c_uint64(address), ctypes.c_int64(size), ctypes.c_int(width)
-        emulation.library().flat(*arguments, pointer(out))
-        head, vectors, tail, blocks = out.tolist()
-        assert head + vectors * width + tail == n and head < lanes and tail < lanes
+        address = 4096 + offset * size
+        flat = Flat(n, address, size, width)
+        assert flat.head + flat.vectors * width + flat.tail == n and flat.head < lanes and flat.tail < lanes
         hits = torch.zeros(n, dtype=torch.int64)
-        for block in range(blocks):
-            starts, singles = torch.empty(256 * 4, dtype=torch.int64), torch.empty(256, dtype=torch.int64)
-            emulation.library().flat_block(
-                *arguments, ctypes.c_int(4), ctypes.c_int64(block), pointer(starts), pointer(singles)
-            )
+        for block in range(flat.blocks):
+            starts, singles = flat.block(block)
             starts = starts[starts >= 0]
             assert width == 1 or ((address + starts * size) % 16 == 0).all()
             for k in range(width):
@@ -173,35 +177,24 @@ def test_flat_arrays_are_covered_once_and_vectors_are_aligned(size):
 def test_flat_arrays_beyond_int32(numel):
     rng = random.Random(numel)
     for size, misaligned in itertools.product((2, 4), (0, 1)):
-        lanes, address = 16 // size, (1 << 40) + misaligned * size
-        out = torch.empty(4, dtype=torch.int64)
-        arguments = ctypes.c_int64(numel), ctypes.c_uint64(address), ctypes.c_int64(size), ctypes.c_int(lanes)
-        emulation.library().flat(*arguments, pointer(out))
-        head, vectors, tail, blocks = out.tolist()
-        assert head + vectors * lanes + tail == numel and blocks == -(-vectors // 1024) < 2**31
-        starts, singles = torch.empty(1024, dtype=torch.int64), torch.empty(256, dtype=torch.int64)
-        for block in (0, 1, blocks - 1, *(rng.randrange(blocks) for _ in range(20))):
-            emulation.library().flat_block(
-                *arguments, ctypes.c_int(4), ctypes.c_int64(block), pointer(starts), pointer(singles)
-            )
+        lanes = 16 // size
+        flat = Flat(numel, (1 << 40) + misaligned * size, size, lanes)
+        assert flat.head + flat.vectors * lanes + flat.tail == numel
+        assert flat.blocks == -(-flat.vectors // 1024) < 2**31
+        for block in (0, 1, flat.blocks - 1, *(rng.randrange(flat.blocks) for _ in range(20))):
             thread, u = torch.arange(256)[:, None], torch.arange(4)
             want = (block * 4 + u) * 256 + thread
-            want = torch.where(want < vectors, head + want * lanes, -1)
-            assert torch.equal(starts.view(256, 4), want)
-        emulation.library().flat_block(
-            *arguments, ctypes.c_int(4), ctypes.c_int64(0), pointer(starts), pointer(singles)
-        )
-        edges = [*range(head), *range(numel - tail, numel)]
-        assert singles[singles >= 0].tolist() == edges
+            want = torch.where(want < flat.vectors, flat.head + want * lanes, -1)
+            assert torch.equal(flat.block(block)[0].view(256, 4), want)
+        singles = flat.block(0)[1]
+        assert singles[singles >= 0].tolist() == [*range(flat.head), *range(numel - flat.tail, numel)]
 
 
 def test_fast_division_is_exact():
     rng = random.Random(0)
     divisors = [1, 2, 3, 5, 7, 49, 196, 255, 256, 257, 12544, 65537, 2**30, 2**30 + 1, 2**31 - 1]
     for divisor in divisors + [rng.randrange(1, 2**31) for _ in range(200)]:
-        multiples = [
-            m for k in (1, 2, 3, (2**31 - 1) // divisor) for m in (k * divisor - 1, k * divisor, k * divisor + 1)
-        ]
+        multiples = [k * divisor + off for k in (1, 2, 3, (2**31 - 1) // divisor) for off in (-1, 0, 1)]
         for n in [0, 1, 2**31 - 1, *multiples, *(rng.randrange(2**31) for _ in range(50))]:
             if 0 <= n < 2**31:
                 got = emulation.library().fast_divide(ctypes.c_uint32(n), ctypes.c_int64(divisor))
@@ -286,18 +279,9 @@ def test_places_in_tensors_up_to_two_to_the_33(shape, channels_last):
 
 def test_resnet_s_shapes_take_vectors_and_fill_the_gpu():
     """Every stage in both layouts and both sizes of elements; blocks for each of 132 multiprocessors."""
+    stages = (64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)
     for size, channels_last in itertools.product((2, 4), (False, True)):
-        for c, side in (
-            (64, 112),
-            (64, 56),
-            (256, 56),
-            (128, 28),
-            (512, 28),
-            (256, 14),
-            (1024, 14),
-            (512, 7),
-            (2048, 7),
-        ):
+        for c, side in stages:
             found = plan((256, c, side, side), channels_last, size, True, 4, 128, 3 * 132)
             assert found["lanes"] == 16 // size, (c, side, size, channels_last)
             assert found["blocks"] >= 0.8 * 3 * 132, (c, side, size, channels_last, found)

@@ -9,40 +9,20 @@ import torch
 import torch.nn.functional as F
 
 from fastres.functional import conv_act
-from gpu_conv import (
-    ACTS,
-    BACKEND,
-    LAST,
-    chosen,
-    each_kernel,
-    exact,
-    integers,
-    kernels_for,
-    launch,
-    need,
-    pairs,
-    random,
-    refusal,
-)
+from gpu_conv import ACTS, BACKEND, LAST, chosen, exact, integers, kernels_for, launch, pairs, random, refusal
 from gpu_device import DEVICE, DRY, needs_device, on_gpu_alone, shifted
 from referee import assert_as_good
 
-if not (
-    Path(__file__).resolve().parents[2] / "benchmarks" / "shapes.py"
-).is_file():  # an installed wheel, without its sources
+ROOT = Path(__file__).resolve().parents[2]
+if not (ROOT / "benchmarks" / "shapes.py").is_file():  # an installed wheel, without its sources
     pytest.skip("benchmarks/ is not here", allow_module_level=True)
 from shapes import CONVS  # noqa: E402
 
-pytestmark = [pytest.mark.gpu, needs_device]
+pytestmark = [pytest.mark.gpu, needs_device, pytest.mark.usefixtures("tf32")]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INF, NAN = float("inf"), float("nan")
 SHAPES = CONVS[1 :: 7 if DRY else 1]  # of ResNet-18, -50 and -152, but for the stem, whose three channels are refused
 BATCH = 1 if DRY else 3
-
-
-@pytest.fixture(autouse=True)
-def _tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 
 def every(failures):
@@ -136,9 +116,7 @@ def compare(kernel, tensors, how, act, said, failures):
         failures.append(f"{kernel.name}, {said}, {act}: {len(bad)} of {y.numel()} wrong, first at {bad[0].tolist()}")
 
 
-@each_kernel
 def test_every_geometry_is_exact(kernel):
-    need(kernel)
     dtype, failures = getattr(torch, kernel.element), []
     for i, (r, s, stride, padding, dilation) in enumerate(GRID):
         how, act = pairs(stride, padding, dilation), tuple(ACTS)[i % 3]
@@ -158,9 +136,7 @@ SIZES = (
 FLOAT_SIZES = ((2, 12, 20, (9, 11), 3), (3, 4, 4, (5, 5), 1), (1, 28, 132, (7, 9), 5))  # 16 bytes are four of them
 
 
-@each_kernel
 def test_every_size_is_exact(kernel):
-    need(kernel)
     dtype, failures = getattr(torch, kernel.element), []
     sizes = (SIZES[4:8] if DRY else SIZES) + (FLOAT_SIZES if dtype is torch.float32 else ())
     for i, (n, c, k, size, r) in enumerate(sizes):
@@ -172,10 +148,8 @@ def test_every_size_is_exact(kernel):
 
 
 @on_gpu_alone
-@each_kernel
 def test_more_tiles_than_blocks_is_exact(kernel):
     """The last wave full, one tile short of it, and one over: where a schedule of persistent blocks begins and ends."""
-    need(kernel)
     blocks = torch.cuda.get_device_properties(DEVICE).multi_processor_count
     dtype, failures = getattr(torch, kernel.element), []
     for tiles in (blocks - 1, blocks, blocks + 1, 2 * blocks + kernel.cluster, 5 * blocks - 1):
@@ -190,9 +164,7 @@ def test_more_tiles_than_blocks_is_exact(kernel):
 
 
 @pytest.mark.parametrize("act", tuple(ACTS))
-@each_kernel
 def test_nan_infinity_and_zero_pass_as_in_eager(kernel, act):
-    need(kernel)
     dtype, how = getattr(torch, kernel.element), pairs(1, 1)
     x, weight, bias, residual = problem(dtype, 2, 24, 40, (11, 13), (3, 3), how)
     weight.copy_(weight.sign().where(weight != 0, 1.0))  # no product of infinity and 0
@@ -213,9 +185,8 @@ def test_nan_infinity_and_zero_pass_as_in_eager(kernel, act):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradients_are_the_references(dtype, monkeypatch):
+def test_gradients_are_the_references(dtype, deterministic):
     kernels_for(dtype)
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     for (r, stride), act, with_residual in itertools.product(((1, 1), (3, 2)), ACTS, (True, False)):
         how = pairs(stride, r // 2)
         given = problem(dtype, 2, 32, 48, (9, 11), (r, r), how, residual=with_residual)
@@ -250,9 +221,7 @@ def test_views_and_other_layouts_are_copied_and_right(dtype):
 
 
 @on_gpu_alone
-@each_kernel
 def test_a_native_call_that_does_not_fit_is_named_and_leaves_no_error_behind(kernel):
-    need(kernel)
     dtype = getattr(torch, kernel.element)
     x, weight = random((2, 32, 8, 8), dtype), random((48, 32, 3, 3), dtype)
     bias, y = torch.ones(48, device=DEVICE, dtype=dtype), random((2, 48, 6, 6), dtype)

@@ -9,32 +9,13 @@ import torch
 
 from fastres import _extension
 from fastres.functional import conv_act
-from gpu_conv import (
-    ACTS,
-    BACKEND,
-    KERNELS,
-    LAST,
-    each_kernel,
-    exact,
-    integers,
-    kernels_for,
-    launch,
-    need,
-    pairs,
-    random,
-    refusal,
-)
+from gpu_conv import ACTS, BACKEND, KERNELS, LAST, exact, integers, kernels_for, launch, need, pairs, random, refusal
 from gpu_device import DEVICE, DRY, captured, late_on_another_stream, memory_for, needs_device, needs_gpus, on_gpu_alone
 
-pytestmark = [pytest.mark.gpu, needs_device]
+pytestmark = [pytest.mark.gpu, needs_device, pytest.mark.usefixtures("tf32")]
 DTYPES = pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32), ids=str)
 # N, C, K, H and W, kernel: several waves of tiles; fewer tiles than multiprocessors and a deep sum, for stream-K
 SIZES = ((8, 72, 264, 40, 3), (2, 512, 136, 9, 3), (9, 256, 520, 14, 1)) if not DRY else ((2, 24, 40, 5, 3),)
-
-
-@pytest.fixture(autouse=True)
-def _tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
 
 
 def problem(dtype, n, c, k, size, r, residual=True):
@@ -47,9 +28,7 @@ def problem(dtype, n, c, k, size, r, residual=True):
 # ---- repeats, streams, graphs ----------------------------------------------------------------------------------------
 
 
-@each_kernel
 def test_row45_twenty_repeats_are_bitwise_equal(kernel):
-    need(kernel)
     for size in SIZES:
         tensors, how = problem(getattr(torch, kernel.element), *size)
         first = launch(kernel, *tensors, how, "relu")
@@ -59,9 +38,7 @@ def test_row45_twenty_repeats_are_bitwise_equal(kernel):
 
 
 @on_gpu_alone
-@each_kernel
 def test_row27_a_graph_captures_it_and_replays_see_new_inputs(kernel):
-    need(kernel)
     for size in SIZES:
         tensors, how = problem(getattr(torch, kernel.element), *size)
         c = size[1]
@@ -76,22 +53,7 @@ def test_row27_a_graph_captures_it_and_replays_see_new_inputs(kernel):
 
 
 @on_gpu_alone
-@DTYPES
-def test_a_graph_of_the_backend(dtype):
-    kernels_for(dtype)
-    tensors, how = problem(dtype, *SIZES[1])
-    graph, y = captured(lambda: conv_act(*tensors, **how, backend=BACKEND))
-    for _ in range(3):
-        for t in tensors[2:]:
-            t.normal_()
-        graph.replay()
-        assert torch.equal(y, conv_act(*tensors, **how, backend=BACKEND))
-
-
-@on_gpu_alone
-@each_kernel
 def test_row30_the_current_stream_is_used(kernel):
-    need(kernel)
     tensors, how = problem(getattr(torch, kernel.element), *SIZES[1])
     wanted = launch(kernel, *tensors, how, "relu")
     y = late_on_another_stream(tensors[0], lambda late: launch(kernel, late, *tensors[1:], how, "relu"))
@@ -99,9 +61,7 @@ def test_row30_the_current_stream_is_used(kernel):
 
 
 @on_gpu_alone
-@each_kernel
 def test_two_streams_at_once_do_not_share_a_workspace(kernel):
-    need(kernel)
     tensors, how = problem(getattr(torch, kernel.element), *SIZES[1])
     wanted = launch(kernel, *tensors, how, "relu")
     streams, found = [torch.cuda.Stream() for _ in range(3)], []
@@ -115,9 +75,7 @@ def test_two_streams_at_once_do_not_share_a_workspace(kernel):
 
 
 @needs_gpus(2)
-@each_kernel
 def test_row28_the_tensors_own_device_is_used(kernel):
-    need(kernel)
     if not kernel.runs_on(torch.cuda.get_device_capability(1)):
         pytest.skip(f"needs compute capability {kernel.architecture / 10} of the second GPU")
     tensors, how = problem(getattr(torch, kernel.element), *SIZES[1])
@@ -154,10 +112,8 @@ def launches(call):
 
 
 @on_gpu_alone
-@each_kernel
 def test_a_call_is_one_kernel(kernel):
     """And where blocks share the depth, one memset of the workspace in which they count."""
-    need(kernel)
     for size in SIZES:
         for residual in (True, False):
             tensors, how = problem(getattr(torch, kernel.element), *size, residual=residual)
@@ -186,9 +142,7 @@ def test_a_call_of_the_backend_copies_nothing(dtype):
 @pytest.mark.full
 @pytest.mark.parametrize("r", (1, 3))
 @on_gpu_alone
-@each_kernel
 def test_row1_above_two_to_the_31_elements_or_a_refusal(kernel, r):
-    need(kernel)
     n, c, side, dtype, how = 33, 64, 1024, getattr(torch, kernel.element), pairs(1, r // 2)
     x = torch.empty((n, c, side, side), device="meta", dtype=dtype)
     assert x.numel() > 2**31

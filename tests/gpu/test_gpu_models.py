@@ -144,40 +144,31 @@ def test_training_under_autocast_learns_as_eager_does(dtype):
     assert losses[1] < 0.7 and abs(losses[1] - losses[0]) < 0.2, losses
 
 
-def test_row45_twenty_training_steps_of_blocks_are_bitwise_equal():
+def test_row45_twenty_training_steps_of_blocks_are_bitwise_equal(deterministic):
     block, x = swapped(bottleneck()), torch.randn(8, 64, 28, 28, device=DEVICE).to(memory_format=torch.channels_last)
     dy, first = torch.randn_like(x), None
-    state, deterministic = copy.deepcopy(block.state_dict()), torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        for _ in range(20):
-            block.load_state_dict(state)
-            leaf = x.clone().requires_grad_()
-            y = block(leaf)
-            grads = torch.autograd.grad(y, (leaf, *block.parameters()), dy)
-            results = [y.detach(), *grads, *block.state_dict().values()]
-            first = first or [t.clone() for t in results]
-            assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
-    finally:
-        torch.backends.cudnn.deterministic = deterministic
+    state = copy.deepcopy(block.state_dict())
+    for _ in range(20):
+        block.load_state_dict(state)
+        leaf = x.clone().requires_grad_()
+        y = block(leaf)
+        grads = torch.autograd.grad(y, (leaf, *block.parameters()), dy)
+        results = [y.detach(), *grads, *block.state_dict().values()]
+        first = first or [t.clone() for t in results]
+        assert all(torch.equal(a, b) for a, b in zip(first, results, strict=True))
 
 
 @every_layout
 @pytest.mark.parametrize("name", ["torchvision-bottleneck", "hugging face"])
-def test_memory_min_is_the_default_in_less_memory(name, layout):
+def test_memory_min_is_the_default_in_less_memory(name, layout, deterministic):
     stock, x, found = build(name, layout), images(8, layout), {}
-    deterministic = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try:
-        for memory in ("default", "min"):
-            net = swapped(stock, memory).train()
-            meter = Meter(DEVICE)
-            loss = net(x).square().mean()
-            kept, _ = meter.end()
-            loss.backward()
-            found[memory] = kept, [p.grad for p in net.parameters()], list(net.state_dict().values())
-    finally:
-        torch.backends.cudnn.deterministic = deterministic
+    for memory in ("default", "min"):
+        net = swapped(stock, memory).train()
+        meter = Meter(DEVICE)
+        loss = net(x).square().mean()
+        kept, _ = meter.end()
+        loss.backward()
+        found[memory] = kept, [p.grad for p in net.parameters()], list(net.state_dict().values())
     (kept, *default), (kept_min, *least) = found["default"], found["min"]
     assert kept_min < 0.75 * kept
     for a, b in zip(default, least, strict=True):
@@ -279,13 +270,6 @@ def test_frozen_beside_the_referee_at_another_batch():
 
 
 # ---- torch.compile ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 @every_network

@@ -11,10 +11,7 @@ from fastres import _dispatch, _extension
 from fastres.functional import add_relu, bn_act
 from gpu_device import captured
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 OPS = torch.ops.fastres
 LAYOUTS = pytest.mark.parametrize("layout", (torch.channels_last, torch.contiguous_format), ids=("nhwc", "nchw"))
 DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16))
@@ -53,17 +50,7 @@ def test_the_fast_path_and_the_dispatcher_path_agree(training, layout, dtype, mo
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
         else:
             assert torch.equal(a, b), i
-    assert fast[7] == (4 if training else 3)
-
-
-@DTYPES
-def test_add_relu_on_the_fast_path(dtype):
-    for shape, layout in (((100_003,), torch.contiguous_format), ((4, 24, 9, 9), torch.channels_last)):
-        x, r = (random(shape, dtype, layout).requires_grad_() for _ in range(2))
-        y = add_relu(x, r, backend="cuda")
-        assert torch.equal(y, torch.relu(x + r)) and y.stride() == x.stride()
-        dx, dr = torch.autograd.grad(y, (x, r), torch.ones_like(y))
-        assert torch.equal(dx, (y > 0).to(dtype)) and torch.equal(dx, dr)
+    assert fast[7] == (4 if training else 3) and fastres.explain("bn_act", x).chosen == "cuda"
 
 
 @LAYOUTS
@@ -124,16 +111,6 @@ def test_row5_other_tensors_return_nothing_and_move_nothing():
     assert torch.isfinite(OPS._bn_act_native(*base)[0]).all()
 
 
-@DTYPES
-@LAYOUTS
-def test_the_same_bits_written_over_the_input(layout, dtype):
-    x, residual = random((5, 24, 9, 9), dtype, layout), random((5, 24, 9, 9), dtype, layout)
-    weight, bias, mean, var = torch.rand(4, 24, device="cuda")
-    given = weight, bias, residual, mean, var, None, False, 0.0, 1e-5, True
-    want, over = OPS._bn_act_native(x, *given, False)[0], x.clone(memory_format=torch.preserve_format)
-    assert list(OPS._bn_act_native(over, *given, True)[1:]) == [None, None] and torch.equal(over, want)
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs 2 GPUs")
 def test_row28_the_tensors_own_device_is_used():
     x = torch.randn(4, 16, 8, 8, device="cuda:1")
@@ -154,10 +131,3 @@ def test_kernel_attributes_and_info():
         assert kernel["architecture"] // 10 == major or "+PTX" in _extension.build_info_cuda()["architectures"]
     text = str(fastres.info(init_cuda=True))
     assert "kernels on the GPU" in text and "bn_act<half, 8>" in text
-
-
-def test_ordinary_calls_are_not_refused():
-    for operator, dtype in (("add_relu", torch.float32), ("bn_act", torch.float16), ("bn_act", torch.bfloat16)):
-        x = torch.empty(2, 8, 4, 4, dtype=dtype, device="cuda")
-        assert fastres.explain(operator, x).refusals["cuda"] == []
-        assert fastres.explain(operator, x).chosen == "cuda"

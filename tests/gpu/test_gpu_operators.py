@@ -10,10 +10,7 @@ from fastres import _dispatch
 from gpu_device import captured, late_on_another_stream, memory_for, shifted
 from referee import assert_as_good, backward64, forward64, statistics64
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 INF, NAN = float("inf"), float("nan")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.channels_last, torch.contiguous_format)
@@ -33,22 +30,6 @@ def kernels(request):
     return request.param
 
 
-def add_relu_forward(*tensors):
-    chosen["add_relu"].forward(*tensors)
-
-
-def add_relu_backward(*tensors):
-    chosen["add_relu"].backward(*tensors)
-
-
-def bn_act_forward(*tensors, **attributes):
-    chosen["bn_act"].forward(*tensors, **attributes)
-
-
-def bn_act_backward(*tensors, **attributes):
-    chosen["bn_act"].backward(*tensors, **attributes)
-
-
 def random(shape, dtype, layout, scale=1.0, shift=0.0):
     return (torch.randn(shape, device="cuda") * scale + shift).to(dtype).contiguous(memory_format=layout)
 
@@ -61,14 +42,14 @@ def forward(x, weight, bias, residual, mean=None, var=None, layout=torch.channel
     y, training = torch.full_like(x, NAN), mean is None
     if training:
         mean, var = (torch.full((x.shape[1],), NAN, device="cuda") for _ in range(2))
-    bn_act_forward(x, weight, bias, residual, y, mean, var, **how(layout, training, act))
+    chosen["bn_act"].forward(x, weight, bias, residual, y, mean, var, **how(layout, training, act))
     return y, mean, var
 
 
 def backward(dy, x, y, weight, mean, var, training, layout=torch.channels_last):
     dx, dresidual = torch.full_like(x, NAN), torch.full_like(x, NAN)
     dweight, dbias = torch.full_like(mean, NAN), torch.full_like(mean, NAN)
-    bn_act_backward(dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, **how(layout, training))
+    chosen["bn_act"].backward(dy, x, y, weight, mean, var, dx, dweight, dbias, dresidual, **how(layout, training))
     return dx, dweight, dbias, dresidual
 
 
@@ -113,8 +94,8 @@ def test_add_relu_equals_eager(dtype, offset):
     for numel in (1, 2047, 2048, 100_003, 2**22 + 5):
         x, residual, dy = (torch.randn(numel + offset, device="cuda").to(dtype)[offset:] for _ in range(3))
         y, dx = torch.full_like(x, NAN), torch.full_like(x, NAN)
-        add_relu_forward(x, residual, y)
-        add_relu_backward(dy, y, dx)
+        chosen["add_relu"].forward(x, residual, y)
+        chosen["add_relu"].backward(dy, y, dx)
         assert torch.equal(y, torch.relu(x + residual))
         assert torch.equal(dx, torch.ops.aten.threshold_backward(dy, y, 0))
 
@@ -130,7 +111,7 @@ def test_row10_nan_and_inf_pass_in_compiled_code(dtype):
         dx, *_, dresidual = backward(torch.ones_like(x), x, y, None, *stats, False, layout)
         assert torch.equal(dresidual, torch.where(y <= 0, 0.0, 1.0).to(dtype))
     flat, y = special.repeat(1000), torch.empty(7000, device="cuda", dtype=dtype)
-    add_relu_forward(flat, torch.zeros_like(flat), y)
+    chosen["add_relu"].forward(flat, torch.zeros_like(flat), y)
     torch.testing.assert_close(y, torch.relu(flat), rtol=0, atol=0, equal_nan=True)
 
 
@@ -212,11 +193,11 @@ def test_row1_add_relu_above_two_to_the_31(numel):
     memory_for(8 * numel / 2**30 + 4)
     x, residual, y = (torch.empty(numel, dtype=torch.bfloat16, device="cuda") for _ in range(3))
     x.normal_(), residual.normal_(), y.fill_(NAN)
-    add_relu_forward(x, residual, y)
+    chosen["add_relu"].forward(x, residual, y)
     for start in range(0, numel, 2**28):
         part = slice(start, start + 2**28)
         assert torch.equal(y[part], torch.relu(x[part] + residual[part]))
-    add_relu_backward(x, y, residual)
+    chosen["add_relu"].backward(x, y, residual)
     for start in range(0, numel, 2**28):
         part = slice(start, start + 2**28)
         assert torch.equal(residual[part], torch.where(y[part] <= 0, torch.zeros_like(y[part]), x[part]))
@@ -243,7 +224,7 @@ def test_row1_bn_act_above_two_to_the_31(shape, layout):
         want = torch.relu((x[p] - mean64.view(1, -1, 1, 1)) * rstd)
         torch.testing.assert_close(y[p].double(), want, rtol=2**-8, atol=1e-4)
     dx = torch.full_like(x, NAN)
-    bn_act_backward(x, x, y, None, mean, var, dx, None, None, None, **how(layout, False))
+    chosen["bn_act"].backward(x, x, y, None, mean, var, dx, None, None, None, **how(layout, False))
     for p in parts:
         want = torch.where(y[p] <= 0, 0.0, x[p].double()) * rstd
         torch.testing.assert_close(dx[p].double(), want, rtol=2**-8, atol=1e-6)

@@ -163,10 +163,6 @@ def test_a_compiler_for_another_cuda_is_missing(monkeypatch, tmp_path):
     assert wrong.version is None and "of CUDA 12, torch of 13.0" in str(wrong)
 
 
-def test_architectures_of_the_visible_gpu_alone():
-    assert H100.arch_list == "9.0a" and needs.Gpu("A100", "8.0", 1).arch_list == "8.0"
-
-
 def test_cutlass_from_a_folder_or_a_wheel(monkeypatch, tmp_path):
     import zipfile
 
@@ -192,8 +188,10 @@ def test_unknown_phases(text):
 # ---- fastres without an install --------------------------------------------------------------------------------------
 
 
-def test_fastres_is_imported_from_the_sources_in_children_and_theirs(tmp_path):
+def test_fastres_is_imported_from_the_sources_in_children_and_theirs(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTRES_DISABLE", "triton")  # of the caller's: nothing is switched off
     environment = checkout.environment(tmp_path, {})
+    assert "FASTRES_DISABLE" not in environment
     code = "import fastres, fastres.kernels.configs as c; print(fastres.__file__, c.__file__)"
     nested = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}], check=True)"
     for program in (code, nested):
@@ -203,11 +201,6 @@ def test_fastres_is_imported_from_the_sources_in_children_and_theirs(tmp_path):
         package, kernels = done.stdout.split()
         assert package == str(ROOT / "fastres" / "__init__.py")
         assert kernels == str(tmp_path / "parts" / "kernels" / "configs.py")  # not an installed package's
-
-
-def test_nothing_is_switched_off(tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTRES_DISABLE", "triton")
-    assert "FASTRES_DISABLE" not in checkout.environment(tmp_path, {"TORCH_CUDA_ARCH_LIST": "9.0a"})
 
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
@@ -235,7 +228,7 @@ def test_a_build_that_fails_says_the_compilers_error(run, monkeypatch):
 
     monkeypatch.setattr(Run, "python", python)
     outcome = phases.build(run, 100.0)
-    assert outcome.status == FAILED and outcome.lines == said[:1]
+    assert outcome.status == FAILED and outcome.lines == said[:1] and needs.Gpu("A100", "8.0", 1).arch_list == "8.0"
     assert asked == [(["setup.py", "build_ext", "--inplace", "--force"], {"FASTRES_BUILD_EXT": "1"}, "9.0a")]
 
 
@@ -332,21 +325,14 @@ def test_what_the_sanitizer_says(run, tmp_path, says, code, status, line):
     assert outcome.status == status and line in "\n".join([outcome.message, *outcome.lines])
 
 
-def passing(n=3):
-    return [{"test": f"t.py::{i}", "outcome": "passed", "seconds": 0.1, "message": ""} for i in range(n)]
-
-
 def test_what_fails_a_phase_of_tests(run):
-    right, late, crashed, none = (
-        Ended(0, [], False),
-        Ended(2, [], True),
-        Ended(3, ["boom"], False),
-        Ended(5, [], False),
-    )
-    assert tests.judged(run, passing(), [right, none]).status == PASSED
+    passing = [{"test": f"t.py::{i}", "outcome": "passed", "seconds": 0.1, "message": ""} for i in range(3)]
+    right, none = (Ended(code, [], False) for code in (0, 5))
+    late, crashed = Ended(2, [], True), Ended(3, ["boom"], False)
+    assert tests.judged(run, passing, [right, none]).status == PASSED
     assert tests.judged(run, [], [none]).status == FAILED
-    assert "out of time" in tests.judged(run, passing(), [right, late]).lines[0]
-    assert tests.judged(run, passing(), [late]).status == tests.judged(run, passing(), [crashed]).status == FAILED
+    assert "out of time" in tests.judged(run, passing, [right, late]).lines[0]
+    assert tests.judged(run, passing, [late]).status == tests.judged(run, passing, [crashed]).status == FAILED
 
 
 @pytest.mark.parametrize(
@@ -364,6 +350,8 @@ def test_what_fails_a_phase_of_tests(run):
 )
 def test_why_a_gpu_test_may_be_skipped(run, reason, right):
     assert tests.accepted(reason, run) == right
+    run.absent.append(needs.Item("CUTLASS", None))
+    assert tests.accepted(reason, run) == (right or "CUTLASS is not installed" in reason)
 
 
 @pytest.mark.full

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastres import _dispatch
 from fastres.functional import add_relu, bn_act, conv_act
-from gpu_conv import each_kernel, exact, launch, need, pairs
+from gpu_conv import exact, launch, pairs
 from gpu_device import DEVICE, DRY, needs_device
 
 pytestmark = [pytest.mark.gpu, pytest.mark.sanitize, needs_device]
@@ -83,31 +83,24 @@ def test_bn_act(gpu_backend, dtype, layout, training):
         near(ours, wanted, dtype)
 
 
-@pytest.mark.parametrize("kernel, stride, groups", ((1, 1, 1), (3, 2, 1), (3, 1, 2)))
+@pytest.mark.parametrize("size, stride, groups", ((1, 1, 1), (3, 2, 1), (3, 1, 2)))
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_conv_act_in_triton(dtype, kernel, stride, groups):
-    x, weight = (
-        random((2, 32, 7, 9), dtype),
-        random((40, 32 // groups, kernel, kernel), dtype) / (32 * kernel**2) ** 0.5,
-    )
+def test_conv_act_in_triton(dtype, size, stride, groups, monkeypatch):
+    x = random((2, 32, 7, 9), dtype)
+    weight = random((40, 32 // groups, size, size), dtype) / (32 * size**2) ** 0.5
     usable("conv_act", "triton", x)
-    how = {"stride": stride, "padding": kernel // 2, "groups": groups}
+    how = {"stride": stride, "padding": size // 2, "groups": groups}
     z = F.conv2d(x.double(), weight.double(), **how)
     bias, residual = torch.randn(40).to(dtype), random(z.shape, dtype)
     given = [t.to(DEVICE) for t in (x, weight, bias, residual)]
-    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        with torch.no_grad():
-            y = conv_act(*given, **how, backend="triton")
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with torch.no_grad():
+        y = conv_act(*given, **how, backend="triton")
     near(y, (z + bias.double().view(1, -1, 1, 1) + residual.double()).relu(), dtype)
 
 
-@each_kernel
 def test_conv_act_in_cuda(kernel):
     """Integers, which are exact; a bias and a residual once, and once neither."""
-    need(kernel)
     dtype, how = getattr(torch, kernel.element), pairs(2, 1)
     x, weight, bias, residual = (
         torch.randint(-2, 3, shape).to(dtype) for shape in ((2, 40, 13, 15), (72, 40, 3, 3), (72,), (2, 72, 7, 8))

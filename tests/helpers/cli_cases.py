@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,13 @@ def one_line(capsys) -> str:
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("fastres: ") and err.count("\n") == 1 and err.endswith("\n")
     return err
+
+
+def png_size(path) -> tuple[int, int]:
+    """Width and height of a whole PNG file."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    return struct.unpack(">II", data[16:24])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 
 from fastres._dispatch import OPERATORS, refusals
 from fastres.ops._tensors import stats_dtype
@@ -22,9 +23,13 @@ def skip_if_refused(how, *args, **kwargs):
         pytest.skip("; ".join(reasons))
 
 
-def eager(x, weight, bias=None, residual=None, stride=1, padding=0, dilation=1, groups=1, act="relu"):
-    z = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return EAGER[act](z if residual is None else z + residual)
+def eager(x, weight, bias=None, residual=None, scale=None, act="relu", **how):
+    """With a scale the formula, in fp64 for fp64 tensors, in the statistics' dtype for others."""
+    z = F.conv2d(x, weight, bias if scale is None else None, **how)
+    if scale is not None:
+        z = z.to(stats_dtype(x)) * scale[:, None, None]
+        z = z if bias is None else z + bias[:, None, None]
+    return EAGER[act](z if residual is None else z + residual).to(x.dtype)
 
 
 def problem(c, k, size, geometry, dtype=torch.float32, kind="channels_last", groups=1, residual=True, integer=False):
@@ -43,11 +48,17 @@ def problem(c, k, size, geometry, dtype=torch.float32, kind="channels_last", gro
     return x, weight, draw(k), r, how
 
 
-def scaled(x, weight, bias=None, residual=None, scale=None, act="relu", **call):
-    """The formula in fp64 for fp64 tensors, in the statistics' dtype for others."""
-    z = F.conv2d(x, weight, None, **call).to(stats_dtype(x)) * scale[:, None, None]
-    z = z if bias is None else z + bias[:, None, None]
-    return EAGER[act](z if residual is None else z + residual).to(x.dtype)
+def convolutions(name):
+    """(x's size, the layer) of every convolution of a network of torchvision at 224 x 224."""
+    found = {}
+    with torch.device("meta"):
+        net = getattr(torchvision.models, name)(weights=None).eval()
+    for m in net.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            m.register_forward_pre_hook(lambda m, inputs: found.setdefault((tuple(inputs[0].shape[2:]), m)))
+    with torch.no_grad():
+        net(torch.empty(2, 3, 224, 224, device="meta"))
+    return list(found)
 
 
 def assert_outputs_and_gradients_agree(got, want, ours, theirs):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import fastres.ops  # noqa: F401  (declares the operators that fastres._C_cuda implements)
 from fastres import _extension
 from fastres.ops import _conv_tiles
+from fastres.ops._conv_backends import output_size
 from gpu_device import DEVICE, DRY
 
 NAN = float("nan")
@@ -33,7 +34,6 @@ def _kernels():
 
 
 KERNELS = _kernels()
-each_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: f"{k.name}-{k.element}" if k else "none")
 
 
 def need(kernel):
@@ -69,16 +69,10 @@ def pairs(stride=1, padding=0, dilation=1):
     return {name: (v, v) if isinstance(v, int) else v for name, v in given.items()}
 
 
-def out_size(x, weight, how):
-    """P, Q."""
-    axes = zip(x.shape[2:], weight.shape[2:], how["stride"], how["padding"], how["dilation"], strict=True)
-    return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in axes)
-
-
 def shape_of(x, weight, how):
     """N, H, W, C, K, R, S, P, Q, stride, padding, dilation: as _conv_tiles has it."""
     (n, c, h, w), (k, _, r, s) = x.shape, weight.shape
-    return n, h, w, c, k, r, s, *out_size(x, weight, how), *how["stride"], *how["padding"], *how["dilation"]
+    return n, h, w, c, k, r, s, *output_size((h, w), (r, s), **how), *how["stride"], *how["padding"], *how["dilation"]
 
 
 def refusal(kernel, x, weight, how):
@@ -96,7 +90,8 @@ def launch(kernel, x, weight, bias, residual, how, act):
 def exact(x, weight, bias, residual, how):
     """z in fp64, without a convolution: exact where the values are integers."""
     columns = F.unfold(x.double(), weight.shape[2:], how["dilation"], how["padding"], how["stride"])
-    z = (weight.double().flatten(1) @ columns).view(x.shape[0], weight.shape[0], *out_size(x, weight, how))
+    size = output_size(x.shape[2:], weight.shape[2:], **how)
+    z = (weight.double().flatten(1) @ columns).view(x.shape[0], weight.shape[0], *size)
     z = z if bias is None else z + bias.double().view(1, -1, 1, 1)
     return z if residual is None else z + residual.double()
 

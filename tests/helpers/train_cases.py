@@ -1,6 +1,7 @@
 """What the tests of training share: blocks of every family with a swapped twin, the options of swap, snapshots."""
 
 import copy
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -14,12 +15,10 @@ vision = torchvision.models.resnet
 
 # Every way in which a swapped model may train: what holds for one must hold for all.
 OPTIONS = [{}, {"memory": "min"}]
-every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default")
 
 # float64 goes through the reference and shows the wiring; float32 through the kernels that users run. Relative to each
 # tensor's largest value; measured in float32 over the blocks below: at most 4e-6.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 3e-5}
-every_precision = pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp64", "fp32"])
 
 
 def timm_block():
@@ -41,7 +40,6 @@ BLOCKS = {
     "timm": timm_block,
     "hugging face": hugging_face_block,
 }
-every_block = pytest.mark.parametrize("name", BLOCKS)
 
 
 def batch_norms(net):
@@ -105,13 +103,48 @@ def weighted(y):
     return (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
 
 
-def run(block, x, loss=weighted, cast=None, around=nullcontext):
-    """Output, gradients and state of one forward, under autocast to `cast`, and one backward."""
-    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+def run(block, x, loss=weighted, cast=None, around=nullcontext, needs_x=True, between=lambda: None):
+    """Output, gradients and state of one forward, under autocast to `cast`, then `between`, then one backward."""
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_(needs_x)
     with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None), around():
         y = block(leaf)
+    between()
     loss(y.float() if cast else y).backward()
-    return {"y": y.detach()} | gradients(block, x=leaf) | state(block)
+    found = {"y": y.detach()} | gradients(block, x=leaf) | state(block)
+    return {name.replace("_orig_mod.", ""): t for name, t in found.items()}  # of a compiled block
+
+
+def only_gradients(found):
+    return {name: t for name, t in found.items() if name.startswith(("dx", "grad "))}
+
+
+def in_threads(count, work):
+    """What work(0), ..., work(count - 1) return, called at once."""
+    start, found = threading.Barrier(count), {}
+
+    def call(i):
+        start.wait()
+        found[i] = work(i)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == count, "a thread raised"
+    return [found[i] for i in range(count)]
+
+
+# What training may leave out of any network.
+FREEZES = {
+    "norms in eval": lambda net: [bn.eval() for bn in batch_norms(net)],
+    "norms in eval, no gradients": lambda net: [bn.eval().requires_grad_(False) for bn in batch_norms(net)],
+    "every second norm in eval": lambda net: [bn.eval() for bn in batch_norms(net)[::2]],
+    "norm weights": lambda net: [bn.weight.requires_grad_(False) for bn in batch_norms(net)],
+    "norm biases": lambda net: [bn.bias.requires_grad_(False) for bn in batch_norms(net)],
+    "norms without gradients": lambda net: [bn.requires_grad_(False) for bn in batch_norms(net)],
+    "convolutions": lambda net: [m.requires_grad_(False) for m in net.modules() if isinstance(m, nn.Conv2d)],
+}
 
 
 def stage():
@@ -120,4 +153,20 @@ def stage():
 
 
 BUILDS = {**BLOCKS, "stage": stage}
-every_build = pytest.mark.parametrize("name", BUILDS)
+AXES = {
+    "option": pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())) or "default"),
+    "precision": pytest.mark.parametrize("dtype", TOLERANCES, ids=["fp64", "fp32"]),
+    "block": pytest.mark.parametrize("name", BLOCKS),
+    "build": pytest.mark.parametrize("name", BUILDS),
+}
+
+
+def every(*axes):
+    """Run a test for every option of swap, precision, block: for each combination of those that are named."""
+
+    def parametrized(test):
+        for axis in reversed(axes):
+            test = AXES[axis](test)
+        return test
+
+    return parametrized

@@ -18,14 +18,9 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from triton_launches import CONVS, DTYPES, SHAPES, TYPES, launch_everything, recorded  # noqa: E402
 
-WRITTEN = {
-    "add_relu_forward_kernel": ("y_ptr",),
-    "bn_act_forward_kernel": ("y_ptr",),
-    **dict.fromkeys(
-        ("add_relu_backward_kernel", "bn_act_backward_sums_kernel", "bn_act_backward_kernel"),
-        ("dx_ptr", "dresidual_ptr"),
-    ),
-}
+BACKWARD = "add_relu_backward_kernel", "bn_act_backward_sums_kernel", "bn_act_backward_kernel"
+WRITTEN = dict.fromkeys(("add_relu_forward_kernel", "bn_act_forward_kernel"), ("y_ptr",))
+WRITTEN |= dict.fromkeys(BACKWARD, ("dx_ptr", "dresidual_ptr"))
 
 
 def all_launches():

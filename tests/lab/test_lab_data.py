@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import pickle
 
 import pytest
@@ -102,8 +103,8 @@ def test_test_batches_hold_every_image_once_over_the_parts():
 
 
 def test_streams_differ():
-    keys = [(seed, name, number) for seed in range(5) for name in ("order", "augment") for number in range(50)]
-    assert len({stream(*key) for key in keys}) == 500 and all(0 <= stream(*key) < 1 << 63 for key in keys)
+    seeds = {stream(*key) for key in itertools.product(range(5), ("order", "augment"), range(50))}
+    assert len(seeds) == 500 and all(0 <= seed < 1 << 63 for seed in seeds)
 
 
 # ---- preprocessing and augmentation ----------------------------------------------------------------------------------
@@ -227,12 +228,8 @@ def folders(tmp_path):
 
 
 @own_process  # it forks decoders
-def test_folders_give_the_papers_crops_reproducibly(folders):
-    for workers in (0, 2):
-        check_crops(folders, workers)
-
-
-def check_crops(folders, workers):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_folders_give_the_papers_crops_reproducibly(folders, workers):
     data = load("imagenet", folders, workers)
     assert (data.train_size, data.test_size, data.classes, data.size) == (6, 4, 2, 224)
     recipe = small("imagenet", batch_size=4, iterations=3)
@@ -306,12 +303,8 @@ def test_a_corrupt_image_is_named(folders):
 
 def test_missing_folders_are_one_clear_line(folders, tmp_path):
     (folders / "train" / "c").mkdir()
-    cases = {
-        None: "data root: got none",
-        tmp_path / "nowhere": "has no train/",
-        folders: "data folder",
-    }
-    for root, message in cases.items():
+    cases = (None, "data root: got none"), (tmp_path / "nowhere", "has no train/"), (folders, "data folder")
+    for root, message in cases:
         with pytest.raises(LabError, match=message) as caught:
             load("imagenet", root)
         assert "ILSVRC2012_img_train.tar" in str(caught.value) and "\n" not in str(caught.value)

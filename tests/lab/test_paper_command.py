@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,22 +14,14 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from cli_cases import FASTRES, one_line, started  # noqa: E402
 from fastres import cli  # noqa: E402
 from fastres.lab.paper.registry import EXPERIMENTS  # noqa: E402
-
-FASTRES = [sys.executable, "-m", "fastres"]
 
 
 def shown(capsys, *arguments: str) -> str:
     assert cli.main(["paper", *arguments]) == 0, capsys.readouterr().err
     return capsys.readouterr().out
-
-
-def refused(capsys, *arguments: str) -> str:
-    assert cli.main(["paper", *arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("fastres: ") and err.count("\n") == 1
-    return err
 
 
 def test_list_has_experiments_numbers_and_costs(capsys):
@@ -91,7 +81,7 @@ def test_bad_input_is_one_line(capsys, tmp_path, arguments, message):
         assert cli.main(["paper", *arguments]) == 2
         assert message in capsys.readouterr().err
     else:
-        assert message in refused(capsys, *arguments)
+        assert cli.main(["paper", *arguments]) == 2 and message in one_line(capsys)
 
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "paper.md"
@@ -116,22 +106,16 @@ def test_stopped_it_leaves_no_process_and_goes_on(tmp_path, number):
     """One signal to the whole group, as a terminal's Ctrl-C."""
     pytest.importorskip("sklearn")
     command = [*FASTRES, "paper", "degradation", "--preset", "digits", "--device", "cpu", "--workers", "2"]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path)],
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not any(
-        log.read_text().count("\n") > 1 for log in tmp_path.glob("runs/*/log.csv")
-    ):
-        time.sleep(0.5)
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=60)
+    with started([*command, "--out", str(tmp_path)], start_new_session=True) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not any(
+            log.read_text().count("\n") > 1 for log in tmp_path.glob("runs/*/log.csv")
+        ):
+            time.sleep(0.5)
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=60)
     assert process.returncode in (130, -number), err
-    assert b"Traceback" not in err, err
+    assert "Traceback" not in err, err
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and _alive(process.pid):
         time.sleep(0.5)

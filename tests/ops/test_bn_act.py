@@ -13,7 +13,7 @@ from torch.library import opcheck
 import fastres
 from fastres._dispatch import BackendError
 from fastres.functional import bn_act
-from referee import DTYPES, INTERPRETER_DTYPES, LAYOUTS, assert_as_good, layout
+from referee import DTYPES, INTERPRETER_DTYPES, LAYOUTS, assert_as_good, backward64, forward64, layout, statistics64
 
 EPS = 1e-5
 ROW9_CHANNELS = (1, 2, 3, 5, 7, 9, 15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 255, 257, 1000)
@@ -34,32 +34,12 @@ def problem(shape, dtype=torch.float32, kind="nchw", residual=True, kind_r=None,
     return x, torch.randn(c) + center, torch.rand(c) + 0.5, weight, bias, r
 
 
-def exact(x, mean, var, weight, bias, residual, dy, act, training, mask):
-    """The formulas of ops/bn_act.py in fp64, and each on absolute values; `mask`: where the tested y is <= 0."""
-    dims, n = (0, 2, 3), x.numel() / x.shape[1]
-    x, dy = x.double(), dy.double()
-
-    def per(t, default):
-        return (x.new_full((x.shape[1],), default) if t is None else t.double())[:, None, None]
-
-    if training:
-        var, mean = torch.var_mean(x, dims, correction=0)
-    mean, rstd = per(mean, 0), torch.rsqrt(per(var, 1) + EPS)
-    w, b = per(weight, 1.0), per(bias, 0.0)
-    r = torch.zeros_like(x) if residual is None else residual.double()
-    x_hat, size = (x - mean) * rstd, (x.abs() + mean.abs()) * rstd
-    z, z_size = w * x_hat + b + r, w.abs() * size + b.abs() + r.abs()
-    g = dy.masked_fill(mask, 0) if act == "relu" else dy
-    dbias, dweight = g.sum(dims, True)[0], (g * x_hat).sum(dims, True)[0]
-    dbias_size, dweight_size = g.abs().sum(dims, True)[0], (g.abs() * size).sum(dims, True)[0]
-    dx, dx_size = w * rstd * g, w.abs() * rstd * g.abs()
-    if training:
-        dx = dx - w * rstd * (dbias + x_hat * dweight) / n
-        dx_size = dx_size + w.abs() * rstd * (dbias_size + size * dweight_size) / n
-    y = z.clamp(min=0) if act == "relu" else z
-    results = {"y": y, "dx": dx, "dweight": dweight.flatten(), "dbias": dbias.flatten(), "dresidual": g}
-    sizes = {"y": z_size, "dx": dx_size, "dweight": dweight_size.flatten(), "dbias": dbias_size.flatten()}
-    return results, {**sizes, "dresidual": g.abs()}
+def exact(inputs, dy, y, act, training):
+    """{name: (value, sum of the absolute values of its terms)} in fp64; the ReLU's mask is that of the tested y."""
+    x, mean, var, weight, bias, residual = inputs
+    mean, var = statistics64(x) if training else (mean, var)
+    forward = {"y": forward64(x, weight, bias, residual, mean, var, EPS, act)}
+    return forward | backward64(dy, x, y, weight, mean, var, training, EPS, act)
 
 
 def run(f, inputs, dy):
@@ -74,7 +54,7 @@ def run(f, inputs, dy):
 
 
 def check(inputs, act, training, backend, dy_kind="nchw"):
-    x, mean, var, weight, bias, residual = inputs
+    x = inputs[0]
     dy = layout(torch.randn(x.shape).to(x.dtype), dy_kind)
     ours, ours_stats = run(
         lambda x, m, v, w, b, r: bn_act(x, m, v, w, b, r, act=act, training=training, eps=EPS, backend=backend),
@@ -82,15 +62,14 @@ def check(inputs, act, training, backend, dy_kind="nchw"):
         dy,
     )
     theirs, their_stats = run(lambda *a: eager(*a, act=act, training=training), inputs, dy)
-    results, sizes = exact(x, mean, var, weight, bias, residual, dy, act, training, ours["y"] <= 0)
-    their_exact, _ = exact(x, mean, var, weight, bias, residual, dy, act, training, theirs["y"] <= 0)
+    wanted, their_wanted = (exact(inputs, dy, found["y"], act, training) for found in (ours, theirs))
     for name, got in ours.items():
         if got is None:
             assert theirs[name] is None, name
             continue
         # each against fp64 with its own mask: a rounding at z = 0 may fall on either side
-        eager_as_ours = (theirs[name].double() - their_exact[name] + results[name]).to(got.dtype)
-        assert_as_good(got, eager_as_ours, results[name], sizes[name], f"{name} {list(x.shape)} {x.dtype}")
+        eager_as_ours = (theirs[name].double() - their_wanted[name][0] + wanted[name][0]).to(got.dtype)
+        assert_as_good(got, eager_as_ours, *wanted[name], f"{name} {list(x.shape)} {x.dtype}")
     assert ours["y"].stride() == theirs["y"].stride()
     for got, want in zip(ours_stats, their_stats, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
@@ -273,8 +252,7 @@ def test_row19_third_order_is_right(backend):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * want.abs().max().item())
 
 
-def test_row23_compile_fullgraph_equals_eager_without_recompiles(backend):
-    torch._dynamo.reset()
+def test_row23_compile_fullgraph_equals_eager_without_recompiles(backend, fresh_compiler):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
     def f(x, mean, var, weight, bias, r):

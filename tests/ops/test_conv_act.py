@@ -7,13 +7,21 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch.library import opcheck
 
 import fastres
-from conv_cases import GEOMETRY, assert_outputs_and_gradients_agree, eager, problem, skip_if_refused
+from conv_cases import (
+    EAGER,
+    GEOMETRY,
+    assert_outputs_and_gradients_agree,
+    convolutions,
+    eager,
+    problem,
+    skip_if_refused,
+)
 from fastres._dispatch import OPERATORS, BackendError
 from fastres.functional import conv_act
+from fastres.ops._tensors import stats_dtype
 from fastres.ops.conv_act import ACTS, _kind
 from referee import LAYOUTS, assert_as_good, layout
 
@@ -27,6 +35,11 @@ WIDTHS = (1, 3, 8, 17, 33, 64, 65)
 def pytest_generate_tests(metafunc):
     if "how" in metafunc.fixturenames:
         metafunc.parametrize("how", BACKENDS)
+
+
+def scales(how):
+    """Without a scale per channel and with one, which oneDNN's epilogue does not have."""
+    return (False,) if how == "onednn" else (False, True)
 
 
 def fits(size, geometry):
@@ -66,13 +79,38 @@ def test_forward_against_fp64(how, dtype, act):
 
 
 def test_row10_nan_and_infinity_as_eager(how):
-    for value, act, kind in itertools.product((float("nan"), float("inf"), -float("inf")), ACTS, LAYOUTS[:2]):
+    values = float("nan"), float("inf"), -float("inf")
+    for value, act, kind, scaled in itertools.product(values, ACTS, LAYOUTS[:2], scales(how)):
         x, weight, bias, residual, call = problem(4, 19, (5, 5), (3, 1, 1, 1), kind=kind)
-        x[0, 1, 2, 3] = value
-        residual[1, 7, 0, 0] = value
-        got = conv_act(x, weight, bias, residual, **call, act=act, backend=how)
-        want = eager(x, weight, bias, residual, **call, act=act)
+        scale = torch.randn(19) if scaled else None
+        x[0, 1, 2, 3] = residual[1, 7, 0, 0] = value
+        if scaled:
+            scale[3] = bias[5] = value
+        got = conv_act(x, weight, bias, residual, scale, **call, act=act, backend=how)
+        want = eager(x, weight, bias, residual, scale, **call, act=act)
         assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf()), (value, act)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["own", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("through", ["reference", "cpu"])
+def test_forward_with_a_scale_against_fp64(through, dtype, act, wide):
+    """One rounding: not worse than eager's convolution, batch norm and addition, which round three times."""
+    for (c, k, groups), kind, residual, bias in itertools.product(
+        [(16, 24, 1), (6, 9, 3), (3, 1, 1)], LAYOUTS[:2], (True, False), (True, False)
+    ):
+        x, weight, b, r, call = problem(c, k, (9, 10), GEOMETRY[4], dtype, kind, groups=groups, residual=residual)
+        stored = stats_dtype(x) if wide else dtype
+        scale, b = torch.randn(k).to(stored), b.to(stored) if bias else None
+        got = conv_act(x, weight, b, r, scale, **call, act=act, backend=through)
+        assert got.stride() == conv_act(x, weight, None, r, **call, act=act, backend=through).stride()
+        doubles = [None if t is None else t.double() for t in (x, weight, b, r, scale)]
+        exact = eager(*doubles, **call, act=act)
+        size = eager(*(None if t is None else t.abs() for t in doubles), **call, act="none")
+        z = F.conv2d(x, weight, None, **call) * scale.to(dtype)[:, None, None]
+        z = z if b is None else z + b.to(dtype)[:, None, None]
+        assert_as_good(got, EAGER[act](z if r is None else z + r), exact, size, f"{act} {groups}")
 
 
 @pytest.mark.parametrize("kind", LAYOUTS)
@@ -111,10 +149,11 @@ def test_row45_bitwise_repeatable(how):
 
 @pytest.mark.parametrize("act", ACTS)
 def test_row50_gradients_and_only_those_asked_for(how, act):
-    x, weight, bias, residual, call = problem(6, 8, (7, 7), (3, 2, 1, 1), groups=2)
-    for needs in itertools.product((False, True), repeat=4):
-        ours = [t.clone().requires_grad_(n) for t, n in zip((x, weight, bias, residual), needs, strict=True)]
-        theirs = [t.detach().clone().requires_grad_(n) for t, n in zip(ours, needs, strict=True)]
+    *given, call = problem(6, 8, (7, 7), (3, 2, 1, 1), groups=2)
+    cases = [(given + [torch.randn(8)] * scaled, 4 + scaled) for scaled in scales(how)]
+    for tensors, needs in ((tensors, n) for tensors, count in cases for n in itertools.product((0, 1), repeat=count)):
+        ours = [t.clone().requires_grad_(bool(n)) for t, n in zip(tensors, needs, strict=True)]
+        theirs = [t.detach().clone().requires_grad_(t.requires_grad) for t in ours]
         got = conv_act(*ours, **call, act=act, backend=how)
         want = eager(*theirs, **call, act=act)
         assert_outputs_and_gradients_agree(got, want, ours, theirs)
@@ -148,27 +187,30 @@ def test_opcheck_over_layouts(act):
         opcheck(torch.ops.fastres.conv_act.default, (*leaves, None, [2, 2], [1, 1], [1, 1], 1, act))
 
 
-def test_row19_gradcheck_to_second_order():
-    x, weight, bias, r, call = problem(4, 4, (4, 4), (3, 1, 1, 1), torch.float64, groups=2)
-    leaves = [t.requires_grad_() for t in (x, weight, bias, r)]
-    assert torch.autograd.gradcheck(lambda *a: conv_act(*a, **call), leaves)
-    assert torch.autograd.gradgradcheck(lambda *a: conv_act(*a, **call), leaves)
+@pytest.mark.parametrize(("act", "scaled"), [("relu", False), ("relu", True), ("none", True)])
+def test_row19_gradcheck_to_second_order(act, scaled):
+    *given, call = problem(4, 4, (4, 4), (3, 1, 1, 1), torch.float64, groups=2)
+    leaves = [t.requires_grad_() for t in given + [torch.randn(4, dtype=torch.float64)] * scaled]
+    assert torch.autograd.gradcheck(lambda *a: conv_act(*a, **call, act=act), leaves)
+    assert torch.autograd.gradgradcheck(lambda *a: conv_act(*a, **call, act=act), leaves)
+    opcheck(torch.ops.fastres.conv_act.default, (*leaves, *[None] * (not scaled), [1, 1], [1, 1], [1, 1], 2, act))
 
 
-def test_row23_compile_fullgraph_equals_eager_without_recompiles(how):
+def test_row23_compile_fullgraph_equals_eager_without_recompiles(how, fresh_compiler):
     import torch._dynamo.testing
 
-    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda *a: conv_act(*a, padding=1, backend=how), fullgraph=True, backend=counter)
-    weight, bias = torch.randn(8, 4, 3, 3, requires_grad=True), torch.randn(8, requires_grad=True)
-    for n in range(2, 12):
+    weight, bias, scale = (torch.randn(shape, requires_grad=True) for shape in ((8, 4, 3, 3), (8,), (8,)))
+    for scaled, n in itertools.product(scales(how), range(2, 12)):
         x = layout(torch.randn(n, 4, 6, 6), "channels_last").requires_grad_()
-        got, want = compiled(x, weight, bias), eager(x, weight, bias, padding=1)
+        given = x, weight, bias, None, scale if scaled else None
+        got, want = compiled(*given), eager(*given, padding=1)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-        grads = [torch.autograd.grad(y.square().sum(), (x, weight, bias)) for y in (got, want)]
+        leaves = [t for t in given if t is not None]
+        grads = [torch.autograd.grad(y.square().sum(), leaves) for y in (got, want)]
         torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= 2 * len(scales(how))
     assert any("fastres.conv_act" in str(node.target) for graph in counter.graphs for node in graph.graph.nodes)
 
 
@@ -183,6 +225,16 @@ def test_row20_row21_autocast_casts_as_conv2d(dtype):
             assert conv_act(*leaves, **call).dtype == torch.float32
     assert [g.dtype for g in torch.autograd.grad(got.sum(), leaves)] == [torch.float32] * 3
     torch.testing.assert_close(got.float(), eager(*leaves, residual, **call), rtol=3e-2, atol=0.2)
+
+
+def test_row20_under_autocast_scale_and_bias_stay_float32():
+    x, weight, bias, _, call = problem(4, 8, (6, 6), (3, 1, 1, 1))
+    scale = torch.full((8,), 1.001)  # 1 in bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = conv_act(x, weight, bias, None, scale, **call)
+    want = eager(x.bfloat16(), weight.bfloat16(), bias, None, scale, **call)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("when", ["before", "after", "inside"])
@@ -236,6 +288,10 @@ BAD = [
     ({"stride": 0}, ValueError, r"stride: got \(0, 0\)"),
     ({"dilation": (1, 0)}, ValueError, r"dilation: got \(1, 0\)"),
     ({"stride": (1, 1, 1)}, ValueError, r"stride: got \(1, 1, 1\), expected a number or two"),
+    ({"bias": torch.zeros(8).half(), "scale": torch.zeros(8)}, TypeError, "bias: got dtype torch.float16, expected"),
+    ({"scale": torch.zeros(7)}, ValueError, r"scale: got shape \[7\], expected \[8\], weight's output channels"),
+    ({"scale": torch.zeros(8).half()}, TypeError, "scale: got dtype torch.float16, expected x's dtype"),
+    ({"scale": torch.zeros(8, device="meta")}, ValueError, "scale: got device meta, expected x's device"),
     ({"act": "gelu"}, ValueError, "act: got 'gelu'"),
     ({"backend": "nope"}, ValueError, "backend: got 'nope'"),
 ]
@@ -260,17 +316,12 @@ NETWORKS = ("resnet18", "resnet50", "resnet152", "resnext50_32x4d", "mobilenet_v
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_convolution_of_known_networks_is_taken(name):
     """The must-not-refuse table: all of them, in both layouts."""
-    found = set()
-    with torch.device("meta"):
-        net = getattr(torchvision.models, name)(weights=None)
-    for m in net.modules():
-        if isinstance(m, torch.nn.Conv2d):
-            found.add((tuple(m.weight.shape), m.stride, m.padding, m.dilation, m.groups))
+    found = {(tuple(m.weight.shape), m.stride, m.padding, m.dilation, m.groups) for _, m in convolutions(name)}
     assert len(found) > 8
     for (shape, stride, padding, dilation, groups), residual in itertools.product(found, (True, False)):
         weight = torch.empty(shape, device="meta")
-        for kind, dtype in (("nchw", torch.float32), ("channels_last", torch.float32)):
-            x = layout(torch.empty(2, shape[1] * groups, 14, 14, dtype=dtype), kind)
+        for kind in ("nchw", "channels_last"):
+            x = layout(torch.empty(2, shape[1] * groups, 14, 14), kind)
             r = torch.empty(0) if residual else None
             explanation = fastres.explain("conv_act", x, weight, None, r, None, stride, padding, dilation, groups)
             assert explanation.chosen == "cpu" and not explanation.refusals["onednn"]
@@ -286,6 +337,9 @@ def test_refusals_are_sentences():
     assert fastres.explain("conv_act", x.double(), weight).chosen == "reference"
     with pytest.raises(BackendError, match="conv_act: backend 'onednn' refuses: dtype torch.float64"):
         conv_act(x.double(), weight.double(), backend="onednn")
+    assert fastres.explain("conv_act", x, weight, scale=torch.ones(4)).chosen == "cpu"
+    with pytest.raises(BackendError, match="conv_act: backend 'onednn' refuses: its epilogue has no scale per channel"):
+        conv_act(x, weight, scale=torch.ones(4), backend="onednn")
     with torch.backends.mkldnn.flags(enabled=False):
         missing = fastres.explain("conv_act", x, weight).refusals["onednn"]
         assert missing == ["this build of torch has no oneDNN, or torch.backends.mkldnn.enabled is False"]
@@ -294,11 +348,7 @@ def test_refusals_are_sentences():
 @pytest.mark.parametrize(
     ("which", "wanted", "absent"),
     [
-        (
-            "cpu",
-            {"aten::conv2d", "fastres::_bn_act_native"},
-            {"aten::add", "aten::add_", "aten::relu", "aten::relu_"},
-        ),
+        ("cpu", {"aten::conv2d", "fastres::_bn_act_native"}, {"aten::add", "aten::add_", "aten::relu", "aten::relu_"}),
         ("onednn", {"mkldnn::_convolution_pointwise", "aten::relu_"}, {"aten::add", "aten::add_", "aten::conv2d"}),
     ],
 )

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -100,36 +100,27 @@ class TestLoader:
                 return {{"schema_version": {_extension.SCHEMA_VERSION}, "compiler": "none"}}
             """
         )
-        found = []
-        threads = [threading.Thread(target=lambda: found.append((probe.module(), probe.why_not()))) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert len(found) == 8 and len({id(module) for module, _ in found}) == 1
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: (probe.module(), probe.why_not()), range(8)))
+        assert len({id(module) for module, _ in found}) == 1
         assert found[0][0] is not None and all(reason is None for _, reason in found)
         assert (tmp_path / "loads").read_text() == "x"
         assert probe.build_info()["compiler"] == "none"
 
-    def test_not_built(self, native):
-        probe = native()
+    @pytest.mark.parametrize(
+        ("source", "words"),
+        [
+            (None, ["is not built", "pip install --no-build-isolation"]),
+            ("def build_info(): return {'schema_version': 0}", ["is stale: built for operator schemas 0"]),
+            ("raise ImportError('undefined symbol: _ZN3foo')", ["undefined symbol: _ZN3foo"]),
+            ("import fastres_no_such_module", ["No module named 'fastres_no_such_module'"]),
+        ],
+        ids=["not built", "stale", "broken", "needs another"],
+    )
+    def test_what_cannot_be_loaded(self, native, source, words):
+        probe = native(source)
         assert probe.module() is None and probe.build_info() == {}
-        assert "is not built" in probe.why_not() and "pip install --no-build-isolation" in probe.why_not()
-
-    def test_stale(self, native):
-        probe = native("def build_info(): return {'schema_version': 0}")
-        assert probe.module() is None
-        assert "is stale: built for operator schemas 0" in probe.why_not()
-        assert "pip install --no-build-isolation" in probe.why_not()
-
-    def test_broken_binary(self, native):
-        probe = native("raise ImportError('undefined symbol: _ZN3foo')")
-        assert probe.module() is None
-        assert "undefined symbol: _ZN3foo" in probe.why_not()
-
-    def test_a_module_it_needs_is_missing(self, native):
-        probe = native("import fastres_no_such_module")
-        assert "No module named 'fastres_no_such_module'" in probe.why_not()
+        assert all(text in probe.why_not() for text in words)
 
     @pytest.mark.parametrize("setting", ["ext", "cpu", "all", "triton, cpu"])
     def test_disabled(self, native, monkeypatch, setting):
@@ -184,14 +175,8 @@ class TestInstalled:
         expected = "imported" if importlib.util.find_spec("triton") else "no triton"
         assert f"kernels: {expected}" in smoke(python, tmp_path)
         listed = run(python, "-m", "zipfile", "-l", wheel, cwd=tmp_path).output
-        for name in (
-            "/py.typed",
-            "/kernels/bn_act.py",
-            "fastres/_C.",
-            "licenses/LICENSE",
-            "licenses/LICENSE.CUTLASS",
-            "entry_points.txt",
-        ):
+        files = "/py.typed /kernels/bn_act.py fastres/_C. licenses/LICENSE licenses/LICENSE.CUTLASS entry_points.txt"
+        for name in files.split():
             assert name in listed, f"{name} is not in {wheel.name}"
         for name in ("tests/", "benchmarks/", "csrc/"):
             assert f"\n{name}" not in listed, f"{name} is in {wheel.name}"

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 if not (ROOT / "benchmarks" / "convergence.py").is_file():  # an installed wheel, tested without its sources
@@ -73,41 +72,22 @@ def test_the_same_seed_gives_the_same_run(tiny):
     assert run(tiny, 3) != run(tiny, 3, seed=1)
 
 
-def wrong_momentum(net):
-    fastres.swap(net, strict=True)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.101
+FAULTS = {
+    "wrong momentum": lambda net: [setattr(m, "momentum", 0.101) for m in net.modules() if hasattr(m, "momentum")],
+    "scaled gradient": lambda net: [p.register_hook(lambda gradient: 1.01 * gradient) for p in net.parameters()],
+    "one dead weight": lambda net: net.layer2[0].bn1.weight.register_hook(torch.zeros_like),
+    "wrong eps": lambda net: setattr(net.layer3[0].bn2, "eps", 1.1e-5),
+}
+SEEN = "statistics", "gradients", "gradients", "logits"
 
 
-def scaled_gradient(net):
-    fastres.swap(net, strict=True)
-    for parameter in net.parameters():
-        parameter.register_hook(lambda gradient: 1.01 * gradient)
-
-
-def one_dead_weight(net):
-    """A fused block that loses one gradient."""
-    fastres.swap(net, strict=True)
-    net.layer2[0].bn1.weight.register_hook(torch.zeros_like)
-
-
-def wrong_eps(net):
-    fastres.swap(net, strict=True)
-    net.layer3[0].bn2.eps = 1.1e-5
-
-
-@pytest.mark.parametrize(
-    "fault, seen",
-    [
-        (wrong_momentum, "statistics: error, median"),
-        (scaled_gradient, "gradients: error, median"),
-        (one_dead_weight, "gradients: error, median"),
-        (wrong_eps, "logits: error, median"),
-    ],
-)
+@pytest.mark.parametrize(("fault", "seen"), zip(FAULTS, SEEN, strict=True))
 def test_a_planted_fault_is_seen(tiny, fault, seen):
-    assert seen in failed([run(tiny, 6, fp32(fault))])
+    def faulty(net):
+        fastres.swap(net, strict=True)
+        FAULTS[fault](net)
+
+    assert f"{seen}: error, median" in failed([run(tiny, 6, fp32(faulty))])
 
 
 def test_nothing_swapped_is_an_error(tiny):

@@ -12,22 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastres._dispatch import BackendError
-from fastres.swap import swap
 from swap_cases import assert_same, projection, step
-from train_cases import (
-    TOLERANCES,
-    assert_bitwise,
-    block_input,
-    block_twins,
-    every_block,
-    every_option,
-    every_precision,
-    gradients,
-    outcome,
-    state,
-    twins,
-    vision,
-)
+from train_cases import TOLERANCES, assert_bitwise, block_input, block_twins, every, outcome, run, state, twins, vision
 
 
 def assert_not_half_moved(block, stock, before):
@@ -63,9 +49,7 @@ class Raises(nn.Module):
 # ---- batches ---------------------------------------------------------------------------------------------------------
 
 
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 def test_row4_one_value_per_channel_raises_and_moves_nothing(options, dtype, name):
     block, stock = block_twins(name, dtype, options)
     before = state(block)
@@ -75,55 +59,40 @@ def test_row4_one_value_per_channel_raises_and_moves_nothing(options, dtype, nam
     assert block.eval()(block_input(dtype, 1, 1)).isfinite().all()
 
 
-@every_option
-@every_precision
+@every("option", "precision")
 def test_row4_a_later_norm_that_raises_leaves_the_earlier_ones_moved_as_in_eager(options, dtype):
     """2 x 2 pixels pass bn1; behind the stride of 2 one pixel is left, and bn2 raises."""
     block, stock = twins(lambda: vision.Bottleneck(8, 4, 2, projection(8, 16, 2)), dtype, options)
     before = state(block)
     assert_fails_as_stock(block, stock, block_input(dtype, 1, 2), ValueError)
     now, wanted = state(block), state(stock)
-    first = [n for n in now if n.startswith("bn1.")]
     assert int(now["bn1.num_batches_tracked"]) == 1
-    assert_same({n: now[n] for n in first}, {n: wanted[n] for n in first}, TOLERANCES[dtype])
-    assert_bitwise(
-        {n: t for n, t in now.items() if n not in first}, {n: t for n, t in before.items() if n not in first}
-    )
+    assert_same(*({n: t[n] for n in t if n.startswith("bn1.")} for t in (now, wanted)), TOLERANCES[dtype])
+    assert_bitwise(*({n: t[n] for n in t if not n.startswith("bn1.")} for t in (now, before)))
 
 
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 def test_row3_empty_batch_moves_nothing_and_gives_zero_gradients(options, dtype, name):
     block, stock = block_twins(name, dtype, options)
     before, x = state(block), block_input(dtype, 0)
-    leaf = x.clone().requires_grad_()
-    y = block(leaf)
-    y.sum().backward()
-    assert y.shape == stock(x).shape and y.dtype is dtype
-    assert leaf.grad.shape == x.shape
+    found = run(block, x)
+    assert found["y"].shape == stock(x).shape and found["y"].dtype is dtype and found["dx"].shape == x.shape
     assert all(p.grad is not None and not p.grad.any() for p in block.parameters())
     assert_bitwise(state(block), before)
 
 
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_go_where_eager_sends_them(options, dtype, name, value):
     """One bad pixel in one image: NaN in y, in every gradient and in the statistics exactly where the stock block has
     it. Never a finite number where a NaN belongs: a ReLU that drops NaN would give 0."""
     block, stock = block_twins(name, dtype, options)
-    x, found = block_input(dtype), []
+    x = block_input(dtype)
     x[1, 3, 2, 2] = value
-    for model in (block, stock):
-        leaf = x.clone().requires_grad_()
-        y = model(leaf)
-        y.square().sum().backward()
-        found.append({"y": y.detach()} | gradients(model, x=leaf) | state(model))
-    assert found[1]["y"].isnan().any()
-    for key, wanted in found[1].items():
-        assert torch.equal(found[0][key].isnan(), wanted.isnan()), key
+    ours, theirs = run(block, x), run(stock, x)
+    assert theirs["y"].isnan().any()
+    for key, wanted in theirs.items():
+        assert torch.equal(ours[key].isnan(), wanted.isnan()), key
 
 
 # ---- inputs that are not activations ---------------------------------------------------------------------------------
@@ -145,8 +114,7 @@ BAD = {
 }
 
 
-@every_option
-@every_block
+@every("option", "block")
 @pytest.mark.parametrize("kind", BAD)
 @pytest.mark.parametrize("train", [True, False])
 def test_row50_bad_x(options, name, kind, train):
@@ -161,7 +129,7 @@ def test_row50_bad_x(options, name, kind, train):
         assert type(ours) is type(theirs) and str(ours)[:60] == str(theirs)[:60]
 
 
-@every_option
+@every("option")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_row20_half_networks_have_eagers_dtypes_and_refuse_float32(options, dtype):
     block, stock = block_twins("basic", torch.float32, options)
@@ -172,7 +140,7 @@ def test_row20_half_networks_have_eagers_dtypes_and_refuse_float32(options, dtyp
     assert_fails_as_stock(block, stock, block_input(torch.float32), RuntimeError)
 
 
-@every_option
+@every("option")
 @pytest.mark.parametrize("bad", ["bn1", "bn2"])
 @pytest.mark.parametrize("off", [-1, 1])
 def test_row5_a_norm_of_other_channels_raises_where_eager_does(options, bad, off):
@@ -185,8 +153,7 @@ def test_row5_a_norm_of_other_channels_raises_where_eager_does(options, bad, off
     assert int(block.bn1.num_batches_tracked) == (bad == "bn2")
 
 
-@every_option
-@every_precision
+@every("option", "precision")
 @pytest.mark.parametrize("train", [True, False])
 def test_a_residual_of_the_wrong_shape(options, dtype, train):
     """A stride without its projection: the addition raises in both, after every BN has seen the batch."""
@@ -196,7 +163,7 @@ def test_a_residual_of_the_wrong_shape(options, dtype, train):
     assert int(block.bn2.num_batches_tracked) == train
 
 
-@every_option
+@every("option")
 @pytest.mark.parametrize("child", ["conv2", "downsample"])
 def test_a_child_that_raises_leaves_what_ran_before_it_moved(options, child):
     """The shortcut runs before the last BN here and after it in the stock block: that BN alone is not compared."""
@@ -217,33 +184,25 @@ def test_a_child_that_raises_leaves_what_ran_before_it_moved(options, child):
 # ---- backends that refuse --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("named", ["cpu", "triton", "cuda"])
-def test_a_backend_that_refuses_says_why_and_moves_nothing(named):
+@pytest.mark.parametrize(
+    ("named", "dtype", "cast"),
+    [("cpu", torch.float64, None), ("triton", torch.float64, None), ("cuda", torch.float64, None)]
+    + [("cuda", torch.float32, cast) for cast in (torch.bfloat16, torch.float16)],
+)
+def test_a_backend_that_refuses_says_why_and_moves_nothing(named, dtype, cast):
     """float64 is the reference's alone: the block says so at its first BN, before anything has moved."""
-    torch.manual_seed(1)
-    block = vision.BasicBlock(8, 8).double()
-    swap(block, backend=named)
+    block, _ = twins(lambda: vision.BasicBlock(8, 8), dtype, {"backend": named})
     before = state(block)
-    with pytest.raises(BackendError, match=f"bn_act: backend '{named}' refuses"):
-        block(block_input(torch.float64))
-    assert_bitwise(state(block), before)
-
-
-@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
-def test_a_backend_that_refuses_under_autocast(cast):
-    torch.manual_seed(1)
-    block = vision.BasicBlock(8, 8)
-    swap(block, backend="cuda")
-    before = state(block)
-    with torch.autocast("cpu", cast), pytest.raises(BackendError, match="bn_act: backend 'cuda' refuses"):
-        block(block_input())
+    autocast = torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None)
+    with autocast, pytest.raises(BackendError, match=f"bn_act: backend '{named}' refuses"):
+        block(block_input(dtype))
     assert_bitwise(state(block), before)
     block.fastres_backend = "auto"
-    with torch.autocast("cpu", cast):
-        assert block(block_input()).dtype is cast
+    with autocast:
+        assert block(block_input(dtype)).dtype is (cast or dtype)
 
 
-@every_option
+@every("option")
 def test_a_broken_forward_is_seen_by_the_buffer_check(options):
     """A BN that has moved where the stock one has not is called out."""
     block, stock = block_twins("basic", torch.float32, options)

@@ -1,6 +1,7 @@
 """Swapped blocks: what may change between a forward and its backward, and what autograd must notice."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -13,105 +14,59 @@ from train_cases import (
     batch_norms,
     block_input,
     block_twins,
-    every_block,
-    every_option,
-    every_precision,
-    gradients,
+    every,
+    only_gradients,
     outcome,
-    state,
+    run,
     tiny_twins,
 )
 
 IN_PLACE = "modified by an inplace operation"
 
 
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 def test_backward_after_revert(options, dtype, name):
     """The graph of a forward outlives the swap: its gradients stay right, and later steps are stock ones."""
-    torch.manual_seed(1)
     _, stock = block_twins(name, dtype, options)
-    block, x, found = copy.deepcopy(stock), block_input(dtype), []
+    block, x = copy.deepcopy(stock), block_input(dtype)
     report = swap(block, **options)
-    for model in (block, stock):
-        leaf = x.clone().requires_grad_()
-        y = model(leaf)
-        if model is block:
-            report.revert()
-            assert fused_calls(copy.deepcopy(block), x) == 0
-        y.square().sum().backward()
-        found.append(gradients(model, x=leaf) | state(model))
-    assert_same(*found, tolerance=TOLERANCES[dtype])
+    ours = run(block, x, between=report.revert)
+    assert fused_calls(copy.deepcopy(block), x) == 0
+    assert_same(ours, run(stock, x), TOLERANCES[dtype])
     assert_same(step(block, x), step(stock, x), TOLERANCES[dtype])
 
 
-@every_option
-@every_precision
-@every_block
-def test_row24_a_parameter_changed_before_backward_is_noticed(options, dtype, name):
-    """By autograd's version error wherever the stock block gives one; elsewhere an error too, or the right gradients.
+@every("option", "precision", "block")
+@pytest.mark.parametrize("frozen", [None, "x", "norms"])
+def test_row24_a_parameter_changed_before_backward_is_noticed(options, dtype, name, frozen):
+    """By autograd's version error wherever the stock block gives one; elsewhere an error too, or the right gradients:
+    where no gradient needs a tensor it is not kept, and may change.
 
     (Eager saves a convolution's weight and a BN's weight; a BN's bias is read by no stock backward.)
     """
     _, stock = block_twins(name, dtype, options)
+    x = block_input(dtype)
     for parameter, _ in stock.named_parameters():
         found = []
         for model in block_twins(name, dtype, options):
-            torch.manual_seed(2)
-            leaf = block_input(dtype).requires_grad_()
-            y = model(leaf)
-            with torch.no_grad():
-                model.get_parameter(parameter).add_(1.0)
-
-            def backward(model=model, leaf=leaf, y=y):
-                y.square().sum().backward()
-                return gradients(model, x=leaf)
-
-            found.append(outcome(backward))
-        ours, theirs = found
-        if isinstance(theirs, Exception):
-            assert IN_PLACE in str(theirs)
-            assert isinstance(ours, RuntimeError) and IN_PLACE in str(ours), f"{parameter}: {ours!r:.200}"
-        elif isinstance(ours, Exception):
-            assert isinstance(ours, RuntimeError) and IN_PLACE in str(ours), f"{parameter}: {ours!r:.200}"
-        else:
-            assert_same(ours, theirs, TOLERANCES[dtype])
-
-
-@every_option
-@every_block
-@pytest.mark.parametrize("frozen", ["x", "parameters"])
-def test_row24_changes_with_frozen_parts_are_noticed_or_harmless(options, name, frozen):
-    """Where no gradient needs a tensor it is not kept, and may change."""
-    _, stock = block_twins(name, torch.float32, options)
-    for parameter, _ in stock.named_parameters():
-        found = []
-        for model in block_twins(name, torch.float32, options):
-            torch.manual_seed(2)
-            for bn in batch_norms(model) if frozen == "parameters" else ():
+            for bn in batch_norms(model) if frozen == "norms" else ():
                 bn.requires_grad_(False)
-            leaf = block_input().requires_grad_(frozen != "x")
-            y = model(leaf)
-            with torch.no_grad():
+
+            @torch.no_grad()
+            def change(model=model, parameter=parameter):
                 model.get_parameter(parameter).mul_(-2.0)
 
-            def backward(model=model, leaf=leaf, y=y):
-                y.square().sum().backward()
-                return gradients(model, x=leaf) if frozen != "x" else gradients(model)
-
-            found.append(outcome(backward))
+            found.append(outcome(partial(run, model, x, needs_x=frozen != "x", between=change)))
         ours, theirs = found
+        assert not isinstance(theirs, Exception) or IN_PLACE in str(theirs)
         if isinstance(ours, Exception):
             assert isinstance(ours, RuntimeError) and IN_PLACE in str(ours), f"{parameter}: {ours!r:.200}"
         else:
             assert not isinstance(theirs, Exception), f"{parameter}: eager notices {theirs!r:.200}"
-            assert_same(ours, theirs, TOLERANCES[torch.float32])
+            assert_same(ours, theirs, TOLERANCES[dtype])
 
 
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 def test_row24_x_or_a_convolutions_output_changed_before_backward_is_noticed(options, dtype, name):
     for where in ("x", "convolution", "y"):
         block, _ = block_twins(name, dtype, options)
@@ -129,7 +84,7 @@ def test_row24_x_or_a_convolutions_output_changed_before_backward_is_noticed(opt
             y.sum().backward()
 
 
-@every_option
+@every("option")
 def test_an_optimizer_step_between_forward_and_backward_is_noticed(options):
     net, stock = tiny_twins(torch.float32, options)
     for model in (net, stock):
@@ -141,27 +96,23 @@ def test_an_optimizer_step_between_forward_and_backward_is_noticed(options):
             second.sum().backward()
 
 
-@every_option
-@every_block
+@every("option", "block")
 def test_statistics_changed_before_backward_do_not_matter(options, name):
     """In both modes the forward's own statistics are used: buffers loaded or reset in between are another matter."""
     for train in (True, False):
         block, stock = block_twins(name, torch.float32, options)
-        found, x = [], block_input()
-        for model in (block.train(train), stock.train(train)):
-            leaf = x.clone().requires_grad_()
-            y = model(leaf)
-            if model is block:
-                for bn in batch_norms(model):
-                    bn.running_mean = bn.running_mean + 7
-                    bn.running_var.fill_(3.0)
-            y.square().sum().backward()
-            found.append(gradients(model, x=leaf))
-        assert_same(*found, tolerance=TOLERANCES[torch.float32])
+        x = block_input()
+
+        def change(block=block):
+            for bn in batch_norms(block):
+                bn.running_mean = bn.running_mean + 7
+                bn.running_var.fill_(3.0)
+
+        ours, wanted = run(block.train(train), x, between=change), run(stock.train(train), x)
+        assert_same(only_gradients(ours), only_gradients(wanted), TOLERANCES[torch.float32])
 
 
-@every_option
-@every_block
+@every("option", "block")
 def test_a_gradient_of_another_shape_is_refused(options, name):
     block, _ = block_twins(name, torch.float32, options)
     for bad in (lambda y: y[:, :1], lambda y: y.flatten(), lambda y: y[None]):

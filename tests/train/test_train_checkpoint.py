@@ -1,6 +1,7 @@
 """Swapped blocks under torch.utils.checkpoint: as PyTorch has it, and with swap(checkpoint_bn="once")."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -17,11 +18,9 @@ from train_cases import (
     batch_norms,
     block_input,
     block_twins,
-    every_block,
-    every_build,
-    every_option,
-    every_precision,
+    every,
     gradients,
+    only_gradients,
     run,
     stage,
     state,
@@ -32,34 +31,37 @@ from train_cases import (
 # ---- as PyTorch has it -----------------------------------------------------------------------------------------------
 
 
-def checkpointed(model, x, reentrant):
-    with set_checkpoint_early_stop(False):
-        return checkpoint(model, x, use_reentrant=reentrant)
+def under_checkpoint(block, reentrant):
+    class Checkpointed(nn.Module):
+        """`block` under checkpoint, with the block's own names."""
+
+        def forward(self, x):
+            return checkpoint(block, x, use_reentrant=reentrant)
+
+        named_parameters, state_dict = block.named_parameters, block.state_dict
+
+    return Checkpointed()
 
 
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_row26_gradients_under_checkpoint_are_the_plain_ones_bit_for_bit(options, dtype, name, reentrant):
     """And statistics move in the recomputation again, as the stock block's do. float64 is bitwise where nothing of the
     plain run is computed again either."""
     block, stock = block_twins(name, dtype, options)
-    plain, x, found = copy.deepcopy(block), block_input(dtype), []
-    for model, enabled in ((block, True), (stock, True), (plain, False)):
-        leaf = x.clone().requires_grad_()
-        y = checkpointed(model, leaf, reentrant) if enabled else model(leaf)
-        y.square().sum().backward()
-        found.append(gradients(model, x=leaf))
+    x = block_input(dtype)
+    plain = only_gradients(run(copy.deepcopy(block), x))
+    whole = partial(set_checkpoint_early_stop, False)
+    found, _ = (only_gradients(run(under_checkpoint(model, reentrant), x, around=whole)) for model in (block, stock))
     if dtype is torch.float64 and options:
-        assert_same(found[0], found[2], 1e-12)
+        assert_same(found, plain, 1e-12)
     else:
-        assert_bitwise(found[0], found[2])
+        assert_bitwise(found, plain)
     assert_same(state(block), state(stock), TOLERANCES[dtype])
     assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {2}
 
 
-@every_option
+@every("option")
 def test_row26_checkpoint_sequential_under_autocast(options):
     """The recomputation runs under the forward's autocast, so its gradients are the plain run's."""
     net, _ = tiny_twins(torch.float32, options)
@@ -67,12 +69,8 @@ def test_row26_checkpoint_sequential_under_autocast(options):
     for model in (net, plain):
         leaf = x.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            y = leaf
-            if model is net:
-                y = checkpoint_sequential(list(model.children())[:3], 2, y, use_reentrant=False)
-            else:
-                for child in list(model.children())[:3]:
-                    y = child(y)
+            layers = model[:3]
+            y = checkpoint_sequential(layers, 2, leaf, use_reentrant=False) if model is net else layers(leaf)
         y.float().square().mean().backward()
         found.append(gradients(model, x=leaf))
     assert_bitwise(*found)
@@ -84,7 +82,7 @@ def test_row26_checkpoint_sequential_under_autocast(options):
 ONCE = [{"checkpoint_bn": "once"}, {"checkpoint_bn": "once", "memory": "min"}]
 
 
-@every_build
+@every("build")
 @pytest.mark.parametrize("options", ONCE, ids=["default", "min"])
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("cast", [None, torch.bfloat16])
@@ -94,20 +92,8 @@ def test_row26_once_equals_a_run_without_checkpoint(name, options, reentrant, ca
     swap(plain, strict=True)
     for _ in range(2):
         x = block_input()
-        assert_bitwise(run(partial_checkpoint(once, reentrant), x, cast=cast), run(plain, x, cast=cast))
+        assert_bitwise(run(under_checkpoint(once, reentrant), x, cast=cast), run(plain, x, cast=cast))
     assert {int(bn.num_batches_tracked) for bn in batch_norms(once)} == {2}
-
-
-def partial_checkpoint(block, reentrant):
-    class Checkpointed(nn.Module):
-        """`block` under checkpoint, with the block's own names."""
-
-        def forward(self, x):
-            return checkpoint(block, x, use_reentrant=reentrant)
-
-        named_parameters, state_dict = block.named_parameters, block.state_dict
-
-    return Checkpointed()
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the inner one, in the outer's first run
@@ -139,7 +125,7 @@ def test_row26_once_leaves_ordinary_steps_alone_and_torch_moves_twice():
         run(block, block_input())
         assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {1}
         block.zero_grad()
-        run(partial_checkpoint(block, True), block_input())
+        run(under_checkpoint(block, True), block_input())
         assert {int(bn.num_batches_tracked) for bn in batch_norms(block)} == {1 + moved}
 
 

@@ -7,22 +7,10 @@ import torch
 from torch import nn
 
 from swap_cases import assert_same
-from train_cases import (
-    TOLERANCES,
-    assert_bitwise,
-    block_input,
-    block_twins,
-    every_block,
-    every_option,
-    every_precision,
-    gradients,
-    state,
-    twins,
-    vision,
-)
+from train_cases import TOLERANCES, assert_bitwise, block_input, block_twins, every, gradients, state, twins, vision
 
 
-@every_option
+@every("option")
 @pytest.mark.parametrize("train", [True, False])
 def test_row19_gradcheck_to_second_order(options, train):
     block, _ = twins(lambda: vision.BasicBlock(2, 2), torch.float64, options)
@@ -37,21 +25,18 @@ def test_row19_gradcheck_to_second_order(options, train):
     assert torch.autograd.gradgradcheck(f, leaves)
 
 
-@every_option
-@every_precision
-@every_block
+@every("option", "precision", "block")
 def test_row19_gradient_penalty(options, dtype, name):
     """create_graph=True: the gradient of |dx|^2 with respect to every parameter, and dx itself."""
     block, stock = block_twins(name, dtype, options)
-    x, found, first = block_input(dtype), [], []
+    x, found = block_input(dtype), []
     for model in (block, stock):
         leaf = x.clone().requires_grad_()
         y = model(leaf)
         (dx,) = torch.autograd.grad(y.square().mean(), leaf, create_graph=True)
         (dx.square().sum() + y.mean()).backward()
+        assert dx.grad_fn is not None
         found.append({"first dx": dx.detach()} | gradients(model, x=leaf) | state(model))
-        first.append(dx)
-    assert first[0].grad_fn is not None
     assert_same(*found, tolerance=10 * TOLERANCES[dtype])
 
 
@@ -73,8 +58,7 @@ class Formula(nn.Module):
         return torch.relu(self.norm(block.conv2(y), block.bn2) + x)
 
 
-@every_option
-@every_precision
+@every("option", "precision")
 def test_row19_third_order_is_right(options, dtype):
     block, stock = twins(lambda: vision.BasicBlock(3, 3), dtype, options)
     x, found = torch.randn(2, 3, 4, 4, dtype=dtype), []
@@ -88,8 +72,7 @@ def test_row19_third_order_is_right(options, dtype):
     assert_same(*found, tolerance=1e-9 if dtype is torch.float64 else 1e-3)  # measured: 2e-15, 4e-6
 
 
-@every_option
-@every_block
+@every("option", "block")
 def test_retained_graph_gives_the_same_gradients_again(options, name):
     block, _ = block_twins(name, torch.float32, options)
     leaf = block_input().requires_grad_()

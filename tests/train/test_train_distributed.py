@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from swap_cases import TINY_CALLS, assert_same, fused_calls, images, tiny
-from train_cases import OPTIONS, TOLERANCES, batch_norms, gradients, outcome, state, twins
+from train_cases import FREEZES, OPTIONS, TOLERANCES, gradients, outcome, state, twins
 
 pytestmark = pytest.mark.xdist_group("two processes of swapped networks")  # one start for all
 RANKS = 2
@@ -38,18 +38,8 @@ def build(dtype, options):
 
 def data(dtype, count=3, n=8):
     generator = torch.Generator().manual_seed(7)
-    return [
-        (
-            torch.randn(n, 3, 16, 16, dtype=dtype, generator=generator),
-            torch.randint(5, (n,), generator=generator),
-        )
-        for _ in range(count)
-    ]
-
-
-def freeze_norms(net):
-    for bn in batch_norms(net):
-        bn.eval()
+    g = {"generator": generator}
+    return [(torch.randn(n, 3, 16, 16, dtype=dtype, **g), torch.randint(5, (n,), **g)) for _ in range(count)]
 
 
 def fit(model, module, batches, twice=False):
@@ -87,7 +77,7 @@ def worker(rank, folder):
                 found = {}
                 for label, module in zip(("ours", "theirs"), build(dtype, options), strict=True):
                     if kind == "eval norms":
-                        freeze_norms(module)
+                        FREEZES["norms in eval"](module)
                     # eager's own module cannot run twice before a backward where its buffers are broadcast
                     found[label] = fit(
                         wrap(module, broadcast_buffers=kind == "eval norms"), module, mine, kind == "two forwards"
@@ -141,16 +131,15 @@ every_case = pytest.mark.parametrize(
 def test_row25_norms_in_eval_mode_equal_one_process_on_the_joined_batch(ranks, number, dtype):
     """Gradients averaged over the ranks are those of the joined batch, since nothing is taken over a rank's batch."""
     net, _ = build(dtype, OPTIONS[number])
-    freeze_norms(net)
+    FREEZES["norms in eval"](net)
     wanted = fit(net, net, data(dtype))
-    losses = []
     for rank in range(RANKS):
         found = ranks[rank][f"{number} {dtype} eval norms"]
         assert_same(found["ours"], found["theirs"], 100 * TOLERANCES[dtype])
-        losses.append({n: t for n, t in found["ours"].items() if n.startswith("loss")})
-        rest = {n: t for n, t in found["ours"].items() if n not in losses[-1]}
-        assert_same(rest, {n: t for n, t in wanted.items() if n in rest}, 100 * TOLERANCES[dtype])
-    joined = {n: (losses[0][n] + losses[1][n]) / 2 for n in losses[0]}
+        rest = {n: t for n, t in found["ours"].items() if not n.startswith("loss")}
+        assert_same(rest, {n: wanted[n] for n in rest}, 100 * TOLERANCES[dtype])
+    first, second = (ranks[rank][f"{number} {dtype} eval norms"]["ours"] for rank in range(RANKS))
+    joined = {n: (t + second[n]) / 2 for n, t in first.items() if n.startswith("loss")}
     assert_same(joined, {n: wanted[n] for n in joined}, 100 * TOLERANCES[dtype])
 
 

@@ -69,12 +69,8 @@ def test_a_block_keeps_no_more_than_eager_and_no_copy():
     expected = 2 * inner + outer + 2 * inner + outer  # x of three BN; two inputs of convolutions, the output's sign
     x = images().requires_grad_()
     for memory in (None, "default"):
-        square = outer  # the test's own: loss = sum y^2 keeps y, which is the output already
-        assert large(kept(block(memory), x)) == expected + square - outer
-
-
-def test_memory_min_keeps_the_convolutions_outputs_alone():
-    x = images().requires_grad_()
+        assert large(kept(block(memory), x)) == expected  # sum y^2 keeps y, which is the output already
+    # memory="min": the convolutions' outputs alone
     assert large(kept(block("min"), x)) == 2 * activation(64) + activation(256) + activation(256)  # the last: y^2's
 
 
@@ -159,12 +155,9 @@ def test_unknown_options_are_named_before_anything_changes(argument, value):
 
 def test_the_options_are_in_the_report_and_leave_with_revert():
     net = vision.BasicBlock(4, 4)
-    report = fastres.swap(net, memory="min", checkpoint_bn="once", backend="reference")
-    assert {k: report.to_dict()[k] for k in ("backend", "memory", "checkpoint_bn")} == {
-        "backend": "reference",
-        "memory": "min",
-        "checkpoint_bn": "once",
-    }
+    options = {"backend": "reference", "memory": "min", "checkpoint_bn": "once"}
+    report = fastres.swap(net, **options)
+    assert {name: report.to_dict()[name] for name in options} == options
     assert "memory 'min'" in fastres.swap(net).rows[0].message
     report.revert()
     assert type(net) is vision.BasicBlock and not [name for name in vars(net) if name.startswith("fastres")]

@@ -41,7 +41,7 @@ from torch.nn import functional as F
 
 from fastres.swap import swap
 from swap_cases import torchvision
-from train_cases import every_option
+from train_cases import every
 
 pytestmark = pytest.mark.xdist_group("gradients of swapped networks")  # the yardsticks are made once
 EPS = torch.finfo(torch.float32).eps
@@ -107,7 +107,7 @@ def judge(ours, exact, eager, moved):
     return complaints, torch.tensor(measured)
 
 
-@every_option
+@every("option")
 @pytest.mark.parametrize("setting", SHIFTS)
 @pytest.mark.parametrize("name", [n if n == "resnet18" else pytest.param(n, marks=pytest.mark.full) for n in NETWORKS])
 def test_every_gradient_of_a_network_is_as_good_as_eagers(name, setting, options):

@@ -5,6 +5,7 @@ of the cpu backend in float32 and below it; float64 goes through the reference, 
 """
 
 import copy
+import itertools
 import pickle
 from functools import partial
 
@@ -21,15 +22,17 @@ from swap_cases import assert_same, fused_calls, images, tiny
 from train_cases import (
     BLOCKS,
     BUILDS,
+    FREEZES,
     assert_bitwise,
     batch_norms,
     block_input,
-    every_build,
+    every,
     gradients,
     run,
     stage,
     state,
     twins,
+    weighted,
 )
 
 MIN = {"memory": "min"}
@@ -46,7 +49,7 @@ def lean_and_default(build, dtype=torch.float32):
 # ---- the same results ------------------------------------------------------------------------------------------------
 
 
-@every_build
+@every("build")
 @pytest.mark.parametrize("cast", CASTS)
 @pytest.mark.parametrize("train", [True, False])
 def test_results_are_the_defaults_bit_for_bit(name, cast, train):
@@ -56,7 +59,7 @@ def test_results_are_the_defaults_bit_for_bit(name, cast, train):
         assert_bitwise(run(lean.train(train), x, cast=cast), run(default.train(train), x, cast=cast))
 
 
-@every_build
+@every("build")
 @pytest.mark.parametrize("momentum", [None, 0.0, 1.0])
 def test_momentum_and_untracked_statistics(name, momentum):
     lean, default = lean_and_default(BUILDS[name])
@@ -75,42 +78,15 @@ def test_float64_runs_through_the_reference():
     assert_same(run(lean, x, lambda y: y.square().sum()), run(default, x, lambda y: y.square().sum()), 1e-12)
 
 
-@every_build
-def test_second_derivatives_are_the_defaults(name):
-    found = []
-    x = block_input()
-    for model in lean_and_default(BUILDS[name]):
-        leaf = x.clone().requires_grad_()
-        y = model(leaf)
-        (dx,) = torch.autograd.grad(y.square().mean(), leaf, create_graph=True)
-        (dx.square().sum() + y.mean()).backward()
-        found.append({"dx": dx.detach()} | gradients(model, x=leaf) | state(model))
-    assert_bitwise(*found)
-
-
-FREEZES = {
-    "norms in eval": lambda net: [bn.eval() for bn in batch_norms(net)],
-    "norms in eval, no gradients": lambda net: [bn.eval().requires_grad_(False) for bn in batch_norms(net)],
-    "every second norm in eval": lambda net: [bn.eval() for bn in batch_norms(net)[::2]],
-    "norms without gradients": lambda net: [bn.requires_grad_(False) for bn in batch_norms(net)],
-    "convolutions": lambda net: [m.requires_grad_(False) for m in net.modules() if isinstance(m, nn.Conv2d)],
-    "all parameters": lambda net: net.requires_grad_(False),
-    "biases": lambda net: [bn.bias.requires_grad_(False) for bn in batch_norms(net)],
-}
-
-
-@every_build
+@every("build")
 @pytest.mark.parametrize(
-    ("kind", "needs_x"), [(k, n) for k in FREEZES for n in (True, False) if n or k != "all parameters"]
+    ("kind", "needs_x"), [*itertools.product(FREEZES, (True, False)), ("all parameters", True)], ids=str
 )
 def test_frozen_parts(name, kind, needs_x):
     found, x = [], block_input()
     for model in lean_and_default(BUILDS[name]):
-        FREEZES[kind](model)
-        leaf = x.clone().requires_grad_(needs_x)
-        y = model(leaf)
-        y.square().sum().backward()
-        found.append({"y": y.detach()} | (gradients(model, x=leaf) if needs_x else gradients(model)) | state(model))
+        FREEZES.get(kind, lambda net: net.requires_grad_(False))(model)
+        found.append(run(model, x, needs_x=needs_x))
     assert_bitwise(*found)
 
 
@@ -145,38 +121,67 @@ def test_a_network_without_gradients_is_left_alone():
 # ---- ways to train ---------------------------------------------------------------------------------------------------
 
 
-@every_build
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_under_checkpoint(name, reentrant):
+def second_derivatives(model, x):
+    y = model(x)
+    (dx,) = torch.autograd.grad(y.square().mean(), x, create_graph=True)
+    return torch.cat([dx.square().flatten(), y.flatten()])
+
+
+def under(hooks):
+    def forward(model, x):
+        with hooks():
+            return model(x)
+
+    return forward
+
+
+def some_blocks_under_checkpoint(model, x, reentrant):
+    """A block that keeps nothing of its output in front of one that is run again, and behind it."""
+    y = checkpoint(model[1], model[0](x), use_reentrant=reentrant)
+    return model[3](checkpoint(model[2], y, use_reentrant=reentrant))
+
+
+def compiled(model, x, cast):
+    """Ignored there; equal to the default compiled the same way."""
+    with torch.autocast("cpu", cast or torch.bfloat16, enabled=cast is not None):
+        return torch.compile(model, fullgraph=True, backend="aot_eager")(x).float()
+
+
+def outputs_read_elsewhere(model, x):
+    """A detached view, a sum, a concatenation, a pool of somebody else's: each keeps what it needs by itself."""
+    inner = model[0](x)
+    y = model[1](inner)
+    z = torch.cat([y, inner, y.detach() * inner], 1).square().sum() + nn.functional.max_pool2d(y, 2).sum()
+    return torch.stack([z, model[3](model[2](y)).square().sum()])
+
+
+# Hooks on saved tensors are somebody else's memory: they see what the default saves.
+WAYS = {
+    "second derivatives": second_derivatives,
+    "checkpoint": partial(checkpoint, use_reentrant=False),
+    "checkpoint, reentrant": partial(checkpoint, use_reentrant=True),
+    "saved on the CPU": under(save_on_cpu),
+    "copied when saved": under(partial(saved_tensors_hooks, lambda t: t.clone(), lambda t: t)),
+}
+WAYS_OF_A_STAGE = {
+    "some blocks under checkpoint": partial(some_blocks_under_checkpoint, reentrant=False),
+    "some blocks under checkpoint, reentrant": partial(some_blocks_under_checkpoint, reentrant=True),
+    "compiled": partial(compiled, cast=None),
+    "compiled under autocast": partial(compiled, cast=torch.bfloat16),
+    "outputs read elsewhere": outputs_read_elsewhere,
+}
+EVERY_WAY = [*itertools.product(BUILDS, WAYS), *itertools.product(["stage"], WAYS_OF_A_STAGE)]
+
+
+@pytest.mark.parametrize(("name", "way"), EVERY_WAY)
+def test_every_way_to_train_gives_the_defaults_bits(name, way, fresh_compiler):
     x, found = block_input(), []
     for model in lean_and_default(BUILDS[name]):
         leaf = x.clone().requires_grad_()
-        y = checkpoint(model, leaf, use_reentrant=reentrant)
-        y.square().sum().backward()
+        y = (WAYS | WAYS_OF_A_STAGE)[way](model, leaf)
+        weighted(y).backward()
         found.append({"y": y.detach()} | gradients(model, x=leaf) | state(model))
     assert_bitwise(*found)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_some_blocks_under_checkpoint(reentrant):
-    """A block that keeps nothing of its output in front of one that is run again, and behind it."""
-    x, found = block_input(), []
-    for model in lean_and_default(stage):
-        leaf = x.clone().requires_grad_()
-        y = checkpoint(model[1], model[0](leaf), use_reentrant=reentrant)
-        y = model[3](checkpoint(model[2], y, use_reentrant=reentrant))
-        y.square().sum().backward()
-        found.append({"y": y.detach()} | gradients(model, x=leaf) | state(model))
-    assert_bitwise(*found)
-
-
-@every_build
-def test_under_hooks_on_saved_tensors(name):
-    """Somebody else's memory: save_on_cpu and hooks that copy see what the default saves, and results are the same."""
-    for hooks in (save_on_cpu, partial(saved_tensors_hooks, lambda t: t.clone(), lambda t: t)):
-        lean, default = lean_and_default(BUILDS[name])
-        x = block_input()
-        assert_bitwise(run(lean, x, around=hooks), run(default, x, around=hooks))
 
 
 def test_backward_under_other_hooks_than_the_forward():
@@ -189,19 +194,6 @@ def test_backward_under_other_hooks_than_the_forward():
             y.square().sum().backward()
         found.append(gradients(model, x=leaf))
     assert_bitwise(*found)
-
-
-@pytest.mark.parametrize("cast", [None, torch.bfloat16])
-def test_under_compile(cast):
-    """Ignored there; equal to the default compiled the same way."""
-    found, x = [], block_input()
-    for model in lean_and_default(stage):
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        results = run(compiled, x, cast=cast)
-        found.append({name.replace("_orig_mod.", ""): t for name, t in results.items()})
-    assert_bitwise(*found)
-    torch._dynamo.reset()
 
 
 def test_copies_pickles_and_revert():
@@ -255,13 +247,7 @@ def test_two_heads_on_one_trunk():
         losses[0].backward(retain_graph=True)
         losses[1].backward(retain_graph=True)
         losses[2].backward()
-        found.append(
-            {
-                f"{label} {n}": t
-                for label, m in zip("tlr", (trunk, left, right), strict=True)
-                for n, t in gradients(m).items()
-            }
-        )
+        found.append(gradients(nn.ModuleList([trunk, left, right])))
     assert_bitwise(*found)
     trunk, left, right = (twins(BLOCKS["basic"], torch.float32, MIN)[0] for _ in range(3))
     y = trunk(x)
@@ -269,29 +255,3 @@ def test_two_heads_on_one_trunk():
     losses[0].backward()
     with pytest.raises(RuntimeError, match="second time"):  # what the default keeps for this call, min has not kept
         losses[1].backward(inputs=list(right.parameters()))
-
-
-def test_a_block_output_read_by_other_modules():
-    """A detached view, a sum, a concatenation, a pool of somebody else's: each keeps what it needs by itself."""
-    found, x = [], block_input()
-    for model in lean_and_default(stage):
-        leaf = x.clone().requires_grad_()
-        inner = model[0](leaf)
-        y = model[1](inner)
-        z = torch.cat([y, inner, y.detach() * inner], 1).square().sum() + nn.functional.max_pool2d(y, 2).sum()
-        (z + model[3](model[2](y)).square().sum()).backward()
-        found.append(gradients(model, x=leaf))
-    assert_bitwise(*found)
-
-
-# ---- settings --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("argument", "got"), [("memory", "max"), ("checkpoint_bn", "twice"), ("fusion", "conv"), ("memory", None)]
-)
-def test_unknown_settings_are_refused_by_name(argument, got):
-    net = tiny()
-    with pytest.raises(ValueError, match=f"{argument}: got {got!r}, expected one of"):
-        swap(net, **{argument: got})
-    assert not any("fastres_stock" in type(m).__dict__ for m in net.modules())

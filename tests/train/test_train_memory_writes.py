@@ -5,16 +5,7 @@ import torch
 from torch import nn
 
 from swap_cases import assert_same
-from train_cases import (
-    BLOCKS,
-    TOLERANCES,
-    block_input,
-    gradients,
-    run,
-    twins,
-    vision,
-    weighted,
-)
+from train_cases import BLOCKS, TOLERANCES, block_input, gradients, run, twins, vision, weighted
 
 MIN = {"memory": "min"}
 
@@ -27,24 +18,14 @@ def square():
     return block
 
 
-def double_(module, args):
-    return (args[0].mul_(2.0),)
-
-
-def double(module, args):
-    return (args[0] * 2.0,)
-
-
-def times_(module, args, y):
-    return y * args[0].mul_(2.0)
-
-
-def times(module, args, y):
-    return y * (args[0] * 2.0)
-
-
 @pytest.mark.parametrize("conv", ["conv2", "conv3"])
-@pytest.mark.parametrize(("hook", "pure", "kind"), [(double_, double, "forward_pre"), (times_, times, "forward")])
+@pytest.mark.parametrize(
+    ("hook", "pure", "kind"),
+    [
+        (lambda m, args: (args[0].mul_(2.0),), lambda m, args: (args[0] * 2.0,), "forward_pre"),
+        (lambda m, args, y: y * args[0].mul_(2.0), lambda m, args, y: y * (args[0] * 2.0), "forward"),
+    ],
+)
 def test_a_hook_that_writes_to_the_activation_is_noticed_or_followed(conv, hook, pure, kind):
     """What the convolution reads is then not the norm's output any more, and must not be computed again from it."""
     lean, stock = twins(square, torch.float32, MIN)
@@ -60,39 +41,16 @@ def test_a_hook_that_writes_to_the_activation_is_noticed_or_followed(conv, hook,
         assert_same(found, wanted, TOLERANCES[torch.float32])
 
 
-@pytest.mark.parametrize(
-    "act",
-    [
-        nn.ELU(inplace=True),
-        nn.CELU(inplace=True),
-        nn.SELU(inplace=True),
-        nn.LeakyReLU(inplace=True),
-        nn.SiLU(inplace=True),
-        nn.Hardswish(inplace=True),
-        nn.ReLU6(inplace=True),
-        nn.Dropout(0.3, inplace=True),
-        nn.ELU(),
-        nn.Tanh(),
-        nn.MaxPool2d(3, 2, 1),
-        nn.AvgPool2d(2),
-        nn.Upsample(scale_factor=2),
-    ],
-    ids=str,
-)
+IN_PLACE = (nn.ELU, nn.CELU, nn.SELU, nn.LeakyReLU, nn.SiLU, nn.Hardswish, nn.ReLU6, nn.Dropout)
+OTHERS = nn.ELU(), nn.Tanh(), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2), nn.Upsample(scale_factor=2)
+
+
+@pytest.mark.parametrize("act", [*(act(inplace=True) for act in IN_PLACE), *OTHERS], ids=str)
 def test_the_module_behind_a_norm_in_a_sequence(act):
     """In-place activations save what they wrote, where the norm's output lay."""
-
-    def build():
-        return nn.Sequential(
-            nn.Conv2d(8, 6, 3, padding=1, bias=False),
-            nn.BatchNorm2d(6),
-            act,
-            nn.Conv2d(6, 4, 1, bias=False),
-            nn.BatchNorm2d(4),
-            nn.ReLU(),
-        )
-
-    lean, stock = twins(build, torch.float32, MIN)
+    first = nn.Conv2d(8, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), act
+    second = nn.Conv2d(6, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+    lean, stock = twins(lambda: nn.Sequential(*first, *second), torch.float32, MIN)
     x, found = block_input(), []
     for model in (lean, stock):
         torch.manual_seed(4)

@@ -4,8 +4,8 @@ The kernels ask for the owners of large gradients alone. Here every size counts 
 these tests take that way.
 """
 
-import threading
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from fastres.ops import _bn_autograd, _ownership
 from train_cases import (
+    FREEZES,
     assert_bitwise,
-    batch_norms,
     block_input,
     block_twins,
-    every_block,
-    every_option,
+    every,
     gradients,
+    in_threads,
     run,
     stage,
     twins,
@@ -42,6 +42,21 @@ def from_size(monkeypatch):
 
     change(1)
     return change
+
+
+@pytest.fixture
+def assert_independent(from_size):
+    """Asserts that a function's results are the same bits whether gradients are written over or not."""
+
+    def check(results):
+        found = []
+        for size in (1, NEVER):
+            from_size(size)
+            torch.manual_seed(3)
+            found.append(results())
+        assert_bitwise(*found)
+
+    return check
 
 
 def again(block, x, times=3):
@@ -92,38 +107,30 @@ def test_gradients_are_written_over_here(learns_again):
     assert seen["dx"] == seen["dy"], (_ownership._unshared, _ownership._attempts)
 
 
-@every_option
-@every_block
+@every("option", "block")
 @pytest.mark.parametrize("cast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_results_do_not_depend_on_it(from_size, options, name, cast, channels_last):
+def test_results_do_not_depend_on_it(assert_independent, options, name, cast, channels_last):
+    def results(train):
+        block, _ = block_twins(name, torch.float32, options)
+        x = block_input(n=4, size=7)
+        if channels_last:
+            block, x = block.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        return run(block.train(train), x, cast=cast)
+
     for train in (True, False):
-        found = []
-        for size in (1, NEVER):
-            from_size(size)
-            torch.manual_seed(3)
-            block, _ = block_twins(name, torch.float32, options)
-            x = block_input(n=4, size=7)
-            if channels_last:
-                block, x = block.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-            found.append(run(block.train(train), x, cast=cast))
-        assert_bitwise(*found)
+        assert_independent(partial(results, train))
 
 
-@every_option
-@pytest.mark.parametrize("frozen", ["weight", "bias", "both", "eval", "half"])
-def test_results_do_not_depend_on_it_with_frozen_parts(from_size, options, frozen):
-    found = []
-    for size in (1, NEVER):
-        from_size(size)
-        torch.manual_seed(3)
+@every("option")
+@pytest.mark.parametrize("kind", FREEZES)
+def test_results_do_not_depend_on_it_with_frozen_parts(assert_independent, options, kind):
+    def results():
         block, _ = twins(stage, torch.float32, options)
-        for i, bn in enumerate(batch_norms(block)):
-            bn.weight.requires_grad_(frozen not in ("weight", "both"))
-            bn.bias.requires_grad_(frozen not in ("bias", "both"))
-            bn.train(not (frozen == "eval" or (frozen == "half" and i % 2)))
-        found.append(again(block, block_input()))
-    assert_bitwise(*found)
+        FREEZES[kind](block)
+        return again(block, block_input())
+
+    assert_independent(results)
 
 
 # ---- those who hold the gradient -------------------------------------------------------------------------------------
@@ -136,35 +143,16 @@ class Sends(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, kept):
-        ctx.kept = kept
+    def forward(ctx, y, kept, how="itself"):
+        ctx.kept, ctx.how, ctx.shape = kept.flatten() if how == "as a view" else kept, how, y.shape
+        if how == "saved":
+            ctx.save_for_backward(kept)
         return y.sum()
 
     @staticmethod
     def backward(ctx, _):
-        return ctx.kept, None
-
-
-class SendsSaved(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, kept):
-        ctx.save_for_backward(kept)
-        return y.sum()
-
-    @staticmethod
-    def backward(ctx, _):
-        return ctx.saved_tensors[0], None
-
-
-class SendsView(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, kept):
-        ctx.kept, ctx.shape = kept.flatten(), y.shape
-        return y.sum()
-
-    @staticmethod
-    def backward(ctx, _):
-        return ctx.kept.view(ctx.shape), None
+        kept = ctx.saved_tensors[0] if ctx.how == "saved" else ctx.kept
+        return kept.view(ctx.shape) if ctx.how == "as a view" else kept, None, None
 
 
 HOLDERS = {
@@ -191,8 +179,7 @@ def values(kept):
     return torch.as_tensor(kept).detach().flatten().clone()
 
 
-@every_option
-@every_block
+@every("option", "block")
 @pytest.mark.parametrize("holder", HOLDERS)
 def test_a_hook_that_keeps_the_gradient_finds_it_unchanged(options, name, holder):
     """On the block's output and on the output of every convolution inside."""
@@ -214,15 +201,14 @@ def test_a_hook_that_keeps_the_gradient_finds_it_unchanged(options, name, holder
         assert torch.equal(values(found), t)
 
 
-@every_option
-@every_block
-@pytest.mark.parametrize("function", [Sends, SendsSaved, SendsView])
-def test_a_function_that_sends_a_tensor_of_its_own_gets_it_back_unchanged(options, name, function):
+@every("option", "block")
+@pytest.mark.parametrize("how", ["itself", "saved", "as a view"])
+def test_a_function_that_sends_a_tensor_of_its_own_gets_it_back_unchanged(options, name, how):
     block, _ = block_twins(name, torch.float32, options)
     y = block(block_input())
     kept = torch.randn_like(y)
     before = kept.clone()
-    loss = function.apply(y, kept)
+    loss = Sends.apply(y, kept, how)
     first = None
     for i in range(3):
         block.zero_grad()
@@ -232,8 +218,7 @@ def test_a_function_that_sends_a_tensor_of_its_own_gets_it_back_unchanged(option
         assert_bitwise(gradients(block), first)
 
 
-@every_option
-@every_block
+@every("option", "block")
 def test_gradients_given_and_asked_for_stay(options, name):
     """backward(dy), grad_outputs, retain_grad, an intermediate among the inputs of autograd.grad, a node's pre-hook."""
     block, stock = block_twins(name, torch.float32, options)
@@ -260,9 +245,8 @@ def test_gradients_given_and_asked_for_stay(options, name):
     assert len(kept) == 2 and all(torch.equal(g, before) for g in kept)
 
 
-@every_option
-@every_block
-def test_gradients_that_go_two_ways(from_size, options, name):
+@every("option", "block")
+def test_gradients_that_go_two_ways(assert_independent, options, name):
     """One gradient for two branches, a leaf beside the block, a view, an expanded one, a sum of both halves."""
 
     def losses(y, leaf, other):
@@ -274,10 +258,7 @@ def test_gradients_that_go_two_ways(from_size, options, name):
         yield (y.chunk(2, 0)[0] * 2).sum() + y.permute(0, 2, 3, 1).square().sum()
         yield (torch.relu(y) - y).sum() + torch.maximum(y, leaf).sum()
 
-    found = []
-    for size in (1, NEVER):
-        from_size(size)
-        torch.manual_seed(3)
+    def results():
         block, _ = block_twins(name, torch.float32, options)
         x = block_input().requires_grad_()
         shape = block(x).shape
@@ -288,68 +269,57 @@ def test_gradients_that_go_two_ways(from_size, options, name):
             x.grad = leaf.grad = None
             list(losses(block(x), leaf, other))[i].backward()
             each |= {f"{i} {n}": g for n, g in gradients(block, x=x, leaf=leaf).items()}
-        found.append(each)
-    assert_bitwise(*found)
+        return each
+
+    assert_independent(results)
 
 
-@every_option
-def test_module_hooks_anomaly_mode_and_checkpoint(from_size, options):
-    found = []
-    for size in (1, NEVER):
-        from_size(size)
-        torch.manual_seed(3)
+@every("option")
+def test_module_hooks_anomaly_mode_and_checkpoint(assert_independent, options):
+    def results():
         block, _ = twins(stage, torch.float32, options)
         x, kept = block_input().requires_grad_(), []
         for module in block:
-            module.register_full_backward_hook(lambda m, gx, gy: kept.extend([*gx, *gy]))  # noqa: B023
+            module.register_full_backward_hook(lambda m, gx, gy: kept.extend([*gx, *gy]))
         with torch.autograd.set_detect_anomaly(True):
             y = checkpoint(block[1], block[0](x), use_reentrant=True)
             weighted(checkpoint(block[3], block[2](y), use_reentrant=False)).backward()
-        found.append({f"kept {i}": g.clone() for i, g in enumerate(kept)} | gradients(block, x=x))
-    assert_bitwise(*found)
+        return {f"kept {i}": g.clone() for i, g in enumerate(kept)} | gradients(block, x=x)
+
+    assert_independent(results)
 
 
-@every_option
-def test_gradient_penalty(from_size, options):
-    found = []
-    for size in (1, NEVER):
-        from_size(size)
-        torch.manual_seed(3)
+@every("option")
+def test_gradient_penalty(assert_independent, options):
+    def results():
         block, _ = twins(stage, torch.float32, options)
         x = block_input().requires_grad_()
         y = block(x)
         (dx,) = torch.autograd.grad(weighted(y), x, create_graph=True)
         (dx.square().sum() + y.square().mean()).backward()
-        found.append({"dx": dx.detach()} | gradients(block, x=x))
-    assert_bitwise(*found)
+        return {"dx": dx.detach()} | gradients(block, x=x)
+
+    assert_independent(results)
 
 
-@every_option
+@every("option")
 def test_backward_in_other_threads(from_size, options):
     """Four threads, each its own graph and its own kept gradient; the counts are the same there."""
     torch.manual_seed(3)
     jobs = [(twins(stage, torch.float32, options)[0], block_input()) for _ in range(4)]
-    found = {}
 
-    def work(i):
+    def work(i, times=5):
         block, x = jobs[i]
         y = block(x)
         kept = torch.randn(y.shape, generator=torch.Generator().manual_seed(i))
         before = kept.clone()
-        for _ in range(5):
+        for _ in range(times):
             block.zero_grad()
             Sends.apply(y, kept).backward(retain_graph=True)
-        found[i] = gradients(block), torch.equal(kept, before)
+        assert torch.equal(kept, before)
+        return gradients(block)
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(found) == [0, 1, 2, 3] and all(unchanged for _, unchanged in found.values())
+    found = in_threads(4, work)
     from_size(NEVER)
-    for i, (block, x) in enumerate(jobs):
-        block.zero_grad()
-        y = block(x)
-        Sends.apply(y, torch.randn(y.shape, generator=torch.Generator().manual_seed(i))).backward()
-        assert_bitwise(found[i][0], gradients(block))
+    for i, gradient in enumerate(found):
+        assert_bitwise(gradient, work(i, times=1))

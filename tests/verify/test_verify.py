@@ -147,23 +147,14 @@ def test_planted_fault_is_rejected_where_it_is(name):
     assert all(row.message for row in verdict.rows if not row.passed)
 
 
-HALF_FAULTS = sorted(
-    FAULTS.keys() - {"eps omitted"}
-)  # 1e-5 of a variance of 1 is below half precision: see the next test
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", HALF_FAULTS)
+@pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault_is_rejected_in_half_precision(name, dtype):
-    x, mean, var, *rest = tensors(dtype, size=13)
+    gain = 3e-3 if name == "eps omitted" else 1.0  # 1e-5 of a variance of 1 is below half precision
+    x, mean, var, *rest = tensors(dtype, size=13, gain=gain)
     if "bfloat16" in name and dtype is torch.bfloat16:
         x = (x.detach() + 3).requires_grad_()  # |mean| above std: what an accumulation in bfloat16 loses
     assert not verify(reference, FAULTS[name][0], (x, mean, var, *rest))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_eps_omitted_is_rejected_in_half_precision_where_it_matters(dtype):
-    assert not verify(reference, FAULTS["eps omitted"][0], tensors(dtype, gain=3e-3))
 
 
 @pytest.mark.parametrize(
@@ -225,12 +216,7 @@ def test_wrong_shape_dtype_structure_nan_and_inf_are_rejected(candidate, message
     verdict = verify(torch.relu, candidate, x, backward=False)
     assert not verdict
     assert any(re.search(message, row.message) for row in verdict.rows)
-
-
-def test_nan_and_inf_in_the_same_places_pass():
-    x = torch.randn(4, 3)
-    x[0, 0], x[1, 1] = math.nan, math.inf
-    assert verify(torch.relu, lambda x: x.clamp(min=0), x)
+    assert verify(torch.relu, lambda x: x.clamp(min=0), x)  # the same places
 
 
 def test_integers_must_be_equal():

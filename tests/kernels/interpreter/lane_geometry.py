@@ -60,16 +60,19 @@ BIG = [  # shape, channels_last: more than 2^31 elements, and more than 2^31 in 
 ]
 
 
-def some_programs(programs):
-    return sorted({0, 1, programs // 3, programs // 2, programs - 2, programs - 1} & set(range(programs)))
+def planned(make, kernel, shape, channels_last):
+    """The view of a tensor, its launch, the constants CHANNELS_LAST, BLOCK_R, BLOCK_L, and some of the programs."""
+    view = image(torch.empty(shape, device="meta"), channels_last)
+    plan = make(view, kernel, 0)
+    n = plan.programs
+    some = sorted({0, 1, n // 3, n // 2, n - 2, n - 1} & set(range(n)))
+    return view, plan, [plan.constants[k] for k in ("CHANNELS_LAST", "BLOCK_R", "BLOCK_L")], some
 
 
 @pytest.mark.parametrize("shape, channels_last", BIG, ids=str)
 def test_row1_offsets_of_a_sweep(run_one, shape, channels_last):
-    view = image(torch.empty(shape, device="meta"), channels_last)
-    plan = sweep(view, "bn_act_forward_kernel", 0)
-    cl, r, ln = (plan.constants[k] for k in ("CHANNELS_LAST", "BLOCK_R", "BLOCK_L"))
-    for program in some_programs(plan.programs):
+    view, plan, (cl, r, ln), programs = planned(sweep, "bn_act_forward_kernel", shape, channels_last)
+    for program in programs:
         tile = plan.programs - 1 - program
         row, column = tile // plan.line_blocks * r, tile % plan.line_blocks * ln
         args = (view.rows, view.channels, view.length, plan.line_blocks, cl, r, ln)
@@ -81,10 +84,8 @@ def test_row1_offsets_of_a_sweep(run_one, shape, channels_last):
 
 @pytest.mark.parametrize("shape, channels_last", BIG, ids=str)
 def test_row1_offsets_of_a_reduction(run_one, shape, channels_last):
-    view = image(torch.empty(shape, device="meta"), channels_last)
-    plan = reduction(view, "bn_statistics_kernel", 0)
-    cl, r, ln = (plan.constants[k] for k in ("CHANNELS_LAST", "BLOCK_R", "BLOCK_L"))
-    for program in some_programs(plan.programs):
+    view, plan, (cl, r, ln), programs = planned(reduction, "bn_statistics_kernel", shape, channels_last)
+    for program in programs:
         block, column = program // plan.line_blocks, program % plan.line_blocks * ln
         if cl:
             row, most, step = block * r, view.rows, plan.splits * r
