@@ -85,7 +85,8 @@ class Operator:
     [1, 1, 1, 1] the arguments of an ordinary call in its dtype, on its device.
 
     For frozen networks, all three on the operator's own arguments: `call` runs it; `stock` does by PyTorch's operators
-    alone, for exporters; `bind`, where it returns Choices, prepares a faster call, which may treat NaN otherwise.
+    alone, for exporters; `bind`, where it returns Choices, prepares a faster call, which may treat NaN otherwise;
+    `images` gives the places of the arguments that hold images, each computed by itself: none where they are mixed.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Operator:
     call: Callable[..., Any] | None = None
     stock: Callable[..., Any] | None = None
     bind: Callable[..., Choices | None] | None = None
+    images: Callable[..., tuple[int, ...]] = lambda *args, **kwargs: ()
 
     def add(self, backend: Backend) -> None:
         self.backends[backend.name] = backend

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from fastres._dispatch import operator_of
 from fastres.graph.steps import Graph, Slot, Step, filled, slots_in
 from fastres.inference.executor import stock_of
 from fastres.inference.frozen import FrozenModel
@@ -22,7 +23,7 @@ from fastres.verify.runs import call
 
 _ELEMENTWISE = frozenset(
     """
-    abs add add_relu celu clamp clamp_max clamp_min clone contiguous cos detach div dropout elu eq erf exp exp2 ge gelu
+    abs add celu clamp clamp_max clamp_min clone contiguous cos detach div dropout elu eq erf exp exp2 ge gelu
     gt hardsigmoid hardswish hardtanh le leaky_relu log log1p logical_and logical_not logical_or lt maximum minimum mish
     mul ne neg pow prelu reciprocal relu relu6 round rsqrt rsub selu sigmoid sign silu sin softplus sqrt square sub tanh
     threshold to type_as where _to_copy
@@ -30,8 +31,8 @@ _ELEMENTWISE = frozenset(
 )
 _IMAGES_ONLY = frozenset(  # the first argument's images one by one, by parameters in the others
     """
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d avg_pool1d avg_pool2d bn_act channel_shuffle conv1d
-    conv2d conv3d conv_act conv_transpose2d group_norm linear max_pool1d max_pool2d max_pool2d_with_indices
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d avg_pool1d avg_pool2d channel_shuffle conv1d
+    conv2d conv3d conv_transpose2d group_norm linear max_pool1d max_pool2d max_pool2d_with_indices
     pixel_shuffle pixel_unshuffle upsample_bicubic2d upsample_bilinear2d upsample_nearest1d upsample_nearest2d
     """.split()
 )
@@ -94,13 +95,11 @@ def _rows_alone(step: Step, values: Sequence[Any], alone: set[int], count: int) 
         mine = [values[slot] for slot in others if isinstance(values[slot], Tensor)]
         fits = all(t.ndim < ndim or (t.ndim == ndim and len(t) == 1) for t in mine)
         return fits and all(values[slot].ndim == ndim for slot in rows)
-    if name in _IMAGES_ONLY:
-        residual = 3 if name == "conv_act" else 5 if name == "bn_act" else 0
-        given = [i for i, a in enumerate(args) if isinstance(a, Slot) and a.index in alone]
-        trains = name == "bn_act" and args[6] is not False
-        return (
-            None if trains or not {0} <= set(given) <= {0, residual} else first.ndim >= (2 if name == "linear" else 3)
-        )
+    ours = operator_of(step.operator)
+    if ours is not None or name in _IMAGES_ONLY:
+        given = {i for i, a in enumerate(args) if isinstance(a, Slot) and a.index in alone}
+        places = (0,) if ours is None else ours.images(*args, **step.kwargs)
+        return None if not {0} <= given <= set(places) else first.ndim >= (2 if name == "linear" else 3)
     if name == "batch_norm":
         return rows == [getattr(args[0], "index", -1)] and args[5] is False
     if name in _ALONG and isinstance(first, Tensor) and len(rows) == 1:

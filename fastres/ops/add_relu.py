@@ -196,3 +196,4 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = AUTO) -> Tensor:
 
 OPERATOR.call = lambda x, residual, backend=AUTO: add_relu(x, residual, backend=backend)
 OPERATOR.stock = lambda x, residual, backend=AUTO: torch.relu(x + residual)
+OPERATOR.images = lambda *args: (0, 1)

@@ -382,3 +382,4 @@ def _stock(
 
 
 OPERATOR.call, OPERATOR.stock = _call, _stock
+OPERATOR.images = lambda *args: () if args[6] else (0, 5)  # the batch's statistics mix them
