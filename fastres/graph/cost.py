@@ -37,10 +37,24 @@ def step_cost(nodes: Sequence[fx.Node], dtype: torch.dtype, constants: Set[fx.No
 def _flops(node: Any) -> int:
     out = int(prod(node.meta.get("size", (0,))))
     if node.target in _PRODUCTS:
-        return 2 * out * int(prod(node.args[1].meta["size"][1:]))
+        return 2 * _products(node)
     if node.target is aten.linear.default:
         return 2 * out * int(node.args[1].meta["size"][-1])
     return 0
+
+
+def _products(conv: Any) -> int:
+    """The multiplications of a convolution: none for taps in the padding, of which a dilated kernel has many."""
+    x, (_, per_group, *kernel) = conv.args[0].meta.get("size"), conv.args[1].meta["size"]
+    out = conv.meta.get("size", (0,))
+    where = conv.args[3:6]
+    if conv.target is not aten.conv2d.default or x is None or len(where) < 3 or len(out) != 4:
+        return int(prod(out)) * int(per_group) * int(prod(kernel))
+    taps = 1
+    for i, (stride, padding, dilation) in enumerate(zip(*where, strict=True), 2):
+        starts = [stride * at - padding for at in range(out[i])]
+        taps *= sum(0 <= start + dilation * tap < x[i] for start in starts for tap in range(kernel[i - 2]))
+    return int(out[0]) * int(out[1]) * int(per_group) * taps
 
 
 def _bytes(node: Any, dtype: torch.dtype) -> int:

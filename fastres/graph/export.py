@@ -9,7 +9,6 @@ names.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import io
 import logging
@@ -24,10 +23,13 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.dynamic_shapes import ShapesCollection
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastres._copies import deep_copy
 from fastres.graph.captured import Captured, Dims
 from fastres.graph.functionalize import Impure, functionalize
-from fastres.graph.questions import questions_of
+from fastres.graph.questions import listening, questions_of
 from fastres.graph.signature import Call
 from fastres.nn.steps import has_global_hooks, is_bare
 
@@ -60,10 +62,7 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: the model cannot be copied.
     """
-    try:
-        return copy.deepcopy(model, {id(p): _alias(p) for p in model.parameters() if type(p) is nn.Parameter})
-    except Exception as error:
-        raise TypeError(f"model: {type(model).__name__} cannot be deep-copied: {error}") from error
+    return deep_copy(model, {id(p): _alias(p) for p in model.parameters() if type(p) is nn.Parameter})
 
 
 def _alias(p: nn.Parameter) -> nn.Parameter:
@@ -78,12 +77,13 @@ def own_memory(model: nn.Module) -> None:
         p.data = p.data.clone()
 
 
-def capture(model: nn.Module, call: Call) -> Captured:
+def capture(model: nn.Module, call: Call, any_size: bool = True) -> Captured:
     """The graph of ``model`` for calls like ``call``: any batch and, where its code allows that, any image size.
 
     Args:
         model: in eval mode; a copy of one's own (`sharing_copy`), since its forward runs once.
         call: an example, of any batch size.
+        any_size: whether the sizes of images may vary; else the batch alone.
 
     Raises:
         CaptureError: with the reason: hooks, control flow that depends on data, state that the forward writes to.
@@ -91,7 +91,7 @@ def capture(model: nn.Module, call: Call) -> Captured:
     _refuse_hooks(model)
     before, attributes = plain_state(model), _attributes(model)
     try:
-        captured = _capture_for_most(model, call)
+        captured = _capture_for_most(model, call, any_size)
         after = plain_state(model)
     except CaptureError:
         raise
@@ -106,17 +106,18 @@ def capture(model: nn.Module, call: Call) -> Captured:
     return captured
 
 
-def _capture_for_most(model: nn.Module, call: Call) -> Captured:
+def _capture_for_most(model: nn.Module, call: Call, any_size: bool) -> Captured:
     """The graph for the most sizes that the model can be exported for."""
     batch = batch_of(call.tensors)
     pairs = [_at_least_two(t, batch) for t in call.tensors]
     batches = [{0} if t.ndim and len(t) == batch else set() for t in call.tensors]
-    images = [set(range(2, t.ndim)) if t.is_floating_point() else set() for t in call.tensors]
+    images = [set(range(2, t.ndim)) if any_size and t.is_floating_point() else set() for t in call.tensors]
     for sizes in ([a | b for a, b in zip(batches, images, strict=True)], batches) if any(images) else (batches,):
         try:
-            program, written = _export(model, call, pairs, sizes)
+            with LOCK, listening() as asked:
+                program, written = _export(model, call, pairs, sizes)
             if _varies(program, batches):
-                captured = _read(program, call, max(batch, 2), questions_of(program), written)
+                captured = _read(program, call, max(batch, 2), questions_of(program, asked), written)
                 if captured.takes(call):
                     return captured
         except Exception as error:
@@ -211,7 +212,7 @@ def _put_back(attributes: list[tuple[Any, Any]]) -> None:
             container.update(content)
 
 
-def capture_for(model: nn.Module, call: Call, dtype: torch.dtype) -> Captured:
+def capture_for(model: nn.Module, call: Call, dtype: torch.dtype, any_size: bool = True) -> Captured:
     """The graph of ``model`` as it is in ``dtype``, where its code may ask for that: ``x.to(self.weight.dtype)``.
 
     A network whose code does not run so is captured as it is: made in ``dtype``, it may run nevertheless.
@@ -219,8 +220,8 @@ def capture_for(model: nn.Module, call: Call, dtype: torch.dtype) -> Captured:
     if dtype_of(model) is not dtype:
         with contextlib.suppress(CaptureError):
             cast_to = sharing_copy(model).to(dtype)
-            return capture(cast_to, call.like(cast_to))
-    return capture(model, call.like(model))
+            return capture(cast_to, call.like(cast_to), any_size)
+    return capture(model, call.like(model), any_size)
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -333,9 +334,18 @@ def _read(program: Any, call: Call, batch: int, questions: tuple[str, ...], writ
     fixed = batch if all(isinstance(dim, int) for dims, _ in inputs for dim in dims) else None
     if fixed is not None and inputs:
         notes.append(f"the network fixes its batch: captured for {fixed}, other sizes are captured on their first call")
-    return Captured(
-        graph, inputs, program.call_spec.out_spec, call.tree, call.plain, constants, batch, notes, questions
-    )
+    tree = program.call_spec.out_spec
+    tree = tree_flatten(_mutable(tree_unflatten(list(range(tree.num_leaves)), tree)))[1]
+    return Captured(graph, inputs, tree, call.tree, call.plain, constants, batch, notes, questions)
+
+
+def _mutable(value: Any) -> Any:
+    """The structure with dicts and lists for torch.fx's immutable ones, which a GraphModule itself does not return."""
+    if isinstance(value, immutable_dict):
+        return {key: _mutable(item) for key, item in value.items()}
+    if isinstance(value, immutable_list):
+        return [_mutable(item) for item in value]
+    return tuple(map(_mutable, value)) if type(value) is tuple else value
 
 
 def _constant_name(t: Tensor) -> str:

@@ -10,7 +10,9 @@ import ast
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -28,9 +30,25 @@ _LONGEST = 2000  # characters of a question
 
 # Where torch computes shapes and strides, which it does alike for the graph's operators at any size. What is asked
 # anywhere else, in the network's code or in torch.nn's, decided which operators there are.
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 _SHAPE_RULES = tuple(
-    os.path.join(os.path.dirname(torch.__file__), *part.split("/"))
+    os.path.join(_TORCH, *part.split("/"))
     for part in ("_meta_registrations.py", "_prims_common", "_prims/", "_refs", "_subclasses", "_decomp")
+)
+_OPS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "ops", "")
+_MACHINERY = tuple(
+    os.path.join(_TORCH, *part.split("/"))
+    for part in (
+        "fx/",
+        "__init__.py",
+        "utils/",
+        "_compile.py",
+        "_dynamo/",
+        "_ops.py",
+        "_library",
+        "_logging",
+        "export/",
+    )
 )
 
 
@@ -38,28 +56,87 @@ class UnknownQuestion(Exception):
     """It is no arithmetic of sizes; the message holds it."""
 
 
-def questions_of(program: Any) -> tuple[str, ...]:
-    """What the code asked of the sizes in an exported program, in the names of its symbols.
+@contextmanager
+def listening() -> Iterator[list[Any]]:
+    """Around an export: the expressions of sizes that the code asks for, as they were answered.
 
-    Raises:
-        UnknownQuestion: one of them is not of integer arithmetic.
+    All of them, not only those that become guards of the export: what a shape rule has asked before is no guard again.
     """
-    from torch.utils._sympy.printers import PythonPrinter  # with sympy, which export has loaded
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    asked: list[Any] = []
+    evaluate = ShapeEnv.evaluate_expr
+
+    def recorded(env: Any, question: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = evaluate(env, question, *args, **kwargs)
+        if getattr(question, "free_symbols", None) and _decides(question, sys._getframe(1)):
+            asked.append((question, answer))
+        return answer
+
+    ShapeEnv.evaluate_expr = recorded  # type: ignore[method-assign, assignment]
+    try:
+        yield asked
+    finally:
+        ShapeEnv.evaluate_expr = evaluate  # type: ignore[method-assign]
+
+
+def _decides(question: Any, frame: Any) -> bool:
+    """Tell whether the answer may decide which operators there are: it is not a shape rule that asks.
+
+    Nor PyTorch's C++, whether a size is 0 or 1, which says how dense a tensor lies; a question of Python's goes by the
+    methods of SymInt and SymBool, in torch/__init__.py.
+    """
+    by, decides = "", None
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.startswith(_SHAPE_RULES) or (name.startswith(_OPS) and "fake" in frame.f_code.co_name):
+            return False
+        if decides is not None and not name.startswith(_OPS):
+            return bool(decides)
+        if decides is None and not name.startswith(_MACHINERY) and name != __file__ and "sympy" not in name:
+            decides = by == torch.__file__ or not {0, 1}.intersection(question.args)
+            if not name.startswith(_OPS):  # else it may be a helper of a shape rule of ours
+                return decides
+        by = name
+        frame = frame.f_back
+    return True
+
+
+def questions_of(program: Any, asked: Sequence[Any]) -> tuple[str, ...]:
+    """The questions behind an exported program, in the names of its symbols.
+
+    Args:
+        asked: what `listening` gave.
+    """
+    import sympy  # which export has loaded
+    from torch.utils._sympy.printers import PythonPrinter
 
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
     modes = [t.fake_mode for t in values if getattr(t, "fake_mode", None) is not None]
-    asked: list[str] = []
-    for guard in modes[0].shape_env.guards if modes else []:
-        place = getattr(guard.sloc, "framework_loc", None)
-        question = modes[0].shape_env.replace(guard.expr)  # symbols that have turned out to be numbers are none
-        if question.free_symbols and not str(getattr(place, "filename", "")).startswith(_SHAPE_RULES):
-            asked.append(PythonPrinter().doprint(question))
-    for symbol, range_ in program.range_constraints.items():
-        if range_.lower > 2:
-            asked.append(f"{symbol} >= {int(range_.lower)}")
-        if range_.upper < 1 << 40:
-            asked.append(f"{symbol} <= {int(range_.upper)}")
-    return tuple(dict.fromkeys(asked))
+    if not modes:
+        return ()
+    env = modes[0].shape_env
+    found = [
+        q if a is True or a == sympy.true else ~q if a in (False, sympy.false) else sympy.Eq(q, a) for q, a in asked
+    ]
+    if _sizes_by_rules(program):
+        found += [guard.expr for guard in env.guards]
+    names = {str(symbol) for symbol in program.range_constraints}
+    texts = []
+    for question in dict.fromkeys(map(env.replace, found)):  # symbols that have turned out to be numbers are none
+        symbols = {str(symbol) for symbol in question.free_symbols}
+        alike = isinstance(question, sympy.Eq) and same_size(str(question.lhs), str(question.rhs))
+        if symbols and symbols <= names and not alike:  # other symbols follow from data
+            texts.append(PythonPrinter().doprint(question))
+    return tuple(texts)
+
+
+def _sizes_by_rules(program: Any) -> bool:
+    """Tell whether sizes that a rule has computed with a case distinction may be arguments: a pool's, rounded up."""
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    pools = [node for node in nodes if "pool" in str(node.target)]
+    rounded = any(True in (*node.args[3:], *node.kwargs.values()) for node in pools)
+    return rounded and any(isinstance(node.meta.get("val"), torch.SymInt) for node in nodes)
 
 
 def terms_of(questions: Sequence[str], names: set[str]) -> tuple[Any, ...]:

@@ -89,6 +89,11 @@ class Signature:
             if not any(self._after(name, other) for other in bound.arguments):
                 del bound.arguments[name]
         leaves, tree = tree_flatten((bound.args, bound.kwargs))
+        for leaf in leaves:
+            if hasattr(leaf, "__array__") and not isinstance(leaf, Tensor) and getattr(leaf, "ndim", None):
+                name = next((n for n, value in bound.arguments.items() if value is leaf), "input")
+                what = f"{type(leaf).__module__}.{type(leaf).__name__} {leaf.dtype} {list(leaf.shape)}"
+                raise TypeError(f"{name}: got a {what}, expected a tensor (torch.from_numpy, torch.as_tensor)")
         plain = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
         return Call(tree, plain, tuple(leaf for leaf in leaves if isinstance(leaf, Tensor)))
 

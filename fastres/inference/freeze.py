@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
@@ -18,13 +20,21 @@ from fastres.graph.export import CaptureError, batch_of, capture_for, dtype_of, 
 from fastres.graph.fold import short
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.signature import Signature
-from fastres.inference.checks import check_example, check_model, copies, names_the_example, own_example, put_back
-from fastres.inference.fallback import swapped_copy
+from fastres.inference.checks import (
+    check_example,
+    check_model,
+    copies,
+    names_the_example,
+    own_example,
+    put_back,
+    run_once,
+)
+from fastres.inference.fallback import frozen_parts, swapped_copy
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.hub import take_likeness
 from fastres.inference.network import fold
 from fastres.inference.report import FreezeReport
-from fastres.inference.source import source_tensors
+from fastres.inference.source import Source, source_tensors
 from fastres.inference.tune import agrees, tune_plan
 from fastres.inference.verify import judge
 from fastres.verify.runs import call, map_tensors, named_tensors, private
@@ -32,6 +42,8 @@ from fastres.verify.runs import call, map_tensors, named_tensors, private
 logger = logging.getLogger("fastres")
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DTYPE_NAMES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPE_NAMES |= {short(dtype): dtype for dtype in _DTYPES}
 
 
 @torch.random.fork_rng(devices=[])
@@ -40,12 +52,13 @@ def freeze(
     model: nn.Module,
     example_inputs: Any,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     capture: Literal["auto", "graph", "modules"] = "auto",
     tune: bool | Literal["auto"] = "auto",
     cuda_graph: bool | Literal["auto"] = "auto",
     verify: bool | Literal["warn"] = True,
+    differentiable: bool = False,
 ) -> FrozenModel:
     """A copy of ``model`` for inference: BN folded into convolutions in float64, layout chosen, answers verified.
 
@@ -59,7 +72,8 @@ def freeze(
         model: the source; on any device, in any mode.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments for one call. The result takes
             any batch size; times and the layout are measured on this one.
-        dtype: float32, float16, bfloat16 or float64; None keeps the model's. Inputs are cast to it, outputs come in it.
+        dtype: torch.float32, float16, bfloat16 or float64, or "fp32", "fp16", "bf16", "fp64"; None keeps the model's.
+            Inputs are cast to it, outputs come in it.
         device: where the copy goes; None keeps the model's.
         capture: "auto" takes the graph or, where there is none, the modules as they are; "graph" and "modules" insist.
         tune: "auto" or True measures eager and both memory layouts on the example, for a few seconds, and keeps the
@@ -70,6 +84,9 @@ def freeze(
         verify: run the referee (:func:`fastres.verify`) against the model in eval mode on the example and put its
             verdict in the report. A failure raises, with "warn" it is logged and reported. BN layers with their initial
             statistics are given the example's, on copies, for that comparison only.
+        differentiable: calls whose input requires a gradient run PyTorch's operators on the folded weights, slower, and
+            give gradients of the input: for saliency maps, adversarial examples, a head trained before a frozen body.
+            The weights have none. Without it a backward pass through the network raises.
 
     Returns:
         A :class:`FrozenModel`.
@@ -91,12 +108,14 @@ def freeze(
         (1, (5, 8, 14, 14))
     """
     model = _uncompiled(model)
+    dtype = DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     _check(model, example_inputs, dtype, tune, cuda_graph, verify)
     if capture not in ("auto", "graph", "modules"):
         raise ValueError(f"capture: got {capture!r}, expected 'auto', 'graph' or 'modules'")
     source = sharing_copy(model).eval()
     own = dtype_of(source)
     target = torch.device(device) if device is not None else _device_of(source, example_inputs)
+    assert not isinstance(dtype, str)  # checked
     dtype = dtype or own
     if cuda_graph is True and target.type != "cuda":
         raise ValueError(f"cuda_graph: got True for a model on {target}, expected a CUDA device")
@@ -104,6 +123,8 @@ def freeze(
         source = private("model", source).to(target)
     inputs = own_example(example_inputs, target, own)
     report = FreezeReport(type(model).__name__, short(dtype), str(target), [])
+    say = functools.partial(logger.info, "freeze: %s: %s", report.model)
+    say("capturing its graph")
     frozen = _capture(source, model, inputs, report, capture, dtype, target)
     if any(m.training for m in model.modules()):
         report.notes.append("the model is in training mode; frozen as in eval mode")
@@ -114,17 +135,20 @@ def freeze(
     if dtype is torch.bfloat16 and target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         report.notes.append("this CPU has no native bfloat16: oneDNN emulates it, slower than float32")
     example = copies(inputs)
+    say("choosing how it runs" + ("" if tune is False else ", by measuring for seconds"))
     frozen = tune_plan(frozen, source, inputs, target, tune, cuda_graph)
     put_back(named_tensors(inputs, ""), named_tensors(example, ""))
     if report.capture == "modules" and put_back(source_tensors(source), source_tensors(model)):
         frozen.refresh()  # its forward keeps state, which the runs above have moved
     if verify:
+        say("comparing its answers with float64's")
         report.verification = judge(source, frozen, inputs, report)
         if report.verification is not None and not report.verification:
             text = f"freeze: the referee rejects the frozen {report.model}:\n{report.verification}"
             if verify != "warn":
                 raise RuntimeError(text)
             logger.warning(text)
+    frozen.plan.differentiable = differentiable
     return take_likeness(frozen, model)
 
 
@@ -148,10 +172,13 @@ def _capture(
             given = signature.take(args, kwargs)
         except TypeError as error:
             raise TypeError(f"example_inputs: {error}, {report.model}.forward takes {signature}") from error
-        captured = capture_for(source, given, dtype)
-        made = _folded(captured, source, dtype, report)
-        report.capture, report.rows = "graph", made.rows
-        frozen = FrozenModel(made, model, signature, report, dtype, captured)
+        for any_size in (True, False):
+            captured = capture_for(source, given, dtype, any_size)
+            made = _folded(captured, source, dtype, report)
+            report.capture, report.rows = "graph", made.rows
+            frozen = FrozenModel(made, model, signature, report, dtype, captured)
+            if not any_size or _answers_other_sizes(source, frozen, inputs):
+                break
         reason = _why_not_any_batch(source, frozen, inputs)
         if reason:
             raise CaptureError(reason)
@@ -168,11 +195,29 @@ def _capture(
     own_memory(source)  # a forward without a graph may write to its parameters
     with names_the_example(inputs):
         run_once(source, inputs)
-    module, report.rows = swapped_copy(source, dtype, device)
+    parts = frozen_parts(sharing_copy(source), inputs, functools.partial(_part, model, dtype)) if how == "auto" else {}
+    module, report.rows = swapped_copy(source, dtype, device, parts)
+    if parts:
+        rest = "the rest runs as it is, its known blocks swapped"
+        report.notes.append(f"{len(parts)} parts have a graph and are frozen: {', '.join(parts)}; {rest}")
     if signature is None:
         with contextlib.suppress(CaptureError):
             signature = _signature(source)
     return FrozenModel(module, model, signature or Signature.any(), report, dtype)
+
+
+def _part(model: nn.Module, dtype: torch.dtype, name: str, part: nn.Module, args: tuple[Any, ...]) -> FrozenModel:
+    """The submodule `name` of a network without a graph, frozen. Raises CaptureError where it has none either."""
+    report = FreezeReport(type(part).__name__, short(dtype), "", [])
+    device = _device_of(part, args)
+    try:
+        frozen = _capture(part, model.get_submodule(name), args, report, "graph", dtype, device)
+        frozen.use_channels_last()
+        run_once(frozen, args)
+    except (ValueError, RuntimeError, TypeError) as error:  # a view that no channels_last tensor has
+        raise CaptureError(str(error)) from error
+    frozen._source = Source(model.get_submodule(name), keep=True)
+    return frozen
 
 
 def _folded(captured: Captured, source: nn.Module, dtype: torch.dtype, report: FreezeReport) -> Rewritten:
@@ -194,11 +239,22 @@ def _signature(source: nn.Module) -> Signature:
 # ---- the graph against its source ------------------------------------------------------------------------------------
 
 
-def run_once(model: nn.Module, given: Any) -> Any:
-    """The model's answer to a copy of an example; networks that draw numbers draw the same in every run."""
-    torch.default_generator.manual_seed(0)
-    with torch.no_grad():
-        return call(model, copies(given))
+def _answers_other_sizes(source: nn.Module, frozen: FrozenModel, inputs: Any) -> bool:
+    """Tell whether images one pixel higher and wider are answered as by eager; true where eager does not take them."""
+    larger = map_tensors(inputs, lambda _, t: F.pad(t, [0, 1] * (t.ndim - 2)) if t.is_floating_point() else t, "")
+    args, kwargs = call(lambda *args, **kwargs: (args, kwargs), larger)
+    given = frozen._signature.take(args, kwargs)
+    if frozen._network is None or not frozen._network.captured.takes(given):
+        return True  # another graph is captured for them, or the sizes are fixed
+    try:
+        want = run_once(source, larger)
+    except Exception:
+        return True
+    try:
+        got = run_once(frozen, larger)
+    except Exception:
+        return False
+    return _agree(got, want) or _agree(got, want, 2 * _spread(source, frozen.dtype, larger, want))
 
 
 def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> str:
@@ -280,7 +336,8 @@ def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, veri
         raise TypeError(f"example_inputs: got {type(inputs).__name__}, expected a tensor, a tuple or a mapping")
     check_example(inputs)
     if dtype is not None and dtype not in _DTYPES:
-        raise TypeError(f"dtype: got {dtype!r}, expected one of {', '.join(short(d) for d in _DTYPES)}")
+        names = f"{', '.join(short(d) for d in _DTYPES)}, or {', '.join(map(repr, list(DTYPE_NAMES)[:4]))}"
+        raise TypeError(f"dtype: got {dtype!r}, expected one of {names}")
     for name, value, word in (("tune", tune, "auto"), ("cuda_graph", cuda_graph, "auto"), ("verify", verify, "warn")):
         if not isinstance(value, bool) and value != word:
             raise TypeError(f"{name}: got {value!r}, expected True, False or {word!r}")

@@ -1,4 +1,7 @@
-"""FrozenModel: a snapshot of a network for inference."""
+"""FrozenModel: a snapshot of a network for inference.
+
+Longer than 400 lines: one public class, whose methods have their documentation and examples here.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +28,13 @@ from fastres.inference.file.document import Stored
 from fastres.inference.file.likeness import likeness_to_json
 from fastres.inference.file.store import write
 from fastres.inference.file.values import FrozenFileError
+from fastres.inference.gradients import wants_gradients, without_gradient
 from fastres.inference.network import Network, Places, Variants, fold, held, hold
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
 from fastres.inference.source import LikeItsSource, Source, source_tensors
 from fastres.nn.steps import has_global_hooks, is_bare
-from fastres.verify.runs import call, map_tensors
+from fastres.verify.runs import call, map_tensors, named_tensors
 
 logger = logging.getLogger("fastres")
 
@@ -131,6 +135,8 @@ class FrozenModel(nn.Module):
         if not network.captured.takes(given):
             network = self._other(given)
         inputs = [self._prepare("", t) for t in given.tensors]
+        if wants_gradients(given.tensors):
+            return self._run_with_gradients(network, inputs)
         if is_traced(*inputs):
             outputs = network.executor.trace(inputs, self._constants_of(network))
         elif self._goes_in_parts(inputs):
@@ -151,9 +157,20 @@ class FrozenModel(nn.Module):
         return network.executor.run(inputs, self._constants_of(network))
 
     def _run_fallback(self, args: Any, kwargs: Any) -> Any:
+        wants = wants_gradients(named_tensors((args, kwargs), "").values())
         args, kwargs = map_tensors((args, kwargs), self._prepare, "")
-        with torch.no_grad():
-            return self.fallback(*args, **kwargs)
+        with torch.set_grad_enabled(wants and self.plan.differentiable):
+            outputs = self.fallback(*args, **kwargs)
+        return outputs if not wants or self.plan.differentiable else map_tensors(outputs, without_gradient, "")
+
+    def _run_with_gradients(self, network: Network, inputs: Sequence[Tensor]) -> Any:
+        """By PyTorch's operators, which autograd follows; or an answer whose backward pass says how to get that."""
+        if self.plan.differentiable:
+            with torch._C._DisableAutocast():
+                outputs = network.executor.trace(inputs, self._constants_of(network))
+        else:
+            outputs = [without_gradient("", t) for t in self._run(network, [t.detach() for t in inputs])]
+        return tree_unflatten(outputs, network.captured.outputs)
 
     def _constants_of(self, network: Network) -> tuple[Tensor, ...]:
         if network.constants is not None:
@@ -293,6 +310,18 @@ class FrozenModel(nn.Module):
             raise RuntimeError("a frozen model is a snapshot for inference: train the source, then call refresh()")
         return self
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the state of a frozen network, as any module's; the source's goes into the source.
+
+        Raises:
+            RuntimeError: the names or shapes are not those of its steps.
+        """
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        except RuntimeError as error:
+            cure = "load the source's state_dict into the source, then call refresh(), or freeze it again"
+            raise RuntimeError(f"a frozen network's state is its folded weights: {cure}. {error}") from error
+
     def is_stale(self) -> bool:
         """Tell whether a parameter or buffer of the source was replaced or written to since the snapshot was taken.
 
@@ -313,7 +342,9 @@ class FrozenModel(nn.Module):
     def _refold(self, source: nn.Module) -> tuple[Rewritten | nn.Module, list[FreezeRow]]:
         """Return what it is made of, and its rows, with the tensors of ``source`` as they are now."""
         if self._network is None:
-            return swapped_copy(source, self.dtype, self.device)
+            parts = {n: m for n, m in self.fallback.named_modules() if n and isinstance(m, FrozenModel)}
+            parts = {n: m.like(source.get_submodule(n)) for n, m in parts.items()}
+            return swapped_copy(source, self.dtype, self.device, parts)
         made = fold(self._network.captured, source, self.dtype, device=self._device())
         return made, made.rows
 

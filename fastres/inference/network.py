@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,7 @@ class Variants:
         self.networks: list[Network] = []
         self._clock = itertools.count(1)
         self._warned = False
+        self._failures: dict[Any, str] = {}  # kinds of calls that cannot be captured, and why
 
     def __len__(self) -> int:
         return len(self.networks)
@@ -106,6 +108,9 @@ class Variants:
         what = f"input: got {_describe(given)}; this network was captured for {own.captured.describe()}"
         if is_traced():
             raise RuntimeError(f"{what}: capture(example) it before it is exported or compiled")
+        failure = self._failures.get(_kind(given))
+        if failure is not None:  # at once: no other thread waits for the same to fail again
+            raise ValueError(f"{what}, and it cannot be for this: {failure}")
         with export.LOCK, torch.inference_mode(False):
             found = self.find(given)
             if found is not None:
@@ -119,8 +124,10 @@ class Variants:
             if source.moved():
                 raise RuntimeError(f"{what}, and its source has changed since: refresh() first")
             try:
+                _try(model, given)
                 found = own.captured_again(model, given, dtype, plan, constants)
             except CaptureError as error:
+                self._failures = {**dict([*self._failures.items()][-99:]), _kind(given): str(error)}
                 raise ValueError(f"{what}, and it cannot be for this: {error}") from error
             logger.info("freeze: %s captured again for %s", name, _describe(given))
             found.used = next(self._clock)
@@ -173,6 +180,28 @@ class Places:
         return tuple([buffers[leaf] for buffers, leaf in self._found])  # type: ignore[misc]  # none of them is None
 
 
+def _kind(given: Call) -> Any:
+    return str(given.tree), repr(given.plain), tuple((t.dtype, t.shape) for t in given.tensors)
+
+
+def _try(model: nn.Module, given: Call) -> None:
+    """One call of the source: what it does not take is said in its own words, before a capture.
+
+    Raises:
+        CaptureError: it does not take it.
+    """
+    args, kwargs = given.like(model).arguments()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            sharing_copy(model).eval()(*args, **kwargs)
+    except Exception as error:  # whatever the model's code raises
+        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+        raise CaptureError(f"the source raises {type(error).__name__}: {lines[0].strip()}") from error
+
+
 def _describe(given: Call) -> str:
-    shapes = ", ".join(str(list(t.shape)) for t in given.tensors)
+    shapes = ", ".join(
+        ("" if t.is_floating_point() else f"{t.dtype} ".removeprefix("torch.")) + str(list(t.shape))
+        for t in given.tensors
+    )
     return f"{shapes} with {[value for _, value in given.plain]}" if given.plain else shapes

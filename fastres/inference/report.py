@@ -164,9 +164,14 @@ class FreezeReport:
             lines.append(f"  on the example: {times}{ratio}")
         if self.flops:
             lines.append(f"  predicted: {self.flops / 1e9:.4g} GFLOP, {self.bytes / 1e6:.4g} MB{self._share()}")
-        kept = [row for row in self.rows if row.reason]
-        width = max((len(row.name) for row in kept), default=0)
-        lines += [f"  {row.name:<{width}}  stays {row.became:<10}  {row.reason}: {row.message}" for row in kept]
+        alike: dict[tuple[str, str, str], list[str]] = {}
+        for row in self.rows:
+            if row.reason:
+                alike.setdefault((row.became, row.reason, row.message), []).append(row.name)
+        names = [f"{n[0]} and {len(n) - 1} more" if len(n) > 1 else n[0] for n in alike.values()]
+        width = max(map(len, names), default=0)
+        for name, (became, reason, message) in zip(names, alike, strict=True):
+            lines.append(f"  {name:<{width}}  stays {became:<10}  {reason}: {message}")
         lines += [f"  note: {note}" for note in self.notes]
         if self.verification is None:
             lines.append("  not verified")

@@ -25,10 +25,13 @@ class Source:
     """The origin of a snapshot: a weak reference, and what its tensors and attributes were.
 
     Copies share it, pickles drop it.
+
+    Args:
+        keep: hold the model itself, for a part of a network, of which nobody else may keep the source.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._model = None if model is None else weakref.ref(model)
+    def __init__(self, model: nn.Module | None = None, keep: bool = False) -> None:
+        self._model = None if model is None else (lambda: model) if keep else weakref.ref(model)
         self._stamp = Stamp({} if model is None else source_tensors(model))
         self._state = {} if model is None else plain_state(model)
 

@@ -206,8 +206,9 @@ def choose_layout(frozen: FrozenModel, source: nn.Module, inputs: Any, device: t
     report.memory_format = best
     report.milliseconds = {"eager": min(times["eager"]), "frozen": min(times[best])}
     report.milliseconds |= {f"frozen {name}": min(times[name]) for name in layouts if name != best}
-    if prefer({"frozen": times[best], "eager": times["eager"]}, "frozen") == "eager":
-        text = f"slower than eager on the example: {min(times[best]):.3g} ms, eager {min(times['eager']):.3g} ms"
+    if all(mine > (1 + MARGIN) * theirs for mine, theirs in zip(times[best], times["eager"], strict=False)):
+        spans = [f"{min(t):.3g} to {max(t):.3g} ms" for t in (times[best], times["eager"])]  # in every round: no noise
+        text = f"slower than eager on the example: {spans[0]}, eager {spans[1]}"
         report.notes.append(text)
         logger.warning("freeze: %s is %s", report.model, text)
     chosen = layouts[best]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastres._copies import deep_copy
 from fastres.graph.export import WRITES_TO_INPUT, sharing_copy
 from fastres.inference.checks import copies
 from fastres.inference.frozen import FrozenModel
@@ -84,7 +84,7 @@ class _Sharing(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Sharing:
         own = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in self.module.parameters()}
-        return _Sharing(copy.deepcopy(self.module, memo | own)).train(self.training)
+        return _Sharing(deep_copy(self.module, memo | own)).train(self.training)
 
 
 class _OnCopies(nn.Module):

@@ -18,6 +18,7 @@ from typer import Argument, Option
 
 from fastres.inference import FrozenFileError, FrozenModel
 from fastres.inference import freeze as freeze_model
+from fastres.inference.freeze import DTYPE_NAMES
 from fastres.lab.devices import pick_device
 from fastres.lab.errors import LabError, RefereeError, first_line
 from fastres.lab.named_models import ModelError, build
@@ -25,7 +26,6 @@ from fastres.lab.results import environment, prepare_folder, write_json
 from fastres.lab.terminal import Device
 
 SCHEMA = "fastres.freeze/1"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LARGEST = 1 << 14  # pixels a side
 
 
@@ -75,7 +75,8 @@ def run(console: Console, request: Request, command: str) -> FrozenModel:
         say(f"running {request.model} once")
         _run_once(request.model, model, images)
         say(f"freezing {request.model}" + (" and measuring it" if request.tune else ""))
-        frozen = _freeze(model, images, dtype, request)
+        with _said(say):
+            frozen = _freeze(model, images, dtype, request)
     seconds = time.perf_counter() - start
 
     report = frozen.report
@@ -98,8 +99,8 @@ def run(console: Console, request: Request, command: str) -> FrozenModel:
 
 def _checked(request: Request) -> tuple[tuple[int, int, int, int], torch.dtype, torch.device]:
     """The example's shape, the dtype and the device, once every option is checked and the paths are writable."""
-    if request.dtype not in _DTYPES:
-        raise LabError(f"--dtype: got {request.dtype!r}, expected {', '.join(_DTYPES)}")
+    if request.dtype not in DTYPE_NAMES:
+        raise LabError(f"--dtype: got {request.dtype!r}, expected {', '.join(DTYPE_NAMES)}")
     sides = request.image_size.lower().split("x")
     numbers = [int(side) if side.isascii() and side.isdigit() and len(side) < 6 else 0 for side in sides]
     if not 1 <= len(sides) <= 2 or not all(1 <= number <= _LARGEST for number in numbers):
@@ -109,7 +110,7 @@ def _checked(request: Request) -> tuple[tuple[int, int, int, int], torch.dtype, 
     for path in (request.json, request.save):
         if path is not None:
             prepare_folder(path.parent, [path.name])
-    return (request.batch, request.channels or 3, numbers[0], numbers[-1]), _DTYPES[request.dtype], device
+    return (request.batch, request.channels or 3, numbers[0], numbers[-1]), DTYPE_NAMES[request.dtype], device
 
 
 def _run_once(name: str, model: nn.Module, images: Tensor) -> None:
@@ -138,6 +139,21 @@ def _save(frozen: FrozenModel, path: Path) -> None:
         raise LabError(f"--save: {error}") from error
     except OSError as error:
         raise LabError(f"--save {path}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def _said(say: Any) -> Iterator[None]:
+    """Show what freeze logs about its progress as the current activity."""
+    log, handler = logging.getLogger("fastres"), logging.Handler(logging.INFO)
+    handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(min(log.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 @contextmanager

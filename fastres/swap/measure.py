@@ -6,7 +6,6 @@ then each block's stock and fused copies are compared on it. The model itself is
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastres._copies import deep_copy
 from fastres.swap.fused import Options, convert
 from fastres.swap.match import Match
 
@@ -34,17 +34,14 @@ def measure(
     """
     from fastres.verify import verify
 
-    try:
-        stock = copy.deepcopy(model)
-    except Exception as error:
-        raise TypeError(f"verify: {type(model).__name__} cannot be copied: {error}") from error
+    stock = deep_copy(model, argument="verify")
     probes = {match.name: _probe(stock, match) for match in matches}
     ratios: dict[str, float] = {}
     failures: dict[str, str] = {}
     with _random_state_kept():
         recorded = {training: _record(stock, probes, example, training) for training in (False, True)}
         for name, probe in probes.items():
-            fused = copy.deepcopy(probe)
+            fused = deep_copy(probe)
             convert(fused, options)
             for mode, training, backward in WAYS:
                 inputs = recorded[training]

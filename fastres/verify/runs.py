@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastres._copies import deep_copy
 
 Function = Callable[..., Any]
 
@@ -214,7 +215,4 @@ def _backward(
 
 def private(argument: str, model: nn.Module) -> nn.Module:
     """A deep copy, flags included; TypeError naming the argument if the model cannot be copied."""
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:
-        raise TypeError(f"{argument}: {type(model).__name__} cannot be deep-copied: {error}") from error
+    return deep_copy(model, argument=argument)

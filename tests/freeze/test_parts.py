@@ -73,4 +73,6 @@ def test_row1_the_graph_decides_where_it_can():
         x = images(16)
         frozen = freeze(net, x, tune=False, verify=False)
         executor, (x,), constants = frozen.prepared(x)
-        assert _mixes(executor.graph, x, constants) is verdict or (verdict is True and not answers_each_alone(frozen, x))
+        assert _mixes(executor.graph, x, constants) is verdict or (
+            verdict is True and not answers_each_alone(frozen, x)
+        )

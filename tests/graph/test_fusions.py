@@ -269,5 +269,5 @@ def test_the_report_has_a_line_for_every_step():
     line = next(line for line in lines if line.startswith("1.conv2 "))
     assert "conv + bias + add + relu" in line and "1.bn2 folded" in line
     row = next(row for row in report.rows if row.name == "1.conv2")
-    assert row.flops == 2 * 4 * 64 * 4 * 9 and row.bytes == 3 * 4 * 4 * 64 and row.weights == 4 * (4 * 4 * 9 + 4)
+    assert row.flops == 2 * 4 * 4 * 22 * 22 and row.bytes == 3 * 4 * 4 * 64 and row.weights == 4 * (4 * 4 * 9 + 4)
     assert report.flops == 2 * sum(row.flops for row in report.rows) > 0

@@ -22,6 +22,20 @@ SIZES = {
     "loop": lambda net, x: sum(net.first(x)[..., i] for i in range(x.shape[-1])),
     "square": lambda net, x: net.first(x) + (net.first(x).transpose(2, 3) if x.shape[-1] == x.shape[-2] else 0),
 }
+SIZES |= {
+    "asked after a rule has": lambda net, x: (lambda y: y * 2 if x.shape[-1] % 2 == 0 else y)(
+        F.max_pool2d(net.first(x), 2)
+    ),
+    "resized where it must": lambda net, x: (
+        lambda y: (
+            (y if y.shape == x[:, :1].expand(-1, 4, -1, -1).shape else F.interpolate(y, x.shape[-2:])) + net.first(x)
+        )
+    )(F.interpolate(F.max_pool2d(net.first(x), 2), scale_factor=2.0)),
+    "rounded up": lambda net, x: F.interpolate(x, F.max_pool2d(net.first(x), 3, 2, ceil_mode=True).shape[-2:]),
+    "a pool behind a pool": lambda net, x: (lambda y: y.reshape(len(x), 4, y.shape[-1] * y.shape[-2]))(
+        F.avg_pool2d(F.max_pool2d(net.first(x), 3, 2, ceil_mode=True), 2, 2, ceil_mode=True)
+    ),
+}
 GROWS = {
     "resized": lambda net, x: F.interpolate(net.first(x), x.shape[-2:], mode="bilinear") + net.first(x),
     "grid": lambda net, x: net.first(x) + torch.arange(x.shape[-1]) / x.shape[-1],

@@ -38,6 +38,7 @@ RANK = {
     "_extension": 10,
     "_C": 10,
     "_dispatch": 10,
+    "_copies": 11,
     "_files": 11,
     "_log": 11,
     "_stamp": 11,
