@@ -160,7 +160,9 @@ def test_18_dtypes_and_gradients():
     frozen = freeze(net, example, dtype=torch.bfloat16, tune=False)
     for _ in range(2):
         out = frozen(images(3).requires_grad_(), 0.5, index, True)
-        assert out["y"].dtype == torch.bfloat16 and not out["y"].requires_grad and out["index"].dtype == torch.int64
+        assert out["y"].dtype == torch.bfloat16 and out["index"].dtype == torch.int64
+        with pytest.raises(RuntimeError, match="differentiable=True"):
+            out["y"].sum().backward()
         assert out["rest"][1] is True and out["y"].shape[0] == 3
     assert not any(t.requires_grad for t in frozen.state_dict(keep_vars=True).values())
 
