@@ -127,8 +127,19 @@ def questions_of(program: Any, asked: Sequence[Any]) -> tuple[str, ...]:
         symbols = {str(symbol) for symbol in question.free_symbols}
         alike = isinstance(question, sympy.Eq) and same_size(str(question.lhs), str(question.rhs))
         if symbols and symbols <= names and not alike:  # other symbols follow from data
-            texts.append(PythonPrinter().doprint(question))
+            text = PythonPrinter().doprint(question)
+            if len(symbols) > 1 or not _holds_from_two(text, *symbols):
+                texts.append(text)
     return tuple(texts)
+
+
+def _holds_from_two(question: str, name: str) -> bool:
+    """Tell whether a question about one size is answered alike by all of 2 to 1024: a batch of 1 is tried by itself."""
+    try:
+        terms = terms_of([question], {name})
+    except UnknownQuestion:
+        return False
+    return all(hold(terms, {name: size}) for size in range(2, 1025))
 
 
 def _sizes_by_rules(program: Any) -> bool:

@@ -75,7 +75,7 @@ def run(console: Console, request: Request, command: str) -> FrozenModel:
         say(f"running {request.model} once")
         _run_once(request.model, model, images)
         say(f"freezing {request.model}" + (" and measuring it" if request.tune else ""))
-        with _said(say):
+        with _said(lambda text: say(f"freezing {request.model}: {text}")):
             frozen = _freeze(model, images, dtype, request)
     seconds = time.perf_counter() - start
 
@@ -145,7 +145,7 @@ def _save(frozen: FrozenModel, path: Path) -> None:
 def _said(say: Any) -> Iterator[None]:
     """Show what freeze logs about its progress as the current activity."""
     log, handler = logging.getLogger("fastres"), logging.Handler(logging.INFO)
-    handler.emit = lambda record: say(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: say(record.getMessage().split(": ", 2)[-1])  # type: ignore[method-assign]
     level = log.level
     log.addHandler(handler)
     log.setLevel(min(log.getEffectiveLevel(), logging.INFO))

@@ -291,7 +291,7 @@ def test_bad_weights(no_work, tmp_path, capsys, make, message):
         ([*SMALL, "--batch", "0"], "Invalid value for '--batch'"),
         ([*SMALL, "--batch", "two"], "--batch"),
         ([*SMALL, "--channels", "0"], "Invalid value for '--channels'"),
-        ([*SMALL, "--dtype", "int8"], "--dtype: got 'int8', expected fp32, bf16, fp16"),
+        ([*SMALL, "--dtype", "int8"], "--dtype: got 'int8', expected fp32, fp16, bf16"),
         ([*SMALL, "--device", "cuda:99"], "device: got 'cuda:99', but this machine has"),
         ([*SMALL, "--device", "meta"], "device: got 'meta', expected auto"),
         ([*SMALL, "--json", "{tmp}/net.py/x.json"], "output folder {tmp}/net.py: cannot be written"),

@@ -165,7 +165,7 @@ def test_an_example_that_does_not_run_is_refused_before_anything_changes(example
 def test_a_model_that_cannot_be_copied_is_refused():
     net = nn.Sequential(vision.BasicBlock(3, 3))
     net.lock = __import__("threading").Lock()
-    with pytest.raises(TypeError, match="verify: Sequential cannot be copied"):
+    with pytest.raises(TypeError, match="verify: Sequential cannot be deep-copied"):
         swap(net, verify=torch.randn(4, 3, 8, 8))
     assert len(swap(net).swapped) == 1
 
