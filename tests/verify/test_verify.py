@@ -161,7 +161,7 @@ def test_planted_fault_is_rejected_in_half_precision(name, dtype):
     "fault",
     [
         lambda net: net.block.bn2.running_var.mul_(1.01),
-        lambda net: setattr(net.block.bn1, "eps", 0.0),
+        lambda net: setattr(net.block.bn1, "eps", 1e-12),
         lambda net: net.stem[0].weight[3].neg_(),
         lambda net: setattr(net.block, "relu", nn.Identity()),
         lambda net: setattr(net.stem[1], "momentum", 0.01),
