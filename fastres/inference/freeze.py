@@ -63,9 +63,10 @@ def freeze(
     """A copy of ``model`` for inference: BN folded into convolutions in float64, layout chosen, answers verified.
 
     The model runs as in eval mode, whatever mode it is in, and is never changed. Its forward is captured as a graph of
-    ATen operators (`torch.export`, any batch size); each convolution takes in what alone reads it, in whatever form it
-    is written: batch norms and other arithmetic with one number a channel, a residual sum, an activation. A network
-    that has no graph (control flow that depends on data, hooks) keeps its own code; its known blocks are swapped
+    ATen operators (`torch.export`, any batch and image size that its code treats alike); each convolution takes in what
+    alone reads it, in whatever form it is written: batch norms and other arithmetic with one number a channel, a
+    residual sum, an activation. A network that has no graph (control flow that depends on data, hooks) keeps its own
+    code; its largest parts that have one are frozen each, and known blocks of the rest are swapped
     (:func:`fastres.swap`). What could not be folded stays, with the reason in ``.report``.
 
     Args:
@@ -148,7 +149,9 @@ def freeze(
             if verify != "warn":
                 raise RuntimeError(text)
             logger.warning(text)
-    frozen.plan.differentiable = differentiable
+    for made in frozen.modules():  # its parts too
+        if isinstance(made, FrozenModel):
+            made.plan.differentiable = differentiable
     return take_likeness(frozen, model)
 
 

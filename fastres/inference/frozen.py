@@ -343,6 +343,9 @@ class FrozenModel(nn.Module):
         """Return what it is made of, and its rows, with the tensors of ``source`` as they are now."""
         if self._network is None:
             parts = {n: m for n, m in self.fallback.named_modules() if n and isinstance(m, FrozenModel)}
+            for name, part in parts.items():
+                if attribute := part._source.other_attribute():
+                    raise RuntimeError(f"{name}.{attribute}")
             parts = {n: m.like(source.get_submodule(n)) for n, m in parts.items()}
             return swapped_copy(source, self.dtype, self.device, parts)
         made = fold(self._network.captured, source, self.dtype, device=self._device())

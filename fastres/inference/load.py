@@ -17,8 +17,9 @@ from fastres.inference.hub import give_likeness
 def load(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> FrozenModel:
     """The frozen model that ``FrozenModel.save`` wrote: the same outputs, bit for bit on the same machine.
 
-    Nothing in the file is code: it may come from anywhere. It has no source: ``refresh()`` and calls of another image
-    size than it was captured for raise. A CUDA graph is not in it: ``record_graph`` records one again.
+    Nothing in the file is code: it may come from anywhere. It has no source: ``refresh()`` raises, and so do calls that
+    need another capture, such as image sizes that the network's code treats otherwise than the example's. A CUDA graph
+    is not in it: ``record_graph`` records one again.
 
     Args:
         path: the file.

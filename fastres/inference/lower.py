@@ -99,9 +99,7 @@ def _lower(
     unsettled = _nan_reaches(graph)
     unknown: set[int] = set()  # slots whose shape does not follow from the signature
     found = Lowered([], [], {}, [], {})
-    over: dict[
-        int, tuple[int, int, Call]
-    ] = {}  # place of a call -> its step, the slot to write over, the call that does
+    over: dict[int, tuple[int, int, Call]] = {}  # place of a call -> its step, the slot to write over, that call
     for place, step in enumerate(graph.steps):
         arguments = filled(step.args, values)
         if unknown.intersection(step.reads) or _UNKNOWN_SHAPE.intersection(getattr(step.operator, "tags", ())):

@@ -2,8 +2,8 @@
 
 The steps say whether they do. Of the operators known here, each image of a batch is computed from that image alone, or
 the batch is summed, sorted or indexed. Behind an operator that is not known here, images are replaced by noise: the
-answers to the others must not change by a bit. Outputs that agree on the
-example show nothing: its images may be alike.
+answers to the others must not change by a bit. Outputs that agree on the example show nothing: its images may be
+alike. A network that computes with the number of images, which parts change, is no candidate.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _IMAGES_ONLY = frozenset(  # the first argument's images one by one, by paramete
 )
 _ALONG = frozenset(  # along the dimensions that the second argument names
     """
-    all amax amin any argmax argmin argsort chunk cumsum flatten log_softmax max mean min narrow norm select slice
+    all amax amin any argmax argmin argsort chunk cumsum flatten log_softmax max mean min narrow select slice
     softmax sort split split_with_sizes squeeze std sum topk unbind unflatten unsqueeze var
     """.split()
 )
@@ -51,8 +51,24 @@ def answers_each_alone(frozen: FrozenModel, images: Tensor) -> bool:
     if found is None or not all(isinstance(t, Tensor) and t.ndim and len(t) == len(images) for t in leaves):
         return False
     executor, (images,), constants = found
+    if _computes_with_the_count(executor.graph):
+        return False
     mixes = _mixes(executor.graph, images, constants)
     return _unmoved_by_noise(frozen, images) if mixes is None else not mixes
+
+
+def _computes_with_the_count(graph: Graph) -> bool:
+    """Tell whether the number of images goes anywhere but into shapes."""
+    counts: set[int] = set()
+    for step in graph.steps:
+        name = _name(step)
+        if name == "sym_numel" or (name == "sym_size" and step.args[1] == 0):
+            counts.add(step.writes)
+        elif counts.intersection(step.reads) and name not in ("reshape", "view", "expand"):
+            if not all(slot in counts for slot in step.reads):
+                return True
+            counts.add(step.writes)
+    return bool(counts.intersection(slot.index for slot in slots_in(graph.outputs)))
 
 
 def _mixes(graph: Graph, images: Tensor, constants: Sequence[Tensor]) -> bool | None:
@@ -99,7 +115,8 @@ def _rows_alone(step: Step, values: Sequence[Any], alone: set[int], count: int) 
     if ours is not None or name in _IMAGES_ONLY:
         given = {i for i, a in enumerate(args) if isinstance(a, Slot) and a.index in alone}
         places = (0,) if ours is None else ours.images(*args, **step.kwargs)
-        return None if not {0} <= given <= set(places) else first.ndim >= (2 if name == "linear" else 3)
+        least = {"linear": 2, "group_norm": 3, "conv3d": 5}.get(name, 3 if name.endswith("1d") else 4)
+        return None if not {0} <= given <= set(places) else first.ndim >= least  # without a batch, channels come first
     if name == "batch_norm":
         return rows == [getattr(args[0], "index", -1)] and args[5] is False
     if name in _ALONG and isinstance(first, Tensor) and len(rows) == 1:

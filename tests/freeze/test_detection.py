@@ -89,5 +89,13 @@ def test_row8_a_part_that_is_called_with_something_else_is_left_as_it_is():
     net = Odd().eval()
     frozen = fastres.freeze(net, images(2), tune=False)
     assert "2 parts have a graph and are frozen: body, boxed.inner" in notes(frozen)
+    x = images(2).requires_grad_()
+    fastres.freeze(net, images(2), tune=False, differentiable=True)(x).sum().backward()
+    mine, x.grad = x.grad, None
+    net(x).sum().backward()
+    torch.testing.assert_close(mine, x.grad, rtol=1e-4, atol=1e-4)
     for x in (images(2), images(3), images(1, 12)):
         torch.testing.assert_close(frozen(x), net(x), rtol=1e-4, atol=1e-4)
+    net.body[1].eps = 0.5
+    with pytest.raises(RuntimeError, match="freeze it again: body.1.eps, which was"):
+        frozen.refresh()

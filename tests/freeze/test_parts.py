@@ -27,6 +27,11 @@ MIX = {
     "distances": lambda net, x: torch.einsum("nchw,mchw->nm", x, x),
     "next image": lambda net, x: net.conv(x) + net.conv(torch.cat([x[1:], x[:1]])),
     "group of images": lambda net, x: F.group_norm(net.conv(x).flatten(0, 1)[None], 4)[0].view(len(x), 4, 8, 8),
+    "number of images": lambda net, x: net.conv(x) / x.shape[0],
+    "numbers of images": lambda net, x: net.conv(x).flip(1) * torch.arange(x.shape[0]).sum(),
+    "vector norm": lambda net, x: (lambda y: y.unsqueeze(1).expand(-1, 16, -1).norm(2, 0))(
+        net.fc(net.conv(x).mean((2, 3)))
+    ),
     "count": lambda net, x: net.conv(x) * (x > 0).sum(),
 }
 ALONE = {
