@@ -44,20 +44,23 @@ def check_model(model: nn.Module) -> None:
         raise ValueError("model: it is on the meta device and has no weights to fold")
 
 
-def check_example(inputs: Any) -> None:
+def check_example(inputs: Any, name: str = "example_inputs") -> None:
     """Refuses an example that nothing can be run or measured on.
 
     Raises:
-        ValueError: no tensor, a tensor without data, no tensor with an element.
+        TypeError: no tensor, tuple, list or mapping.
+        ValueError: no tensor in it, a tensor without data, no tensor with an element.
     """
-    tensors = named_tensors(inputs, "example_inputs")
+    if not isinstance(inputs, Tensor | tuple | list | Mapping):
+        raise TypeError(f"{name}: got {type(inputs).__name__}, expected a tensor, a tuple or a mapping")
+    tensors = named_tensors(inputs, name)
     if not tensors:
-        raise ValueError("example_inputs: no tensor in it, expected an example of one call")
-    for name, t in tensors.items():
+        raise ValueError(f"{name}: no tensor in it, expected an example of one call")
+    for its_name, t in tensors.items():
         if t.is_meta:
-            raise ValueError(f"{name}: got a tensor on the meta device, expected one with data")
+            raise ValueError(f"{its_name}: got a tensor on the meta device, expected one with data")
     if not any(t.numel() for t in tensors.values()):
-        raise ValueError(f"example_inputs: got {shapes(inputs)} without an element, expected one image or more")
+        raise ValueError(f"{name}: got {shapes(inputs)} without an element, expected one image or more")
 
 
 def own_example(inputs: Any, device: torch.device, dtype: torch.dtype) -> Any:
@@ -83,7 +86,7 @@ def without_writing(function: Callable[[Any], Any], inputs: Any) -> Callable[[],
 
 
 @contextmanager
-def names_the_example(inputs: Any) -> Iterator[None]:
+def names_the_example(inputs: Any, name: str = "example_inputs") -> Iterator[None]:
     """Around a run of the source on the example.
 
     Raises:
@@ -94,7 +97,7 @@ def names_the_example(inputs: Any) -> Iterator[None]:
     except Exception as error:  # whatever the model's code raises for inputs that are not its own
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
         said = f"{type(error).__name__}: {lines[0].strip()}"
-        raise ValueError(f"example_inputs: the model does not run on {shapes(inputs)}: {said}") from error
+        raise ValueError(f"{name}: the model does not run on {shapes(inputs)}: {said}") from error
 
 
 def shapes(inputs: Any) -> str:

@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,7 @@ from fastres.inference.checks import (
     own_example,
     put_back,
     run_once,
+    shapes,
 )
 from fastres.inference.fallback import frozen_parts, swapped_copy
 from fastres.inference.frozen import FrozenModel
@@ -52,6 +53,7 @@ def freeze(
     model: nn.Module,
     example_inputs: Any,
     *,
+    examples: Sequence[Any] = (),
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     capture: Literal["auto", "graph", "modules"] = "auto",
@@ -73,6 +75,9 @@ def freeze(
         model: the source; on any device, in any mode.
         example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments for one call. The result takes
             any batch size; times and the layout are measured on this one.
+        examples: further calls that must be answered, where the network's code treats them unlike the first: image
+            sizes, arguments. Each that needs a graph of its own is captured now and saved with the model; any other
+            such call is captured when it is made, while the source is there (:meth:`FrozenModel.capture`).
         dtype: torch.float32, float16, bfloat16 or float64, or "fp32", "fp16", "bf16", "fp64"; None keeps the model's.
             Inputs are cast to it, outputs come in it.
         device: where the copy goes; None keeps the model's.
@@ -110,7 +115,7 @@ def freeze(
     """
     model = _uncompiled(model)
     dtype = DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    _check(model, example_inputs, dtype, tune, cuda_graph, verify)
+    _check(model, example_inputs, examples, dtype, tune, cuda_graph, verify)
     if capture not in ("auto", "graph", "modules"):
         raise ValueError(f"capture: got {capture!r}, expected 'auto', 'graph' or 'modules'")
     source = sharing_copy(model).eval()
@@ -141,14 +146,23 @@ def freeze(
     put_back(named_tensors(inputs, ""), named_tensors(example, ""))
     if report.capture == "modules" and put_back(source_tensors(source), source_tensors(model)):
         frozen.refresh()  # its forward keeps state, which the runs above have moved
-    if verify:
+    further = [own_example(other, target, own) for other in examples]
+    for place, other in enumerate(further):
+        with names_the_example(other, f"examples[{place}]"):
+            frozen.capture(other)
+    for given in (inputs, *further) if verify else ():
         say("comparing its answers with float64's")
-        report.verification = judge(source, frozen, inputs, report)
-        if report.verification is not None and not report.verification:
-            text = f"freeze: the referee rejects the frozen {report.model}:\n{report.verification}"
+        verdict = judge(source, frozen, given, report)
+        rejected = verdict is not None and not verdict
+        if report.verification is None or rejected:
+            report.verification = verdict
+        if rejected:
+            text = f"freeze: the referee rejects the frozen {report.model} on {shapes(given)}:\n{verdict}"
             if verify != "warn":
                 raise RuntimeError(text)
             logger.warning(text)
+            break
+    report.notes = list(dict.fromkeys(report.notes))
     for made in frozen.modules():  # its parts too
         if isinstance(made, FrozenModel):
             made.plan.differentiable = differentiable
@@ -186,7 +200,8 @@ def _capture(
         if reason:
             raise CaptureError(reason)
         report.notes[:0] = captured.notes
-        frozen.forget()  # packs for that batch
+        frozen.drop_captures()  # for that batch
+        frozen.forget()  # its packs
         return frozen
     except CaptureError as error:
         if how == "graph":
@@ -330,14 +345,16 @@ def _agree(got: Any, want: Any, tolerance: float = 0.05) -> bool:
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _check(model: Any, inputs: Any, dtype: Any, tune: Any, cuda_graph: Any, verify: Any) -> None:
+def _check(model: Any, inputs: Any, examples: Any, dtype: Any, tune: Any, cuda_graph: Any, verify: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     if isinstance(model, FrozenModel):
         raise TypeError("model: got a FrozenModel, expected the model it came from; refresh() takes new weights in")
-    if not isinstance(inputs, Tensor | tuple | list | Mapping):
-        raise TypeError(f"example_inputs: got {type(inputs).__name__}, expected a tensor, a tuple or a mapping")
     check_example(inputs)
+    if not isinstance(examples, tuple | list):
+        raise TypeError(f"examples: got {type(examples).__name__}, expected a list of examples")
+    for place, example in enumerate(examples):
+        check_example(example, f"examples[{place}]")
     if dtype is not None and dtype not in _DTYPES:
         names = f"{', '.join(short(d) for d in _DTYPES)}, or {', '.join(map(repr, list(DTYPE_NAMES)[:4]))}"
         raise TypeError(f"dtype: got {dtype!r}, expected one of {names}")

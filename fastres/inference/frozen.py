@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from fastres.inference.file.likeness import likeness_to_json
 from fastres.inference.file.store import write
 from fastres.inference.file.values import FrozenFileError
 from fastres.inference.gradients import wants_gradients, without_gradient
-from fastres.inference.network import Network, Places, Variants, fold, held, hold
+from fastres.inference.network import Holder, Network, Variants, fold, release
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
 from fastres.inference.source import LikeItsSource, Source, source_tensors
@@ -75,7 +75,7 @@ class FrozenModel(nn.Module):
             self.fallback = made
         else:
             assert captured is not None
-            self.weights = hold(made.constants)
+            self.weights = Holder().hold(made.constants)
             self._network = Network(captured, Executor(made.graph, self.plan.choices))
         self._signature = signature
         self._source = Source(source)
@@ -83,7 +83,6 @@ class FrozenModel(nn.Module):
         self._cuda_graphs = Graphs()
         self._likeness: tuple[str, ...] = ()  # the attributes that it has of its source
         self._hub_class = ""  # its source's class, if that is transformers'
-        self._places: Places | None = None  # of the constants, in the graph's order
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
         self._pass_nan()
 
@@ -96,14 +95,14 @@ class FrozenModel(nn.Module):
         return super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_places": None, "_variants": Variants(), "_cuda_graphs": Graphs()}
+        return {**self.__dict__, "_cuda_graphs": Graphs()}
 
     def _replicate_for_data_parallel(self) -> FrozenModel:
         replica: FrozenModel = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
         replica.__dict__.update(self.__getstate__(), _modules=replica._modules, _buffers=replica._buffers)
         if self._network is not None:
-            executor = Executor(self._network.executor.graph, self.plan.choices, self._network.executor.exact)
-            replica._network = Network(self._network.captured, executor)
+            replica._network = self._network.apart()
+            replica._variants = Variants(network.apart() for network in self._variants)
         return replica
 
     def _pass_nan(self) -> None:
@@ -113,7 +112,8 @@ class FrozenModel(nn.Module):
         refused = any(row.reason in ("BAD_VARIANCE", "OVERFLOW") for row in self.report.rows)
         tensors = [t for t in self.weights.buffers() if t.is_floating_point() and not t.is_meta and t.numel()]
         if refused or not all(math.isfinite(float(end)) for t in tensors for end in t.detach().aminmax()):
-            self._network.executor.exact = True
+            for network in self._networks:
+                network.executor.exact = True
             note = "some of its numbers are not finite, or too large to fold: no step that could hide a NaN is taken"
             if note not in self.report.notes:
                 self.report.notes.append(note)
@@ -138,7 +138,7 @@ class FrozenModel(nn.Module):
         if wants_gradients(given.tensors):
             return self._run_with_gradients(network, inputs)
         if is_traced(*inputs):
-            outputs = network.executor.trace(inputs, self._constants_of(network))
+            outputs = network.executor.trace(inputs, network.constants(self.weights))
         elif self._goes_in_parts(inputs):
             parts = zip(*(self._run(network, [part]) for part in self._parts(inputs[0])), strict=True)
             outputs = [torch.cat(leaves) for leaves in parts]
@@ -153,8 +153,8 @@ class FrozenModel(nn.Module):
                 return outputs  # type: ignore[no-any-return]
         if torch._C._is_any_autocast_enabled():
             with torch._C._DisableAutocast():
-                return network.executor.run(inputs, self._constants_of(network))
-        return network.executor.run(inputs, self._constants_of(network))
+                return network.executor.run(inputs, network.constants(self.weights))
+        return network.executor.run(inputs, network.constants(self.weights))
 
     def _run_fallback(self, args: Any, kwargs: Any) -> Any:
         wants = wants_gradients(named_tensors((args, kwargs), "").values())
@@ -167,19 +167,10 @@ class FrozenModel(nn.Module):
         """By PyTorch's operators, which autograd follows; or an answer whose backward pass says how to get that."""
         if self.plan.differentiable:
             with torch._C._DisableAutocast():
-                outputs = network.executor.trace(inputs, self._constants_of(network))
+                outputs = network.executor.trace(inputs, network.constants(self.weights))
         else:
             outputs = [without_gradient("", t) for t in self._run(network, [t.detach() for t in inputs])]
         return tree_unflatten(outputs, network.captured.outputs)
-
-    def _constants_of(self, network: Network) -> tuple[Tensor, ...]:
-        if network.constants is not None:
-            return network.constants
-        if torch.compiler.is_dynamo_compiling():
-            return held(self.weights, network.executor.graph.constants)
-        if self._places is None:
-            self._places = Places(self.weights, network.executor.graph.constants)
-        return self._places.read()
 
     def _prepare(self, _: str, t: Tensor) -> Tensor:
         if t.is_floating_point() and t.dtype != self.dtype:
@@ -202,7 +193,8 @@ class FrozenModel(nn.Module):
     def capture(self, example_inputs: Any) -> None:
         """Capture the source for calls like this one, ahead of time: another image size, or other arguments.
 
-        A call that is unlike every captured one does it by itself, once, and says so in the log at level INFO.
+        A call that is unlike every captured one does it by itself, once, and says so in the log at level INFO. Captures
+        are copied, pickled and saved with the model.
 
         Args:
             example_inputs: a tensor, a tuple of arguments or a mapping of keyword arguments, as for ``freeze``.
@@ -232,8 +224,8 @@ class FrozenModel(nn.Module):
         assert network is not None
         found = self._variants.find(given)
         if found is None:
-            own = network, self._constants_of(network)
-            found = self._variants.capture(given, *own, self._source, self.dtype, self.plan, self.report.model)
+            how = self._source, self.dtype, self.plan, self.weights, self.report.model
+            found = self._variants.capture(given, network, *how)
         return found
 
     def _device(self) -> torch.device | None:
@@ -262,16 +254,30 @@ class FrozenModel(nn.Module):
     def choose(self, choices: dict[str, str]) -> None:
         """Run steps these ways, by the keys of their choices; see `Plan.choices`."""
         self.plan.choices = dict(choices)
-        for network in (self._network, *self._variants):
-            if network is not None:
-                network.executor.choices = self.plan.choices
-                network.executor.forget()
+        for network in self._networks:
+            network.executor.choices = self.plan.choices
+            network.executor.forget()
 
     def forget(self) -> None:
-        """Let go of what calls have left behind: packed weights, other captures, CUDA graphs."""
-        self._variants, self._cuda_graphs = Variants(), Graphs()
-        if self._network is not None:
-            self._network.executor.forget()
+        """Let go of what calls have left behind: packed weights, CUDA graphs."""
+        self._cuda_graphs = Graphs()
+        for network in self._networks:
+            network.executor.forget()
+
+    def drop_captures(self) -> None:
+        """Keep no graph but the example's."""
+        dropped, self._variants = self._variants, Variants()
+        release(dropped, self.weights)
+
+    def adopt(self, networks: Iterable[Network], tensors: Mapping[str, Tensor]) -> None:
+        """Answer other calls by these networks, whose own constants are `tensors`."""
+        self.weights.hold(tensors, persistent=False)
+        self._variants = Variants(networks)
+        self._pass_nan()
+
+    @property
+    def _networks(self) -> list[Network]:
+        return [] if self._network is None else [self._network, *self._variants]
 
     def prepared(self, example_inputs: Any) -> tuple[Executor, list[Tensor], tuple[Tensor, ...]] | None:
         """The executor of calls like this one, and what it takes: inputs and constants. None without a graph."""
@@ -280,7 +286,7 @@ class FrozenModel(nn.Module):
         args, kwargs = call(lambda *args, **kwargs: (args, kwargs), example_inputs)
         given = self._signature.take(args, kwargs)
         network = self._network if self._network.captured.takes(given) else self._other(given)
-        return network.executor, [self._prepare("", t) for t in given.tensors], self._constants_of(network)
+        return network.executor, [self._prepare("", t) for t in given.tensors], network.constants(self.weights)
 
     def record_graph(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Record a CUDA graph for inputs of these shapes; other shapes run eagerly.
@@ -292,7 +298,7 @@ class FrozenModel(nn.Module):
             raise RuntimeError("record_graph: the model was frozen without a graph: its own Python code runs it")
         inputs = [self._prepare("", t) for t in self._signature.take(args, kwargs).tensors]
         network = self._network
-        self._cuda_graphs.record(lambda *given: network.executor.run(given, self._constants_of(network)), inputs)
+        self._cuda_graphs.record(lambda *given: network.executor.run(given, network.constants(self.weights)), inputs)
 
     def drop_graphs(self) -> None:
         """Forget the recorded CUDA graphs; every shape runs eagerly."""
@@ -380,7 +386,7 @@ class FrozenModel(nn.Module):
         if isinstance(made, nn.Module):
             mine, fresh = source_tensors(self.fallback), source_tensors(made)
         else:
-            mine, fresh = source_tensors(self.weights), made.constants
+            mine, fresh = self.weights.state_dict(), made.constants
         if {name: t.shape for name, t in fresh.items()} != {name: t.shape for name, t in mine.items()}:
             changed = [f"{row.name}: {row.message}" for row in rows if row not in self.report.rows]
             raise RuntimeError(
@@ -389,8 +395,13 @@ class FrozenModel(nn.Module):
         with torch.no_grad():
             for name, t in mine.items():
                 t.copy_(fresh[name])
+        if self._network is not None:
+            captured = [network.captured for network in self._variants]
+            self.drop_captures()
+            self._variants = Variants(
+                self._network.another(c, source, self.dtype, self.plan, self.weights) for c in captured
+            )
         self._pass_nan()
-        self._variants = Variants()
         self._source = Source(source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -411,11 +422,11 @@ class FrozenModel(nn.Module):
                 f"its own Python code runs it, which no file holds ({self.report.capture_reason}); save the source's "
                 "state_dict and freeze it again"
             )
-        graph, tensors = network.executor.graph, self._constants_of(network)
-        constants = dict(zip(graph.constants, tensors, strict=True))
+        calls = [(n.executor.graph, n.captured) for n in self._networks]
+        tensors = dict(self.weights.named_buffers(remove_duplicate=False))
         likeness = likeness_to_json(self._likeness, self, self._hub_class)
-        how = network.captured, self._signature.parameters, self.dtype, self.plan, self.device, self.report, likeness
-        write(path, Stored(graph, constants, *how))
+        how = self._signature.parameters, self.dtype, self.plan, self.device, self.report, likeness
+        write(path, Stored(calls, tensors, *how))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -430,5 +441,8 @@ class FrozenModel(nn.Module):
 
 
 def _forget(frozen: FrozenModel, _: Any) -> None:
-    """After load_state_dict, which may have put other tensors in place."""
+    """After load_state_dict, which may have put other tensors in place, but not those of other captures alone."""
     frozen.forget()
+    kept = [network for network in frozen._variants if not network.root]
+    release((network for network in frozen._variants if network.root), frozen.weights)
+    frozen._variants = Variants(kept)

@@ -8,18 +8,20 @@ import torch
 
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.signature import Signature
+from fastres.inference.executor import Executor
 from fastres.inference.file.document import Stored
 from fastres.inference.file.store import naming, read
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.hub import give_likeness
+from fastres.inference.network import Network
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> FrozenModel:
     """The frozen model that ``FrozenModel.save`` wrote: the same outputs, bit for bit on the same machine.
 
-    Nothing in the file is code: it may come from anywhere. It has no source: ``refresh()`` raises, and so do calls that
-    need another capture, such as image sizes that the network's code treats otherwise than the example's. A CUDA graph
-    is not in it: ``record_graph`` records one again.
+    Nothing in the file is code: it may come from anywhere. It has no source: ``refresh()`` raises, and so do calls
+    unlike every one that was captured before it was saved (``freeze(..., examples=...)``, ``FrozenModel.capture``). A
+    CUDA graph is not in it: ``record_graph`` records one again.
 
     Args:
         path: the file.
@@ -50,8 +52,11 @@ def _model(stored: Stored) -> FrozenModel:
     report.device = str(stored.device)
     if report.cuda_graph.startswith("on"):
         report.cuda_graph = "off: loaded from a file, record_graph() records it again"
-    made = Rewritten(stored.graph, stored.tensors, report.rows)
-    frozen = FrozenModel(made, None, Signature(stored.signature), report, stored.dtype, stored.captured, stored.plan)
+    (graph, captured), *others = stored.calls
+    made = Rewritten(graph, {name: stored.tensors[name] for name in graph.constants}, report.rows)
+    frozen = FrozenModel(made, None, Signature(stored.signature), report, stored.dtype, captured, stored.plan)
+    networks = [Network(captured, Executor(graph, stored.plan.choices)) for graph, captured in others]
+    frozen.adopt(networks, {name: t for name, t in stored.tensors.items() if name not in made.constants})
     if stored.plan.channels_last:
         frozen.use_channels_last()
     return give_likeness(frozen, stored.likeness)

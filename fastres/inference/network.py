@@ -1,10 +1,15 @@
-"""One captured call of a frozen model, ready to run; the trees of weights that hold its constants."""
+"""The captured calls of a frozen model, ready to run, and the tree of weights that holds their constants.
+
+The network of the example has its constants in the tree under their names in the source: the model's state. What
+another call's network has beside is under `#1.`, `#2.`, ..., moves with the model and is no part of its state.
+"""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,39 +44,60 @@ def fold(
 
 
 class Network:
-    """A captured call and the executor of its graph.
+    """A captured call and the executor of its graph, whose constants a tree of weights has under their names."""
 
-    Attributes:
-        constants: its own, in the graph's order; None for the network whose constants are the model's `weights`.
-    """
-
-    def __init__(self, captured: Captured, executor: Executor, constants: tuple[Tensor, ...] | None = None) -> None:
-        self.captured, self.executor, self.constants = captured, executor, constants
+    def __init__(self, captured: Captured, executor: Executor) -> None:
+        self.captured, self.executor = captured, executor
         self.used = 0  # in the order of use
+        self._places: Places | None = None
 
-    def captured_again(
-        self, source: nn.Module, given: Call, dtype: torch.dtype, plan: Plan, constants: Sequence[Tensor]
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_places": None}
+
+    @property
+    def root(self) -> str:
+        """The part of the tree that is this network's alone; empty where it has none."""
+        return next((n.partition(".")[0] for n in self.executor.graph.constants if n.startswith("#")), "")
+
+    def constants(self, weights: nn.Module) -> tuple[Tensor, ...]:
+        """Its tensors, as they are now in the tree of its model."""
+        if torch.compiler.is_dynamo_compiling():
+            buffers = dict(weights.named_buffers(remove_duplicate=False))
+            return tuple(buffers[name] for name in self.executor.graph.constants)
+        if self._places is None:
+            self._places = Places(weights, self.executor.graph.constants)
+        return self._places.read()
+
+    def apart(self) -> Network:
+        """The same network for another tree, with an executor of its own."""
+        return Network(self.captured, Executor(self.executor.graph, self.executor.choices, self.executor.exact))
+
+    def another(
+        self, captured: Captured, source: nn.Module, dtype: torch.dtype, plan: Plan, weights: Holder
     ) -> Network:
-        """The network of the same source for another call; what is equal of `constants`, this one's, is shared.
-
-        Raises:
-            CaptureError: the source has no graph for that call.
-        """
-        captured = capture_for(sharing_copy(source).eval(), given, dtype)
-        graph = self.executor.graph
-        shared = {graph.made_of[name]: t for name, t in zip(graph.constants, constants, strict=True)}
-        made = fold(captured, source, dtype, shared, constants[0].device if constants else None)
-        tensors = list(made.constants.values())
-        if plan.channels_last:
-            tensors = [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in tensors]
-        return Network(captured, Executor(made.graph, plan.choices, self.executor.exact), tuple(tensors))
+        """The network of another call of the same source; what is equal of this one's constants is shared."""
+        own = dict(zip(self.executor.graph.constants, self.constants(weights), strict=True))
+        shared = {self.executor.graph.made_of[name]: t for name, t in own.items()}
+        made = fold(captured, source, dtype, shared, next((t.device for t in own.values()), None))
+        known, root = {id(t): name for name, t in own.items()}, _unused(weights)
+        names, fresh = {}, {}
+        for name, t in made.constants.items():
+            if plan.channels_last and t.ndim == 4:
+                t = t.contiguous(memory_format=torch.channels_last)
+            names[name] = known.get(id(t), f"{root}.{name}")
+            if id(t) not in known:
+                fresh[names[name]] = t
+        weights.hold(fresh, persistent=False)
+        made_of = {names[name]: line for name, line in made.graph.made_of.items()}
+        graph = replace(made.graph, constants=tuple(names.values()), made_of=made_of)
+        return Network(captured, Executor(graph, plan.choices, self.executor.exact))
 
 
 class Variants:
     """The networks of calls unlike the example; those used last are kept."""
 
-    def __init__(self) -> None:
-        self.networks: list[Network] = []
+    def __init__(self, networks: Iterable[Network] = ()) -> None:
+        self.networks = list(networks)
         self._clock = itertools.count(1)
         self._warned = False
         self._failures: dict[Any, str] = {}  # kinds of calls that cannot be captured, and why
@@ -93,16 +119,16 @@ class Variants:
         self,
         given: Call,
         own: Network,
-        constants: Sequence[Tensor],
         source: Source,
         dtype: torch.dtype,
         plan: Plan,
+        weights: Holder,
         name: str,
     ) -> Network:
         """A new network for such calls, unless another thread has made it meanwhile.
 
         Args:
-            own: the network of the example; constants: its tensors.
+            own: the network of the example; weights: the model's tree.
             name: of the model, for the log.
         """
         what = f"input: got {_describe(given)}; this network was captured for {own.captured.describe()}"
@@ -118,14 +144,15 @@ class Variants:
             model = source.model
             if model is None:
                 raise RuntimeError(
-                    f"{what}, and its source, which another capture needs, is gone: freeze the model with an example "
-                    "of that kind"
+                    f"{what}, and its source, which another capture needs, is gone: freeze the model with such a call "
+                    "among its examples"
                 )
             if source.moved():
                 raise RuntimeError(f"{what}, and its source has changed since: refresh() first")
             try:
                 _try(model, given)
-                found = own.captured_again(model, given, dtype, plan, constants)
+                captured = capture_for(sharing_copy(model).eval(), given, dtype)
+                found = own.another(captured, model, dtype, plan, weights)
             except CaptureError as error:
                 self._failures = {**dict([*self._failures.items()][-99:]), _kind(given): str(error)}
                 raise ValueError(f"{what}, and it cannot be for this: {error}") from error
@@ -138,31 +165,34 @@ class Variants:
                     "freeze: more than %d kinds of calls of %s take turns: each is captured again", VARIANTS, name
                 )
             self.networks = [*kept[1 - VARIANTS :], found]  # replaced: other threads read it
+            release(kept[: 1 - VARIANTS], weights)
             return found
+
+
+def release(networks: Iterable[Network], weights: nn.Module) -> None:
+    """Take what these networks alone have out of the tree; a call that runs one keeps its tensors."""
+    for network in networks:
+        weights._modules.pop(network.root, None)
 
 
 class Holder(nn.Module):
     """A part of a tree of tensors with dotted names; runs nothing."""
 
-
-def hold(tensors: Mapping[str, Tensor]) -> Holder:
-    """A tree that has these tensors as buffers under their dotted names."""
-    root = Holder()
-    for name, t in tensors.items():
-        parent: nn.Module = root
-        *path, leaf = name.split(".")
-        for part in path:
-            if part not in parent._modules:
-                parent.add_module(part, Holder())
-            parent = parent._modules[part]  # type: ignore[assignment]
-        parent.register_buffer(leaf, t)
-    return root.eval()
+    def hold(self, tensors: Mapping[str, Tensor], persistent: bool = True) -> Holder:
+        """Have these tensors as buffers under their dotted names; `persistent`: in the state_dict."""
+        for name, t in tensors.items():
+            parent: nn.Module = self
+            *path, leaf = name.split(".")
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, Holder())
+                parent = parent._modules[part]  # type: ignore[assignment]
+            parent.register_buffer(leaf, t, persistent)
+        return self.eval()
 
 
-def held(root: nn.Module, names: Iterable[str]) -> tuple[Tensor, ...]:
-    """The tensors of a tree by their dotted names."""
-    buffers = dict(root.named_buffers(remove_duplicate=False))
-    return tuple(buffers[name] for name in names)
+def _unused(weights: Holder) -> str:
+    return next(name for n in itertools.count(1) if (name := f"#{n}") not in weights._modules)
 
 
 class Places:

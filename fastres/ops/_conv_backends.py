@@ -75,6 +75,47 @@ def output_size(size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation:
     return p, q
 
 
+def sound(
+    size: Pair, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
+) -> tuple[tuple[int, int], tuple[int, int], bool]:
+    """(stride, dilation, whether the first column alone is wanted): the same convolution as oneDNN computes it right.
+
+    Where the output is one column wide and the stride along it is not 1, oneDNN's answer can be another one: in
+    bfloat16 and channels_last, also of the gradients; packed with one channel also in float32. A dilation along a side
+    on which the kernel is 1 can end the process. (torch 2.11, oneDNN 3.7, on a CPU with AVX-512; tests/ops/
+    test_conv_act_faults.py.)
+    """
+    sides = zip(kernel, dilation, strict=True)
+    h, w = (1 if n == 1 else d for n, d in sides)
+    column = kernel[1] > 1 and stride[1] > 1 and output_size(size, kernel, stride, padding, (h, w))[1] == 1
+    return (stride[0], 1 if column else stride[1]), (h, w), column
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Maybe, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+    """`F.conv2d`, but for what oneDNN gets wrong: see `sound`."""
+    if x.device.type != "cpu" or (stride[1] == 1 and dilation[0] == dilation[1] == 1) or type(x.shape[3]) is not int:
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    stride, dilation, column = sound(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    layout = memory_format(y.is_contiguous(memory_format=torch.channels_last))
+    return y[..., :1].clone(memory_format=layout) if column else y
+
+
+def conv2d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, where: tuple[Pair, Pair, Pair, int], needs: list[bool]
+) -> tuple[Maybe, Maybe, Maybe]:
+    """The gradients of x, of the weight and of a bias, those that are needed; `where` ends conv2d's arguments."""
+    stride, padding, dilation, groups = where
+    if x.device.type == "cpu" and type(x.shape[3]) is int:
+        stride, dilation, column = sound(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+        if column:
+            columns = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)[1]
+            dy = F.pad(dy, [0, columns - 1])  # the other columns of stride 1 take no part
+    return torch.ops.aten.convolution_backward.default(  # type: ignore[no-any-return]
+        dy, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, needs
+    )
+
+
 def pair(value: int | Pair, name: str = "value") -> tuple[int, int]:
     """A number or two as two."""
     if isinstance(value, int | torch.SymInt):
@@ -93,7 +134,7 @@ def why_not_reference(x: Tensor, call: Conv) -> list[str]:
 
 
 def reference(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, call: Conv) -> Tensor:
-    z = F.conv2d(x, weight, None if call.scale else bias, *call.geometry)
+    z = conv2d(x, weight, None if call.scale else bias, *call.geometry)
     return epilogue(z, bias, residual, scale, call.act)
 
 
@@ -119,7 +160,7 @@ def cpu(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, c
     oneDNN's own epilogue (below) on a weight that is not packed took 1.0 to 4 times as long, at the ResNet shapes and
     in both layouts. Frozen networks, which pack, use it.
     """
-    z = F.conv2d(x, weight, None if call.scale else bias, *call.geometry)
+    z = conv2d(x, weight, None if call.scale else bias, *call.geometry)
     if residual is None and scale is None:
         return ACTIVATIONS[call.act](z)
     shift, relu = bias if call.scale else None, call.act == "relu"
@@ -154,7 +195,10 @@ def onednn(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe
     # oneDNN's own ReLU turns NaN into 0: the activation runs in place behind it, on an output that is still in cache.
     layout = memory_format(call.channels_last)
     x, weight = x.contiguous(memory_format=layout), weight.contiguous(memory_format=layout)
-    where = list(call.padding), list(call.stride), list(call.dilation), call.groups
+    stride, dilation, column = sound(call.size[1:], call.weight[2:], call.stride, call.padding, call.dilation)
+    if column:
+        return reference(x, weight, bias, residual, scale, call)
+    where = list(call.padding), list(stride), list(dilation), call.groups
     _, k, p, q = call.shape
     if residual is not None and k > 1 and p * q > 1:
         residual = residual.contiguous(memory_format=layout)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastres._dispatch import Argument, Choices, Prepared
 from fastres._stamp import version
-from fastres.ops._conv_backends import OUT_OF_PLACE, Conv, Maybe, output_size, why_not_onednn
+from fastres.ops._conv_backends import OUT_OF_PLACE, Conv, Maybe, conv2d, output_size, sound, why_not_onednn
 from fastres.ops._tensors import is_channels_last, stats_dtype
 
 _UNARY: dict[str, tuple[str, list[float]]] = {
@@ -36,7 +37,7 @@ _X, _RESIDUAL = Argument(0), Argument(3)
 def stock(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, *where: Any) -> Tensor:
     """The call by PyTorch's operators; nothing in place, as under vmap a batch may be of the residual alone."""
     *geometry, act = where[:5]  # a backend may follow
-    z = F.conv2d(x, weight, None if scale is not None else bias, *geometry)  # [N, K, P, Q]
+    z = conv2d(x, weight, None if scale is not None else bias, *geometry)  # [N, K, P, Q]
     if scale is not None:
         z = z.to(stats_dtype(x)) * scale[:, None, None]
         z = z if bias is None else z + bias[:, None, None]
@@ -64,6 +65,7 @@ def bind(
     k, per_group, r, s = weight.shape
     if c != per_group * groups or k == 1 or not _is_nhwc(x) or not is_channels_last(x):
         return None
+    _, dilation, column = sound((h, w), (r, s), stride, padding, dilation)
     where = tuple(stride), tuple(padding), tuple(dilation)
     call = Conv(True, x.numel() == 0, (n, h, w), (k, per_group, r, s), *where, groups, act, residual is not None)
     if why_not_onednn(x, call):
@@ -85,9 +87,12 @@ def bind(
         over = Prepared(torch.ops.mkldnn._convolution_pointwise_.binary, (_RESIDUAL, _X, *rest, *epilogue))
         return Prepared(_onednn.binary, (_X, _RESIDUAL, *rest, *epilogue), _RESIDUAL.place, over)
 
-    def packed() -> Prepared:
+    def pack(kernel: Tensor) -> Tensor:
         reorder = torch.ops.mkldnn._reorder_convolution_weight
-        return on(_shared(weight, reorder(weight.detach(), padding, stride, dilation, groups, list(x.shape))))
+        return reorder(kernel, padding, stride, dilation, groups, list(x.shape))  # type: ignore[no-any-return]
+
+    if column and not _is_right(x, weight, pack, (padding, stride, dilation, groups)):
+        return None
 
     size = "x".join(map(str, x.shape))
     kernel = "x".join(map(str, weight.shape))
@@ -95,7 +100,21 @@ def bind(
     after = act if residual is None else f"add {act}"
     dtype = str(x.dtype).removeprefix("torch.")
     key = f"conv_act {size} by {kernel} {geometry} g{groups} {after} {dtype}"
-    return Choices(key, {"packed": packed, "plain": lambda: on(weight.detach())})
+    return Choices(
+        key, {"packed": lambda: on(_shared(weight, pack(weight.detach()))), "plain": lambda: on(weight.detach())}
+    )
+
+
+def _is_right(x: Tensor, weight: Tensor, pack: Callable[[Tensor], Tensor], where: tuple[Any, ...]) -> bool:
+    """Tell whether oneDNN computes a convolution like this one, packed and plain; see `_conv_backends.sound`."""
+    given, kernel = (
+        torch.arange(t.numel(), dtype=torch.float64).mul_(0.7).sin_().view(t.shape).to(t) for t in (x, weight)
+    )
+    given, kernel = (t.contiguous(memory_format=torch.channels_last) for t in (given, kernel))
+    padding, stride, dilation, groups = where
+    want = F.conv2d(given.double(), kernel.double(), None, stride, padding, dilation, groups)
+    got = (_onednn.default(given, k, None, *where, "none", [], "") for k in (kernel, pack(kernel)))
+    return all(float((y - want).norm()) < 0.05 * float(want.norm()) for y in got)
 
 
 def _is_nhwc(t: Tensor) -> bool:

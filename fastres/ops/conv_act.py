@@ -23,14 +23,13 @@ from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Choices, Operator, check_stock, choose, register
 from fastres.ops import _conv_backends, _conv_frozen
 from fastres.ops._autograd import any_requires_grad, is_plain_eager, is_transformed, register_autograd
-from fastres.ops._conv_backends import ACTS, Conv, Maybe, Pair, output_size, pair
+from fastres.ops._conv_backends import ACTS, Conv, Maybe, Pair, conv2d, conv2d_backward, output_size, pair
 from fastres.ops._tensors import (
     check_activation,
     empty_elementwise,
@@ -206,7 +205,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
     x, weight, scale, y = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_residual, needs_scale = ctx.needs_input_grad[:5]
-    stride, padding, dilation, groups = ctx.where
     if y is None:
         g = dy
     elif torch.is_grad_enabled() or is_transformed():  # create_graph=True: linear in dy, one mask serves every order
@@ -219,13 +217,11 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
         wide, dims = g.to(stats_dtype(x)), (0, 2, 3)
         dc, needs = (wide * _per_channel(scale, wide)).to(x.dtype), [needs_x, needs_weight, False]
         if needs_scale:
-            dscale = (wide * F.conv2d(x, weight, None, *ctx.where)).sum(dims).to(scale.dtype)
+            dscale = (wide * conv2d(x, weight, None, *ctx.where)).sum(dims).to(scale.dtype)
         if needs_bias:
             dbias = wide.sum(dims).to(ctx.bias_dtype)
     if any(needs):
-        dx, dweight, db = torch.ops.aten.convolution_backward.default(
-            dc, x, weight, [weight.shape[0]], stride, padding, dilation, False, [0, 0], groups, needs
-        )
+        dx, dweight, db = conv2d_backward(dc, x, weight, ctx.where, needs)
         dbias = db if scale is None else dbias
     return dx, dweight, dbias, g if needs_residual else None, dscale, *[None] * 6
 

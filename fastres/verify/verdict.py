@@ -14,6 +14,7 @@ from .runs import Run
 
 RMS_RATIO = 2.0
 MAX_RATIO = 4.0
+BROKEN = 8.0, 0.1  # times the floor, and of the result: a 16-bit error that no rounding explains
 
 
 # Error and eager RMS, error and eager maximum, the floor's RMS and maximum: a row's numbers.
@@ -178,10 +179,13 @@ def _judge(
     floor_rms, floor_max = floors(exact[0], perturbed, eps, ulps)
     error_rms, error_max = min(_size(mine - t) for t in exact)
     eager_rms, eager_max = min(_size(theirs - t) for t in exact)
-    rms = _over(error_rms, RMS_RATIO * eager_rms + floor_rms)
-    worst = _over(error_max, MAX_RATIO * eager_max + floor_max)
+    broken = eps > 2**-12 and eager_rms > max(BROKEN[0] * floor_rms, BROKEN[1] * _size(exact[0])[0]) > 0 < floor_rms
+    rms = _over(error_rms, RMS_RATIO * (floor_rms if broken else eager_rms) + floor_rms)
+    worst = _over(error_max, MAX_RATIO * (floor_max if broken else eager_max) + floor_max)
     ratio = RMS_RATIO * max(rms, worst)
     message = "" if ratio <= RMS_RATIO else "RMS error" if rms >= worst else "largest error"
+    if broken and message:
+        message += "; eager's own is larger than rounding explains, so it is no measure"
     numbers = (error_rms, eager_rms, error_max, eager_max, floor_rms, floor_max)
     return _row(name, kind, ours, numbers, ratio, message)
 

@@ -3,15 +3,18 @@
 import copy
 import gc
 import logging
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import fastres
 from fastres.graph.fold import norm_affine
 from fastres.inference import network
 from freeze_cases import Net, agree, cifar, compare, fixed, freeze, images, notes
+from swap_cases import scramble
 
 # ---- the batch -------------------------------------------------------------------------------------------------------
 
@@ -72,7 +75,8 @@ def test_other_image_sizes_of_fixed_graphs_are_captured_on_their_first_call_and_
     assert len(frozen._variants) == 2
     mine = {t.data_ptr() for t in frozen.weights.buffers()}
     for variant in frozen._variants:
-        assert {t.data_ptr() for t in variant.constants} <= mine
+        assert {t.data_ptr() for t in variant.constants(frozen.weights)} <= mine
+    assert len(mine) == len(list(frozen.weights.buffers()))
     with torch.no_grad():
         net.bn.bias.add_(1)
     message = r"got \[2, 3, 32, 32\]; .* captured for \[N, 3, H, 16\].*has changed since: refresh\(\) first"
@@ -109,6 +113,77 @@ def test_capture_takes_what_freeze_takes_and_does_it_once(caplog):
         frozen.capture(torch.ones(2, 3))
     with pytest.raises(TypeError, match="unexpected keyword"):
         frozen.capture({"x": images(2, 12), "size": 3})
+
+
+def asks_for_the_width():
+    """A network with weights that wide images alone meet, and a constant that its code makes."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.wide, self.wide_bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x, scale=1.0):
+            y = self.bn(self.conv(x)).relu() * scale
+            y = self.wide_bn(self.wide(y)) if x.shape[-1] > 20 else y * torch.arange(1.0, 5.0)[:, None, None]
+            return y.mean((2, 3))
+
+    return scramble(Net()).eval()
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_examples_are_captured_copied_pickled_and_saved_with_the_model(tmp_path, caplog, channels_last):
+    net = asks_for_the_width()
+    examples = [images(2, 32), (images(1, 8), 0.5), images(3, 24)]  # the last is like the first of them
+    with caplog.at_level(logging.INFO, "fastres"):
+        frozen = fastres.freeze(net, images(2, 8), examples=examples, tune=False)
+    assert caplog.text.count("captured again") == len(frozen._variants) == 2
+    assert frozen.report.verification and caplog.text.count("comparing its answers") == 4
+    frozen.use_channels_last(channels_last)
+    names = set(frozen.state_dict())
+    assert not any("wide" in name or "#" in name for name in names)  # the state is the example's
+    frozen.save(tmp_path / "net")
+    with torch.no_grad():
+        net.bn.bias.add_(1)
+    calls = [(images(5, 12),), (images(4, 40),), (images(3, 8), 0.5)]
+    want = [frozen(*call) for call in calls]
+    loaded, copied, unpickled = (
+        fastres.load(tmp_path / "net"),
+        copy.deepcopy(frozen),
+        pickle.loads(pickle.dumps(frozen)),
+    )
+    refreshed = copy.deepcopy(frozen)
+    refreshed.refresh()
+    for call, y in zip(calls, want, strict=True):
+        for other in (loaded, copied, unpickled):
+            assert torch.equal(other(*call), y)
+        torch.testing.assert_close(refreshed(*call), net(*call), rtol=1e-4, atol=1e-4)
+    assert len(refreshed._variants) == 2
+    for other in (loaded, copied, unpickled):
+        assert set(other.state_dict()) == names
+        half = other.to(torch.float64)
+        for call, y in zip(calls, want, strict=True):  # what a capture has for itself moves too
+            torch.testing.assert_close(half(*call), y.double(), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="is gone: freeze the model with such a call among its examples"):
+        loaded(images(2, 8), 0.25)
+    loaded = fastres.load(tmp_path / "net")
+    loaded.load_state_dict(refreshed.state_dict())  # the wide network's own weights are not in it
+    torch.testing.assert_close(loaded(*calls[0]), net(*calls[0]), rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="is gone"):
+        loaded(*calls[1])
+
+
+def test_bad_examples_are_refused_by_their_place():
+    net = asks_for_the_width()
+    for examples, error, words in (
+        (images(), TypeError, "examples: got Tensor, expected a list"),
+        ([images(), 3], TypeError, r"examples\[1\]: got int, expected a tensor"),
+        ([images(0)], ValueError, r"examples\[0\]: got float32 \[0, 3, 8, 8\] without an element"),
+        ([images(2, 8), images()[:, :2]], ValueError, r"examples\[1\]: the model does not run on .*expected input"),
+    ):
+        with pytest.raises(error, match=words):
+            fastres.freeze(net, images(2, 8), examples=examples, tune=False)
 
 
 def test_at_most_so_many_captures_are_kept_those_used_last(monkeypatch, caplog):

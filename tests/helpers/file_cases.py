@@ -80,10 +80,10 @@ def stored(steps=(), outputs=X_ALONE, inputs=1, tensors=None, **changes):
     given = [(("s0", 4), torch.float32)] * inputs
     flat, outputs_tree = tree_flatten(outputs)
     tree = tree_structure((tuple(range(inputs)), {}))
+    graph = freed(Graph(inputs, tuple(tensors), rows, tuple(flat)))
     fields = dict(
-        graph=freed(Graph(inputs, tuple(tensors), rows, tuple(flat))),
+        calls=[(graph, Captured(fx.Graph(), given, outputs_tree, tree, (), {}, 2))],
         tensors=tensors,
-        captured=Captured(fx.Graph(), given, outputs_tree, tree, (), {}, 2),
         signature=[(f"x{i}", inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty) for i in range(inputs)],
         dtype=torch.float32,
         plan=Plan(),
@@ -184,7 +184,7 @@ def hostile_base(path):
     rows = [FreezeRow("conv", "conv", "conv + relu", "NO_NORM", "none", ("relu",))]
     report = FreezeReport("Net", "float32", "cpu", rows, milliseconds={"eager": 1.5}, notes=["a"], verification=judged)
     network = stored(steps, {"out": Slot(18), "rest": [Slot(11)]}, tensors=tensors, report=report)
-    network.captured.inputs = [(("s0", 3, 6, 6), torch.float32)]
+    network.calls[0][1].inputs = [(("s0", 3, 6, 6), torch.float32)]
     network.likeness = {"attributes": {"size": 6, "names": ["a"]}}
     store.write(path, network)
 

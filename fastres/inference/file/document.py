@@ -22,6 +22,7 @@ from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
 
 MAX_STEPS = 50_000
+MAX_CALLS = 64
 
 
 @dataclass
@@ -29,9 +30,8 @@ class Stored:
     """A network and how it is called.
 
     Attributes:
-        graph: the network's steps.
-        tensors: its constants, by name.
-        captured: the call that it answers.
+        calls: the steps and the call that they answer: the example's, then others that were captured.
+        tensors: the constants of all, by name.
         signature: name, kind and default of the source's parameters.
         dtype: what it computes in.
         plan: how it runs.
@@ -40,9 +40,8 @@ class Stored:
         likeness: of its source, see likeness.py.
     """
 
-    graph: Graph
+    calls: list[tuple[Graph, Captured]]
     tensors: dict[str, Tensor]
-    captured: Captured
     signature: Parameters
     dtype: torch.dtype
     plan: Plan
@@ -57,8 +56,22 @@ def to_json(stored: Stored) -> dict[str, Any]:
         if t.layout is not torch.strided or t.is_quantized or t.dtype not in DTYPES.values() or t.is_meta:
             what = "meta" if t.is_meta else f"{t.layout} and {t.dtype}"
             raise FrozenFileError(f"{name} is {what}: a file holds dense tensors of {', '.join(DTYPES)}")
-    graph, captured, encode = stored.graph, stored.captured, Values().encode
-    steps = []
+    encode = Values().encode
+    own, *others = [_call_to_json(graph, captured) for graph, captured in stored.calls]
+    return {
+        **own,
+        "others": others,
+        "signature": signature_to_json(stored.signature),
+        "dtype": encode(stored.dtype),
+        "device": encode(stored.device),
+        "plan": encode(asdict(stored.plan)),
+        "report": encode(asdict(stored.report)),
+        "likeness": encode(stored.likeness),
+    }
+
+
+def _call_to_json(graph: Graph, captured: Captured) -> dict[str, Any]:
+    encode, steps = Values().encode, []
     for step in graph.steps:
         try:
             kwargs = {name: encode(value) for name, value in step.kwargs.items()}
@@ -74,15 +87,9 @@ def to_json(stored: Stored) -> dict[str, Any]:
         "steps": steps,
         "outputs": Trees().encode(tree_unflatten(graph.outputs, captured.outputs)),
         "call": Trees().encode(tree_unflatten(call, captured.tree)),
-        "signature": signature_to_json(stored.signature),
         "inputs": encode([(tuple(dims), dtype) for dims, dtype in captured.inputs]),
         "batch": captured.batch,
         "questions": encode(list(captured.questions)),
-        "dtype": encode(stored.dtype),
-        "device": encode(stored.device),
-        "plan": encode(asdict(stored.plan)),
-        "report": encode(asdict(stored.report)),
-        "likeness": encode(stored.likeness),
     }
 
 
@@ -99,27 +106,19 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device
 
     saved = part("device", torch.device)
     device = _available(saved if device is None else device, asked=device is not None)
-    inputs = part("inputs", list[tuple[tuple[int | str, ...], torch.dtype]])
-    call, tree = tree_flatten(Trees().decode(document["call"]))
-    outputs, its_tree = tree_flatten(Trees().decode(document["outputs"]))
-    if [leaf for leaf in call if type(leaf) is Slot] != [Slot(i) for i in range(len(inputs))]:
-        raise FrozenFileError("its call does not take its inputs one after another")
-    plain = tuple((place, leaf) for place, leaf in enumerate(call) if type(leaf) is not Slot)
-    names = part("constants", list[str])
-    steps = _steps(document["steps"], len(inputs) + len(names), {saved: device, torch.device(saved.type): device})
-    graph = freed(Graph(len(inputs), tuple(names), steps, tuple(outputs)))
-    graph.check()
-    read = {slot for step in steps for slot in step.reads} | {slot.index for slot in slots_in(graph.outputs)}
-    if set(names) != set(tensors) or len(set(names)) < len(names) or any(n.count(".") > MAX_DEPTH for n in names):
+    moved = {saved: device, torch.device(saved.type): device}
+    others = typed(list[dict[str, Any]], document.get("others", []), "others")
+    if len(others) > MAX_CALLS:
+        raise FrozenFileError(f"it holds {len(others)} further captures, more than {MAX_CALLS}")
+    calls = [_call_from_json(one, moved) for one in (document, *others)]
+    names = {name for graph, _ in calls for name in graph.constants}
+    if names != set(tensors) or any(name.count(".") > MAX_DEPTH for name in names):
         raise FrozenFileError("its tensors are not the constants of its graph")
-    if not set(range(graph.first_constant, graph.first_result)) <= read:
-        raise FrozenFileError("it has constants that its graph does not use")
     report = part("report", FreezeReport)
     str(report), report.to_dict()  # it can be shown
     return Stored(
-        graph,
-        {name: tensors[name].to(device) for name in names},
-        _captured(inputs, its_tree, tree, plain, part("batch", int), tuple(part("questions", list[str]))),
+        calls,
+        {name: t.to(device) for name, t in tensors.items()},
         signature_from_json(document["signature"]),
         part("dtype", torch.dtype),
         part("plan", Plan),
@@ -127,6 +126,29 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device
         report,
         likeness_from_json(part("likeness", Any)),
     )
+
+
+def _call_from_json(document: Mapping[str, Any], moved: Mapping[torch.device, torch.device]) -> tuple[Graph, Captured]:
+    def part(name: str, hint: Any) -> Any:
+        return typed(hint, Values().decode(document[name]), name)
+
+    inputs = part("inputs", list[tuple[tuple[int | str, ...], torch.dtype]])
+    call, tree = tree_flatten(Trees().decode(document["call"]))
+    outputs, its_tree = tree_flatten(Trees().decode(document["outputs"]))
+    if [leaf for leaf in call if type(leaf) is Slot] != [Slot(i) for i in range(len(inputs))]:
+        raise FrozenFileError("its call does not take its inputs one after another")
+    plain = tuple((place, leaf) for place, leaf in enumerate(call) if type(leaf) is not Slot)
+    names = part("constants", list[str])
+    steps = _steps(document["steps"], len(inputs) + len(names), moved)
+    graph = freed(Graph(len(inputs), tuple(names), steps, tuple(outputs)))
+    graph.check()
+    read = {slot for step in steps for slot in step.reads} | {slot.index for slot in slots_in(graph.outputs)}
+    if len(set(names)) < len(names):
+        raise FrozenFileError("its tensors are not the constants of its graph: one has a name twice")
+    if not set(range(graph.first_constant, graph.first_result)) <= read:
+        raise FrozenFileError("it has constants that its graph does not use")
+    captured = _captured(inputs, its_tree, tree, plain, part("batch", int), tuple(part("questions", list[str])))
+    return graph, captured
 
 
 def _captured(inputs: Any, outputs: Any, tree: Any, plain: Any, batch: int, questions: tuple[str, ...]) -> Captured:
