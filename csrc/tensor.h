@@ -162,4 +162,18 @@ void parallel_tasks(int64_t tasks, int64_t elements, const F& f) {
   torch::stable::parallel_for(0, tasks, grain, f);
 }
 
+// Runs f(worker, begin, end) for each of `workers` equal shares of [0, count), each on a thread of its own where there
+// are as many: a worker has scratch memory of its own.
+template <class F>
+void parallel_workers(int64_t workers, int64_t count, const F& f) {
+  const auto share = [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) {
+      const int64_t from = count * w / workers, to = count * (w + 1) / workers;
+      if (from < to) f(w, from, to);
+    }
+  };
+  if (workers == 1) return share(0, 1);
+  torch::stable::parallel_for(0, workers, 1, share);
+}
+
 }  // namespace fastres

@@ -97,8 +97,9 @@ def conv2d(x: Tensor, weight: Tensor, bias: Maybe, stride: Pair, padding: Pair, 
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     stride, dilation, column = sound(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    layout = memory_format(y.is_contiguous(memory_format=torch.channels_last))
-    return y[..., :1].clone(memory_format=layout) if column else y
+    if not column:
+        return y
+    return y[..., :1].clone(memory_format=memory_format(y.is_contiguous(memory_format=torch.channels_last)))
 
 
 def conv2d_backward(

@@ -105,6 +105,7 @@ PARTS = {
     "signature": [[row] for row in PARAMETERS] + [[["a", "KEYWORD_ONLY"], ["b", "POSITIONAL_ONLY"]]],
     "call": [[], {"tuple": []}, [{"slot": 0}] * 2, {"slot": 1}, [{"slot": 1}, {"slot": 0}]],
     "inputs": [[], 3, [3], [{"tuple": [{"tuple": [0.5]}, {"dtype": "float32"}]}]],
+    "others": [3, [3], [{}], {"a": 1}],
     "constants": [[], ["conv.weight"] * 9, [3] * 9],
     "report.rows": [3, [3], [{"dict": []}]],
     "report.verification": [3, {"dict": []}],
@@ -151,7 +152,7 @@ def test_every_field_is_checked(change, real):
         for junk in JUNK:
             if harmless(change(lambda d, t, name=name, junk=junk: d.update({name: junk}))):
                 loaded.add(name)
-    assert loaded <= {"outputs", "batch", "dtype", "device", "signature", "call", "questions"}
+    assert loaded <= {"outputs", "batch", "dtype", "device", "signature", "call", "questions", "others"}
     extra = change(lambda d, t: d["report"]["dict"].append(["later", 1]))
     assert fastres.load(extra).report.model == "Net"  # a field of a later release
 

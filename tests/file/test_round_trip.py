@@ -235,7 +235,7 @@ def test_a_fresh_process_gives_the_same_bits(residual, residual_file, tmp_path):
 def test_it_is_a_plain_safetensors_file(residual, residual_file):
     metadata, _ = content(residual_file)
     assert set(metadata) == {"format", "version", "fastres", "torch", "model", "sha256"}
-    assert metadata["format"] == "fastres.frozen" and metadata["version"] == "2"
+    assert metadata["format"] == "fastres.frozen" and metadata["version"] == "3"
     assert metadata["fastres"] == fastres.__version__ and metadata["torch"] == torch.__version__
     tensors, state = load_file(residual_file), residual.weights.state_dict()
     assert tensors.keys() == state.keys()
@@ -287,7 +287,7 @@ def test_arguments_of_every_kind(tmp_path):
     network = stored(steps, outputs)
     store.write(tmp_path / "net", network)
     loaded = fastres.load(tmp_path / "net")
-    assert str(loaded.graph) == str(network.graph)
+    assert str(loaded.graph) == str(network.calls[0][0])
     x = torch.randn(3, 4)
     got = loaded(x)
     assert_same(got[:4], (torch.full((2, 4), float("-inf")).double(), x.div(2.5).floor(), x[:, :2].clone(), x.pow(2)))

@@ -107,7 +107,7 @@ def from_json(document: Mapping[str, Any], tensors: Mapping[str, Tensor], device
     saved = part("device", torch.device)
     device = _available(saved if device is None else device, asked=device is not None)
     moved = {saved: device, torch.device(saved.type): device}
-    others = typed(list[dict[str, Any]], document.get("others", []), "others")
+    others = typed(list[dict[str, Any]], document["others"], "others")
     if len(others) > MAX_CALLS:
         raise FrozenFileError(f"it holds {len(others)} further captures, more than {MAX_CALLS}")
     calls = [_call_from_json(one, moved) for one in (document, *others)]

@@ -3,7 +3,7 @@
 ::
 
     metadata   format   "fastres.frozen"
-               version  "2"            of the format; a file of another one is refused
+               version  "3"            of the format; a file of another one is refused
                fastres, torch          the versions that wrote it
                model                   JSON: see document.py
                sha256                  of all of the above and of every tensor's name, dtype, shape and bytes
@@ -37,7 +37,7 @@ from fastres.inference.file.document import Stored, from_json, to_json
 from fastres.inference.file.values import DTYPES, FrozenFileError, dump, parse, short
 
 FORMAT = "fastres.frozen"
-VERSION = 2
+VERSION = 3
 _KEYS = {"format", "version", "fastres", "torch", "model", "sha256"}
 _SAFETENSORS = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL"},

@@ -1,0 +1,441 @@
+// 3x3 convolutions of stride 1 by Winograd's F(2x2, 3x3) and F(4x4, 3x3) (Winograd 1980; Lavin and Gray 2016): 2.25 and 4
+// times fewer products than the direct sum. docs/winograd.md has the derivation, the points and the figures.
+//
+//   y = A' [ (G g G') . (B' d B) ] A       d: a tile of x, (m+2)^2; g: the weight, 3x3; y: m x m outputs
+//
+// Channels sum inside the brackets, so each of the (m+2)^2 taps is a product of matrices: V [tiles, C] times U [C, K]. A
+// block of tiles is transformed into V, which stays in L2; for each panel of output channels the products go to M, also
+// in L2, and from there with bias, residual and activation to y: x and y cross memory once. Points 0, +-1, inf for m = 2;
+// 0, +-sqrt(1/2), +-sqrt(2), inf for m = 4, whose error is 1.4 times a direct sum's (the usual +-1, +-2: 2.4 times).
+//
+// Threads take tiles; where there are too few, each takes some of the output channels and the transform is shared. An
+// element is computed alike in every case. It stops being good at few channels (the transforms cost a share of 1 / C and
+// 1 / K), and at batch 1 with many (U is (m+2)^2 / 9 times the weight, and is read once a call).
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/conv_epilogue.h"
+#include "cpu/product.h"
+#include "tensor.h"
+
+namespace fastres {
+namespace {
+
+template <int M>
+struct Transform;
+
+template <>
+struct Transform<2> {
+  static constexpr double kPoints[] = {0, 1, -1};
+  template <class V>
+  static FASTRES_HD void input(const V* d, V* o) {
+    o[0] = d[0] - d[2];
+    o[1] = d[1] + d[2];
+    o[2] = d[2] - d[1];
+    o[3] = d[3] - d[1];
+  }
+  template <class V>
+  static FASTRES_HD void output(const V* q, V* y) {
+    y[0] = q[0] + (q[1] + q[2]);
+    y[1] = (q[1] - q[2]) + q[3];
+  }
+  template <class V>
+  static FASTRES_HD void weight(const V* g, V* o) {
+    const V even = (g[0] + g[2]) * 0.5, odd = g[1] * 0.5;
+    o[0] = g[0];
+    o[1] = even + odd;
+    o[2] = even - odd;
+    o[3] = g[2];
+  }
+};
+
+template <>
+struct Transform<4> {  // a^2 = 1/2, b^2 = 2
+  static constexpr double kA = 0.70710678118654752440, kB = 1.41421356237309504880;
+  template <class V>
+  static FASTRES_HD void input(const V* d, V* o) {
+    constexpr float a = kA, b = kB;
+    const V even_a = d[4] - d[2] * 2.0f, odd_a = (d[3] - d[1] * 2.0f) * a;
+    const V even_b = d[4] - d[2] * 0.5f, odd_b = (d[3] - d[1] * 0.5f) * b;
+    o[0] = (d[4] - d[2] * 2.5f) + d[0];
+    o[1] = even_a + odd_a;
+    o[2] = even_a - odd_a;
+    o[3] = even_b + odd_b;
+    o[4] = even_b - odd_b;
+    o[5] = (d[5] - d[3] * 2.5f) + d[1];
+  }
+  template <class V>
+  static FASTRES_HD void output(const V* q, V* y) {
+    constexpr float a = kA, b = kB, a3 = kA / 2, b3 = kB * 2;
+    const V even_a = q[1] + q[2], odd_a = q[1] - q[2], even_b = q[3] + q[4], odd_b = q[3] - q[4];
+    y[0] = (q[0] + even_a) + even_b;
+    y[1] = odd_a * a + odd_b * b;
+    y[2] = even_a * 0.5f + even_b * 2.0f;
+    y[3] = odd_a * a3 + (odd_b * b3 + q[5]);
+  }
+  // Row p of G: (1, p, p^2) / product of (p - q) over the other finite points q: 1, -3/2 twice, 6 twice... times 1/2 here.
+  template <class V>
+  static FASTRES_HD void weight(const V* g, V* o) {
+    const V even_a = (g[0] + g[2] * 0.5) * (-2.0 / 3), odd_a = g[1] * (kA * (-2.0 / 3));
+    const V even_b = (g[0] + g[2] * 2.0) * (1.0 / 6), odd_b = g[1] * (kB / 6);
+    o[0] = g[0];
+    o[1] = even_a + odd_a;
+    o[2] = even_a - odd_a;
+    o[3] = even_b + odd_b;
+    o[4] = even_b - odd_b;
+    o[5] = g[2];
+  }
+};
+
+template <int M>
+constexpr int kEdge = M + 2;
+template <int M>
+constexpr int kTaps = kEdge<M> * kEdge<M>;
+
+struct Shape {
+  int64_t batch, height, width, channels, outputs, pad_h, pad_w, rows, columns;  // rows, columns: of tiles
+
+  int64_t tiles() const { return batch * rows * columns; }
+  FASTRES_HD int64_t out_height() const { return height + 2 * pad_h - 2; }
+  FASTRES_HD int64_t out_width() const { return width + 2 * pad_w - 2; }
+};
+
+struct Place {  // of a tile
+  int64_t image, row, column;
+
+  FASTRES_HD Place(const Shape& s, int64_t tile) {
+    image = tile / (s.rows * s.columns);
+    const int64_t rest = tile - image * s.rows * s.columns;
+    row = rest / s.columns;
+    column = rest - row * s.columns;
+  }
+};
+
+// Tiles [begin, end) of x to rows of V: v[tap, tile - first, channel].
+template <class T, int M>
+struct TransformInput {
+  Shape shape;
+  const T* x;
+  float* v;
+  int64_t first, v_stride, tap_stride;
+
+  template <int W>
+  FASTRES_HD void run(int64_t begin, int64_t end) const {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const Place at(shape, tile);
+      const int64_t y = at.row * M - shape.pad_h, x0 = at.column * M - shape.pad_w;
+      const T* from = x + ((at.image * shape.height + y) * shape.width + x0) * shape.channels;
+      float* to = v + (tile - first) * v_stride;
+      // rows and columns of the tile that are in the image
+      const int top = y < 0 ? -y : 0, left = x0 < 0 ? -x0 : 0;
+      const int bottom = shape.height - y < kEdge<M> ? shape.height - y : kEdge<M>;
+      const int right = shape.width - x0 < kEdge<M> ? shape.width - x0 : kEdge<M>;
+      const bool whole = top == 0 && left == 0 && bottom == kEdge<M> && right == kEdge<M>;
+      int64_t c = 0;
+      if (whole) {
+        for (; c + W <= shape.channels; c += W) at_channel<W, true>(from + c, to + c, 0, 0, 0, 0);
+      } else {
+        for (; c + W <= shape.channels; c += W) at_channel<W, false>(from + c, to + c, top, bottom, left, right);
+      }
+      for (; c < shape.channels; ++c) at_channel<1, false>(from + c, to + c, top, bottom, left, right);
+    }
+  }
+
+  template <int W, bool kWhole>
+  FASTRES_HD void at_channel(const T* from, float* to, int top, int bottom, int left, int right) const {
+    const int64_t row = shape.width * shape.channels;
+    Float<W> half[kEdge<M>][kEdge<M>];
+#pragma GCC unroll 6
+    for (int j = 0; j < kEdge<M>; ++j) {
+      Float<W> d[kEdge<M>], o[kEdge<M>];
+      const bool column = kWhole || (j >= left && j < right);
+#pragma GCC unroll 6
+      for (int i = 0; i < kEdge<M>; ++i) {
+        d[i] = kWhole || (column && i >= top && i < bottom) ? load<W>(from + i * row + j * shape.channels) : Float<W>{};
+      }
+      Transform<M>::input(d, o);
+#pragma GCC unroll 6
+      for (int i = 0; i < kEdge<M>; ++i) half[i][j] = o[i];
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < kEdge<M>; ++i) {
+      Float<W> o[kEdge<M>];
+      Transform<M>::input(half[i], o);
+#pragma GCC unroll 6
+      for (int j = 0; j < kEdge<M>; ++j) store<W>(to + (i * kEdge<M> + j) * tap_stride, o[j]);
+    }
+  }
+};
+
+// Tiles [begin, end) of M, one panel of channels from k on, to y: m[tap, tile - first, 2 W].
+template <class T, int M>
+struct TransformOutput {
+  Shape shape;
+  const float* m;
+  Epilogue<T> epilogue;
+  int64_t first, tap_stride, k;
+
+  template <int W>
+  FASTRES_HD void run(int64_t begin, int64_t end) const {
+    const int64_t height = shape.out_height(), width = shape.out_width();
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const Place at(shape, tile);
+      const int64_t y = at.row * M, x = at.column * M;
+      const int64_t to = ((at.image * height + y) * width + x) * shape.outputs;
+      const float* from = m + (tile - first) * kPanel<W>;
+      const int bottom = height - y < M ? height - y : M, right = width - x < M ? width - x : M;
+      const int64_t last = shape.outputs - k < kPanel<W> ? shape.outputs - k : kPanel<W>;
+      int64_t j = 0;
+      for (; j + W <= last; j += W) at_channel<W>(from + j, to + k + j, k + j, bottom, right);
+      for (; j < last; ++j) at_channel<1>(from + j, to + k + j, k + j, bottom, right);
+    }
+  }
+
+  template <int W>
+  FASTRES_HD void at_channel(const float* from, int64_t to, int64_t channel, int bottom, int right) const {
+    Float<W> half[M][kEdge<M>];
+#pragma GCC unroll 6
+    for (int j = 0; j < kEdge<M>; ++j) {
+      Float<W> q[kEdge<M>], o[M];
+#pragma GCC unroll 6
+      for (int i = 0; i < kEdge<M>; ++i) q[i] = load<W>(from + (i * kEdge<M> + j) * tap_stride);
+      Transform<M>::output(q, o);
+#pragma GCC unroll 6
+      for (int i = 0; i < M; ++i) half[i][j] = o[i];
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+      if (i >= bottom) break;
+      Float<W> o[M];
+      Transform<M>::output(half[i], o);
+#pragma GCC unroll 6
+      for (int j = 0; j < M; ++j) {
+        if (j >= right) break;
+        epilogue.template put<W>(o[j], to + (i * shape.out_width() + j) * shape.outputs, channel);
+      }
+    }
+  }
+};
+
+// Panels [begin, end) of output channels, for the tiles of a block: products, then their way to y.
+template <class T, int M>
+struct Panels {
+  Shape shape;
+  const float* v;  // [taps, tiles, channels], with strides
+  const float* u;  // [panels, taps, channels, 2 W]
+  float* m;        // [taps, tiles, 2 W], with a stride
+  Epilogue<T> epilogue;
+  int64_t first, count, v_stride, v_tap_stride, m_tap_stride;
+
+  template <int W>
+  FASTRES_HD void run(int64_t begin, int64_t end) const {
+    const int64_t size = shape.channels * kPanel<W>;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int tap = 0; tap < kTaps<M>; ++tap) {
+        const float* weights = u + (panel * kTaps<M> + tap) * size;
+        product<W>({v + tap * v_tap_stride, v_stride, weights, shape.channels, m + tap * m_tap_stride}, count);
+      }
+      const TransformOutput<T, M> output{shape, m, epilogue, first, m_tap_stride, panel * kPanel<W>};
+      call<W>(output, first, first + count);
+    }
+  }
+};
+
+int64_t panel_width() {
+  const Isa isa = runtime_isa();
+  return isa == Isa::kAvx512 ? kPanel<16> : isa == Isa::kAvx2 ? kPanel<8> : kPanel<4>;
+}
+
+// An odd number of lines: rows and taps a power of two apart would share a few sets of the cache.
+int64_t spread(int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
+
+constexpr int64_t kBlockBytes = 1 << 20;  // of V: about half of an L2 cache; M and a panel's tap of U take the rest
+constexpr int64_t kFewestTiles = 28;      // of a block: fewer, and U is read again too often
+
+template <class T, int M>
+void run_winograd(const Shape& shape, const T* x, const float* u, const Epilogue<T>& epilogue, const Tensor& like) {
+  const int64_t tiles = shape.tiles(), width = panel_width(), panels = (shape.outputs + width - 1) / width;
+  const int64_t v_stride = shape.channels + 16;
+  const int64_t fit = std::max(kFewestTiles, kBlockBytes / (kTaps<M> * v_stride * 4));
+  const int64_t workers = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const bool by_tiles = workers == 1 || tiles >= workers * kFewestTiles || panels < workers;
+  const int64_t share = by_tiles ? (tiles + workers - 1) / workers : tiles;
+  const int64_t block = (share + (share + fit - 1) / fit - 1) / ((share + fit - 1) / fit), blocks = (tiles + block - 1) / block;
+  const int64_t v_tap = spread(block * v_stride), m_tap = spread(block * width);
+  const int64_t v_size = kTaps<M> * v_tap, m_size = kTaps<M> * m_tap;
+  const int64_t sizes[] = {(by_tiles ? workers * v_size : v_size) + workers * m_size + 16}, one[] = {1};
+  const Tensor scratch = empty_strided({sizes, 1}, {one, 1}, aoti_torch_dtype_float32(), like);
+  float* const memory = output<float>(scratch);
+  float* const products = memory + (by_tiles ? workers * v_size : v_size);
+  const auto panels_of = [&](int64_t at, float* v, float* m) {
+    const int64_t first = at * block, count = std::min(block, tiles - first);
+    return Panels<T, M>{shape, v, u, m, epilogue, first, count, v_stride, v_tap, m_tap};
+  };
+  const auto input_of = [&](int64_t at, float* v) {
+    return TransformInput<T, M>{shape, x, v, at * block, v_stride, v_tap};
+  };
+  if (by_tiles) {
+    parallel_workers(workers, blocks, [&](int64_t worker, int64_t begin, int64_t end) {
+      float* const v = memory + worker * v_size;
+      for (int64_t at = begin; at < end; ++at) {
+        run_kernel(input_of(at, v), at * block, std::min(tiles, (at + 1) * block));
+        run_kernel(panels_of(at, v, products + worker * m_size), 0, panels);
+      }
+    });
+    return;
+  }
+  for (int64_t at = 0; at < blocks; ++at) {
+    const int64_t first = at * block, count = std::min(block, tiles - first);
+    parallel_workers(workers, count, [&](int64_t, int64_t begin, int64_t end) {
+      run_kernel(input_of(at, memory), first + begin, first + end);
+    });
+    parallel_workers(workers, panels, [&](int64_t worker, int64_t begin, int64_t end) {
+      run_kernel(panels_of(at, memory, products + worker * m_size), begin, end);
+    });
+  }
+}
+
+// ---- weights ---------------------------------------------------------------------------------------------------------
+
+// U = G g G' in fp64, rounded once: [panels, taps, C, panel]; channels past K are zeros.
+template <class T, int M>
+void pack(const Tensor& weight, float* u) {
+  const int64_t outputs = weight.size(0), channels = weight.size(1), width = panel_width();
+  const auto strides = weight.strides();
+  const int64_t along[] = {strides[0], strides[1], strides[2], strides[3]};
+  const T* w = input<T>(weight);
+  const int64_t panels = (outputs + width - 1) / width;
+  parallel_tasks(panels * channels, panels * channels * width * kTaps<M>, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t panel = task / channels, c = task % channels;
+      float* to = u + (panel * kTaps<M> * channels + c) * width;
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t k = panel * width + j;
+        double half[kEdge<M>][3], column[3], o[kEdge<M>];
+        for (int s = 0; s < 3; ++s) {
+          for (int r = 0; r < 3; ++r) {
+            const T* at = w + k * along[0] + c * along[1] + r * along[2] + s * along[3];
+            column[r] = k < outputs ? static_cast<double>(load<1>(at)) : 0.0;
+          }
+          Transform<M>::weight(column, o);
+          for (int i = 0; i < kEdge<M>; ++i) half[i][s] = o[i];
+        }
+        for (int i = 0; i < kEdge<M>; ++i) {
+          Transform<M>::weight(half[i], o);
+          for (int q = 0; q < kEdge<M>; ++q) to[(i * kEdge<M> + q) * channels * width + j] = static_cast<float>(o[q]);
+        }
+      }
+    }
+  });
+}
+
+// ---- operators -------------------------------------------------------------------------------------------------------
+
+void check_tile(int64_t tile) { STD_TORCH_CHECK(tile == 2 || tile == 4, "tile: got ", tile, ", expected 2 or 4"); }
+
+Tensor conv_winograd_pack(Tensor weight, int64_t tile) {
+  check_tile(tile);
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && has_kernel_dtype(weight),
+                  "weight: got shape ", shape_string(weight), ", expected [K, C, 3, 3] of a kernel's dtype on a CPU");
+  const int64_t width = panel_width(), panels = (weight.size(0) + width - 1) / width, channels = weight.size(1);
+  const int64_t taps = (tile + 2) * (tile + 2);
+  const int64_t sizes[] = {panels, taps, channels, width}, strides[] = {taps * channels * width, channels * width, width, 1};
+  const Tensor u = empty_strided({sizes, 4}, {strides, 4}, aoti_torch_dtype_float32(), weight);
+  dispatch_dtype(weight, "weight", [&](auto t) {
+    using T = decltype(t);
+    tile == 2 ? pack<T, 2>(weight, output<float>(u)) : pack<T, 4>(weight, output<float>(u));
+  });
+  return u;
+}
+
+// [K] of any kernel dtype as fp32.
+std::vector<float> widened(const OptionalTensor& t) {
+  std::vector<float> wide;
+  if (!t) return wide;
+  wide.resize(t->size(0));
+  dispatch_dtype(*t, "bias", [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t k = 0; k < t->size(0); ++k) wide[k] = load<1>(input<T>(*t) + k);
+  });
+  return wide;
+}
+
+bool is_nhwc(const Tensor& t) {
+  const auto size = t.sizes(), stride = t.strides();
+  const int64_t expected[] = {size[1] * size[2] * size[3], 1, size[1] * size[3], size[1]};
+  for (int d = 0; d < 4; ++d) {
+    if (size[d] > 1 && stride[d] != expected[d]) return false;
+  }
+  return true;
+}
+
+void conv_winograd_to(const Tensor& y, const Tensor& x, const Tensor& u, const OptionalTensor& bias,
+                      const OptionalTensor& residual, const OptionalTensor& scale, int64_t pad_h, int64_t pad_w, int act) {
+  const int64_t taps = u.size(1), tile = taps == 16 ? 2 : 4;
+  Shape shape{x.size(0), x.size(2), x.size(3), x.size(1), y.size(1), pad_h, pad_w, 0, 0};
+  shape.rows = (shape.out_height() + tile - 1) / tile;
+  shape.columns = (shape.out_width() + tile - 1) / tile;
+  if (y.numel() == 0) return;
+  const std::vector<float> wide_bias = widened(bias), wide_scale = widened(scale);
+  dispatch_dtype(x, "x", [&](auto t) {
+    using T = decltype(t);
+    const Epilogue<T> epilogue{scale ? wide_scale.data() : nullptr, bias ? wide_bias.data() : nullptr,
+                               residual ? input<T>(*residual) : nullptr, output<T>(y), static_cast<Act>(act)};
+    tile == 2 ? run_winograd<T, 2>(shape, input<T>(x), input<float>(u), epilogue, x)
+              : run_winograd<T, 4>(shape, input<T>(x), input<float>(u), epilogue, x);
+  });
+}
+
+int check_call(const Tensor& x, const Tensor& u, const OptionalTensor& bias, const OptionalTensor& scale, int64_t outputs,
+               int64_t pad_h, int64_t pad_w, const std::string& act) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && has_kernel_dtype(x) && is_nhwc(x), "x: got shape ", shape_string(x),
+                  ", expected [N, C, H, W] in channels_last, of a kernel's dtype, on a CPU");
+  const bool fits = u.is_cpu() && u.scalar_type() == ScalarType::Float && u.dim() == 4 && u.is_contiguous() &&
+                    (u.size(1) == 16 || u.size(1) == 36) && u.size(2) == x.size(1) && u.size(3) == panel_width() &&
+                    outputs > (u.size(0) - 1) * u.size(3) && outputs <= u.size(0) * u.size(3);
+  STD_TORCH_CHECK(fits, "u: got shape ", shape_string(u), ", expected a weight that _conv_winograd_pack made for ",
+                  x.size(1), " and ", outputs, " channels");
+  STD_TORCH_CHECK(is_per_channel(bias, outputs, x, true) && is_per_channel(scale, outputs, x, true),
+                  "bias, scale: expected ", outputs, " contiguous numbers");
+  STD_TORCH_CHECK(pad_h >= 0 && pad_h <= 2 && pad_w >= 0 && pad_w <= 2, "padding: got ", pad_h, ", ", pad_w,
+                  ", expected 0, 1 or 2");
+  STD_TORCH_CHECK(x.size(2) + 2 * pad_h > 2 && x.size(3) + 2 * pad_w > 2, "x: got images of ", x.size(2), "x", x.size(3),
+                  ", too small for a 3x3 kernel");
+  const int index = act_index(act);
+  STD_TORCH_CHECK(index >= 0, "act: got ", act, ", expected none, relu, relu6 or hardswish");
+  return index;
+}
+
+Tensor conv_winograd(Tensor x, Tensor u, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale, int64_t outputs,
+                     int64_t pad_h, int64_t pad_w, std::string act) {
+  const int index = check_call(x, u, bias, scale, outputs, pad_h, pad_w, act);
+  const int64_t height = x.size(2) + 2 * pad_h - 2, width = x.size(3) + 2 * pad_w - 2;
+  const int64_t sizes[] = {x.size(0), outputs, height, width};
+  const int64_t strides[] = {height * width * outputs, 1, width * outputs, outputs};
+  const Tensor y = empty_strided({sizes, 4}, {strides, 4}, dtype_of(x), x);
+  STD_TORCH_CHECK(looks_like(residual, y) || (residual && is_nhwc(*residual) && residual->numel() == y.numel()),
+                  "residual: expected y's shape and dtype, in channels_last");
+  conv_winograd_to(y, x, u, bias, residual, scale, pad_h, pad_w, index);
+  return y;
+}
+
+Tensor conv_winograd_over(Tensor x, Tensor u, OptionalTensor bias, Tensor residual, OptionalTensor scale, int64_t outputs,
+                          int64_t pad_h, int64_t pad_w, std::string act) {
+  const int index = check_call(x, u, bias, scale, outputs, pad_h, pad_w, act);
+  const bool fits = residual.dim() == 4 && residual.size(0) == x.size(0) && residual.size(1) == outputs &&
+                    residual.size(2) == x.size(2) + 2 * pad_h - 2 && residual.size(3) == x.size(3) + 2 * pad_w - 2 &&
+                    residual.scalar_type() == x.scalar_type() && is_nhwc(residual);
+  STD_TORCH_CHECK(fits, "residual: got shape ", shape_string(residual), ", expected y's, in channels_last");
+  conv_winograd_to(residual, x, u, bias, residual, scale, pad_h, pad_w, index);
+  return residual;
+}
+
+}  // namespace
+}  // namespace fastres
+
+STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+  m.impl("_conv_winograd_pack_native", TORCH_BOX(&fastres::conv_winograd_pack));
+  m.impl("_conv_winograd_native", TORCH_BOX(&fastres::conv_winograd));
+  m.impl("_conv_winograd_over_native", TORCH_BOX(&fastres::conv_winograd_over));
+}

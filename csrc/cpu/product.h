@@ -1,0 +1,93 @@
+// The inner product of the CPU convolutions: R rows of V times a panel of U, 2 W columns wide, kept in registers.
+//
+//   m[r, j] = sum over c of v[r, c] * u[c, j]          r < R, j < 2 W, c in order: one accumulator an element
+//
+// An element's sum does not depend on R, nor on where its row stands: results are the same for any blocking and any
+// number of threads. R x 2 accumulators, 2 columns of U and a broadcast fill the registers: 14 rows on AVX-512 and
+// NEON (32 registers), 6 on AVX2 (16). Measured at 94 to 98 % of the multiply-add peak where U comes from L2.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace fastres {
+
+#if defined(__aarch64__)
+constexpr int kNarrowRows = 14;
+#else
+constexpr int kNarrowRows = 6;
+#endif
+template <int W>
+constexpr int kRows = W == 16 ? 14 : kNarrowRows;
+template <int W>
+constexpr int kPanel = 2 * W;  // columns
+
+// Calls a kernel as a function of its own, compiled for the instruction set of the caller: the register allocator sees
+// one kernel at a time.
+template <int W, class Kernel>
+FASTRES_HD void call(const Kernel& kernel, int64_t begin = 0, int64_t end = 0) {
+#if FASTRES_X86_TARGETS
+  if constexpr (W == 16) return run_avx512(kernel, begin, end);
+  if constexpr (W == 8) return run_avx2(kernel, begin, end);
+#endif
+  kernel.template run<W>(begin, end);
+}
+
+struct Panel {
+  const float* v;  // [rows, stride of v]
+  int64_t v_stride;
+  const float* u;  // [depth, 2 W]
+  int64_t depth;
+  float* m;  // [rows, 2 W]
+};
+
+template <int R>
+struct Product {
+  Panel panel;
+
+  template <int W>
+  FASTRES_HD void run(int64_t, int64_t) const {
+    const float* v = panel.v;
+    const float* u = panel.u;
+    const int64_t stride = panel.v_stride, depth = panel.depth;
+    Float<W> left[R], right[R];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) left[r] = right[r] = Float<W>{};
+    for (int64_t c = 0; c < depth; ++c, u += kPanel<W>) {
+      const auto u0 = load_bytes<Float<W>>(u), u1 = load_bytes<Float<W>>(u + W);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const auto value = load_broadcast<W>(v + r * stride + c);
+        left[r] += value * u0;
+        right[r] += value * u1;
+      }
+    }
+    float* m = panel.m;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      store<W>(m + r * kPanel<W>, left[r]);
+      store<W>(m + r * kPanel<W> + W, right[r]);
+    }
+  }
+};
+
+template <int W, int R = kRows<W>>
+FASTRES_HD void product_of(const Panel& panel, int64_t rows) {
+  if (rows == R) return call<W>(Product<R>{panel});
+  if constexpr (R > 1) product_of<W, R - 1>(panel, rows);
+}
+
+// Any number of rows: blocks of nearly equal size, so that none is too small to hide the latency of an addition.
+template <int W>
+FASTRES_HD void product(Panel panel, int64_t rows) {
+  const int64_t blocks = (rows + kRows<W> - 1) / kRows<W>;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t count = rows / blocks + (block < rows % blocks ? 1 : 0);
+    product_of<W>(panel, count);
+    panel.v += count * panel.v_stride;
+    panel.m += count * kPanel<W>;
+  }
+}
+
+}  // namespace fastres
