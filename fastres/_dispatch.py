@@ -69,11 +69,17 @@ class Prepared:
 class Choices:
     """Ways to run one call, the default first.
 
-    `key` is a line that is equal for calls alike; `ways` has by name what prepares each.
+    `key` is a line that is equal for calls alike; `ways` has by name what prepares each; `tiles` the ways that are
+    Winograd's, with the side of their tile of outputs, which a plan may bound.
     """
 
     key: str
     ways: dict[str, Callable[[], Prepared]]
+    tiles: dict[str, int] = field(default_factory=dict)
+
+    def within(self, tile: int) -> list[str]:
+        """The ways with tiles of at most that side."""
+        return [way for way in self.ways if self.tiles.get(way, 0) <= tile]
 
 
 @dataclass

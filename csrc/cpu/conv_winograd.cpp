@@ -74,7 +74,7 @@ struct Transform<4> {  // a^2 = 1/2, b^2 = 2
     y[2] = even_a * 0.5f + even_b * 2.0f;
     y[3] = odd_a * a3 + (odd_b * b3 + q[5]);
   }
-  // Row p of G: (1, p, p^2) / product of (p - q) over the other finite points q: 1, -3/2 twice, 6 twice... times 1/2 here.
+  // Row p of G is (1, p, p^2) over the product of p - q for the other points q: 1, -3/2, -3/2, 6, 6.
   template <class V>
   static FASTRES_HD void weight(const V* g, V* o) {
     const V even_a = (g[0] + g[2] * 0.5) * (-2.0 / 3), odd_a = g[1] * (kA * (-2.0 / 3));
@@ -298,36 +298,56 @@ void run_winograd(const Shape& shape, const T* x, const float* u, const Epilogue
 
 // ---- weights ---------------------------------------------------------------------------------------------------------
 
-// U = G g G' in fp64, rounded once: [panels, taps, C, panel]; channels past K are zeros.
+// U = G g G' in fp64, rounded once: [panels, taps, C, panel]; output channels past K are zeros.
 template <class T, int M>
-void pack(const Tensor& weight, float* u) {
-  const int64_t outputs = weight.size(0), channels = weight.size(1), width = panel_width();
-  const auto strides = weight.strides();
-  const int64_t along[] = {strides[0], strides[1], strides[2], strides[3]};
-  const T* w = input<T>(weight);
-  const int64_t panels = (outputs + width - 1) / width;
-  parallel_tasks(panels * channels, panels * channels * width * kTaps<M>, [&](int64_t begin, int64_t end) {
+struct Pack {
+  const T* w;
+  float* u;
+  int64_t outputs, channels, along[4];  // along: the weight's strides
+
+  template <int W>
+  FASTRES_HD void run(int64_t begin, int64_t end) const {
+    constexpr int kWidth = kPanel<W>;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t panel = task / channels, c = task % channels;
-      float* to = u + (panel * kTaps<M> * channels + c) * width;
-      for (int64_t j = 0; j < width; ++j) {
-        const int64_t k = panel * width + j;
-        double half[kEdge<M>][3], column[3], o[kEdge<M>];
-        for (int s = 0; s < 3; ++s) {
-          for (int r = 0; r < 3; ++r) {
-            const T* at = w + k * along[0] + c * along[1] + r * along[2] + s * along[3];
-            column[r] = k < outputs ? static_cast<double>(load<1>(at)) : 0.0;
-          }
-          Transform<M>::weight(column, o);
-          for (int i = 0; i < kEdge<M>; ++i) half[i][s] = o[i];
+      const int64_t panel = task / channels, c = task % channels, k = panel * kWidth;
+      const int64_t count = outputs - k < kWidth ? outputs - k : kWidth;
+      double g[3][3][kWidth] = {}, half[kEdge<M>][3][kWidth];
+      for (int64_t j = 0; j < count; ++j) {
+        const T* at = w + (k + j) * along[0] + c * along[1];
+        for (int r = 0; r < 3; ++r) {
+          for (int s = 0; s < 3; ++s) g[r][s][j] = static_cast<double>(load<1>(at + r * along[2] + s * along[3]));
         }
-        for (int i = 0; i < kEdge<M>; ++i) {
-          Transform<M>::weight(half[i], o);
-          for (int q = 0; q < kEdge<M>; ++q) to[(i * kEdge<M> + q) * channels * width + j] = static_cast<float>(o[q]);
+      }
+      for (int s = 0; s < 3; ++s) {
+        for (int j = 0; j < kWidth; ++j) {
+          const double column[] = {g[0][s][j], g[1][s][j], g[2][s][j]};
+          double o[kEdge<M>];
+          Transform<M>::weight(column, o);
+          for (int i = 0; i < kEdge<M>; ++i) half[i][s][j] = o[i];
+        }
+      }
+      float* const to = u + (panel * kTaps<M> * channels + c) * kWidth;
+      for (int i = 0; i < kEdge<M>; ++i) {
+        float* const row = to + i * kEdge<M> * channels * kWidth;
+        for (int j = 0; j < kWidth; ++j) {
+          const double columns[] = {half[i][0][j], half[i][1][j], half[i][2][j]};
+          double o[kEdge<M>];
+          Transform<M>::weight(columns, o);
+          for (int q = 0; q < kEdge<M>; ++q) row[q * channels * kWidth + j] = static_cast<float>(o[q]);
         }
       }
     }
-  });
+  }
+};
+
+template <class T, int M>
+void pack(const Tensor& weight, float* u) {
+  const int64_t outputs = weight.size(0), channels = weight.size(1), width = panel_width();
+  const int64_t panels = (outputs + width - 1) / width;
+  const auto strides = weight.strides();
+  const Pack<T, M> kernel{input<T>(weight), u, outputs, channels, {strides[0], strides[1], strides[2], strides[3]}};
+  parallel_tasks(panels * channels, panels * channels * width * kTaps<M>,
+                 [&](int64_t begin, int64_t end) { run_kernel(kernel, begin, end); });
 }
 
 // ---- operators -------------------------------------------------------------------------------------------------------

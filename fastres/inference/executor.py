@@ -6,11 +6,12 @@ traced   under torch.export, torch.compile and torch.jit.trace the steps run sto
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,20 +23,21 @@ from fastres._stamp import Stamp
 from fastres.graph import export
 from fastres.graph.steps import Graph, filled
 from fastres.inference.lower import Call, lower
+from fastres.inference.plan import Plan
 
 logger = logging.getLogger("fastres")
 
 _PLANS = 64  # signatures that an executor keeps a plan for
-_HELD = 2, 64 << 20  # times the bytes of the constants, and bytes: what plans may hold beside them
+_HELD = 5, 64 << 20  # times the bytes of the constants, and bytes: what plans may hold beside them
 
 
 @dataclass(eq=False)
-class _Plan:
+class _Lowered:
     calls: list[Call]
     constants: Sequence[Tensor]  # that the calls hold
     stamp: Stamp
     ways: dict[int, str]
-    held: list[Tensor]  # packed weights; plans share those that are equal
+    held: list[Tensor]  # packed and transformed weights; plans share those that are equal
     used: int = 0  # in the order of use
 
 
@@ -65,22 +67,22 @@ class Executor:
 
     Args:
         graph: the network.
-        choices: by the key of a choice, the way to take; where there is none, the default.
+        plan: the ways to take.
         exact: every call is to pass NaN as eager's do.
     """
 
-    def __init__(self, graph: Graph, choices: Mapping[str, str] | None = None, exact: bool = False) -> None:
-        self.graph, self.choices, self.exact = graph, dict(choices or {}), exact
-        self._plans: dict[Any, _Plan] = {}
+    def __init__(self, graph: Graph, plan: Plan | None = None, exact: bool = False) -> None:
+        self.graph, self.plan, self.exact = graph, plan or Plan(), exact
+        self._plans: dict[Any, _Lowered] = {}
         self._clock = itertools.count(1)
         self._warned = False
         self._stock = [(stock_of(step.operator), step.args, step.kwargs, step.writes) for step in graph.steps]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Executor:
-        return Executor(self.graph, self.choices, self.exact)
+        return Executor(self.graph, copy.deepcopy(self.plan, memo), self.exact)
 
     def __reduce__(self) -> Any:
-        return Executor, (self.graph, self.choices, self.exact)
+        return Executor, (self.graph, self.plan, self.exact)
 
     def forget(self) -> None:
         """Let go of every plan, and with it of packed weights."""
@@ -124,10 +126,15 @@ class Executor:
         plan = self._plans.get(self._key(inputs, self.exact))
         return {} if plan is None else dict(plan.ways)
 
+    def bytes_held(self, inputs: Sequence[Tensor]) -> int:
+        """The bytes that calls like this one hold beside the constants: packed and transformed weights."""
+        plan = self._plans.get(self._key(inputs, self.exact))
+        return 0 if plan is None else _bytes(plan.held)
+
     def find_choices(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[tuple[Choices, list[Any]]]:
         """The choices that a call on these inputs has, alike ones once, with arguments to try the ways on."""
         with export.LOCK, torch.inference_mode(False), torch.no_grad():
-            found = lower(self.graph, inputs, constants, self.choices, self.exact, keep_choices=True)
+            found = lower(self.graph, inputs, constants, self.plan, self.exact, keep_choices=True)
         return list(found.choices.values())
 
     def _key(self, inputs: Sequence[Tensor], exact: bool) -> Any:
@@ -137,12 +144,12 @@ class Executor:
         """Run the steps, and keep what they came to as the plan of this signature."""
         with export.LOCK, torch.inference_mode(False), torch.no_grad():  # in this order: the first enables gradients
             stamp = Stamp(dict(enumerate(constants)))
-            found = lower(self.graph, inputs, constants, self.choices, exact)
-            plan = _Plan(found.calls, constants, stamp, found.ways, found.held, next(self._clock))
+            found = lower(self.graph, inputs, constants, self.plan, exact)
+            plan = _Lowered(found.calls, constants, stamp, found.ways, found.held, next(self._clock))
             self._plans = self._within_bounds({**self._plans, key: plan}, constants)  # replaced: other threads read it
         return found.outputs
 
-    def _within_bounds(self, plans: dict[Any, _Plan], constants: Sequence[Tensor]) -> dict[Any, _Plan]:
+    def _within_bounds(self, plans: dict[Any, _Lowered], constants: Sequence[Tensor]) -> dict[Any, _Lowered]:
         """The plans, without those used longest ago that are too many or hold too much."""
         bound = _HELD[0] * _bytes(constants) + _HELD[1]
         latest = sorted(plans.items(), key=lambda item: item[1].used)

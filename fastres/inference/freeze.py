@@ -36,7 +36,7 @@ from fastres.inference.hub import take_likeness
 from fastres.inference.network import fold
 from fastres.inference.report import FreezeReport
 from fastres.inference.source import Source, source_tensors
-from fastres.inference.tune import agrees, tune_plan
+from fastres.inference.tune import agrees, settle, tune_plan
 from fastres.inference.verify import judge
 from fastres.verify.runs import call, map_tensors, named_tensors, private
 
@@ -59,6 +59,7 @@ def freeze(
     capture: Literal["auto", "graph", "modules"] = "auto",
     tune: bool | Literal["auto"] = "auto",
     cuda_graph: bool | Literal["auto"] = "auto",
+    precision: Literal["auto", "exact"] = "auto",
     verify: bool | Literal["warn"] = True,
     differentiable: bool = False,
 ) -> FrozenModel:
@@ -87,6 +88,9 @@ def freeze(
             report.
         cuda_graph: record the example's shapes as a CUDA graph: "auto" on a GPU when that is measured faster, True
             always, False never; other shapes run eagerly.
+        precision: "auto" may run 3x3 convolutions on a CPU by Winograd's F(2x2, 3x3), which is as exact as a direct
+            product, and with ``verify`` by F(4x4, 3x3), for as many layers as the referee takes; "exact" runs direct
+            products alone.
         verify: run the referee (:func:`fastres.verify`) against the model in eval mode on the example and put its
             verdict in the report. A failure raises, with "warn" it is logged and reported. BN layers with their initial
             statistics are given the example's, on copies, for that comparison only.
@@ -116,8 +120,12 @@ def freeze(
     model = _uncompiled(model)
     dtype = DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     _check(model, example_inputs, examples, dtype, tune, cuda_graph, verify)
-    if capture not in ("auto", "graph", "modules"):
-        raise ValueError(f"capture: got {capture!r}, expected 'auto', 'graph' or 'modules'")
+    for name, word, known in (
+        ("capture", capture, ("auto", "graph", "modules")),
+        ("precision", precision, ("auto", "exact")),
+    ):
+        if word not in known:
+            raise ValueError(f"{name}: got {word!r}, expected {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
     source = sharing_copy(model).eval()
     own = dtype_of(source)
     target = torch.device(device) if device is not None else _device_of(source, example_inputs)
@@ -140,6 +148,10 @@ def freeze(
             logger.warning("freeze: no BN of %s was folded: see the report", report.model)
     if dtype is torch.bfloat16 and target.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         report.notes.append("this CPU has no native bfloat16: oneDNN emulates it, slower than float32")
+    for made in frozen.modules():  # its parts too
+        if isinstance(made, FrozenModel):
+            made.plan.differentiable = differentiable
+            made.plan.winograd = 0 if precision == "exact" else 4 if verify and made is frozen else 2
     example = copies(inputs)
     say("choosing how it runs" + ("" if tune is False else ", by measuring for seconds"))
     frozen = tune_plan(frozen, source, inputs, target, tune, cuda_graph)
@@ -152,7 +164,7 @@ def freeze(
             frozen.capture(other)
     for given in (inputs, *further) if verify else ():
         say("comparing its answers with float64's")
-        verdict = judge(source, frozen, given, report)
+        verdict = settle(frozen, given, functools.partial(judge, source, frozen, given, report))
         rejected = verdict is not None and not verdict
         if report.verification is None or rejected:
             report.verification = verdict
@@ -163,9 +175,6 @@ def freeze(
             logger.warning(text)
             break
     report.notes = list(dict.fromkeys(report.notes))
-    for made in frozen.modules():  # its parts too
-        if isinstance(made, FrozenModel):
-            made.plan.differentiable = differentiable
     return take_likeness(frozen, model)
 
 

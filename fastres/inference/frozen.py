@@ -76,7 +76,7 @@ class FrozenModel(nn.Module):
         else:
             assert captured is not None
             self.weights = Holder().hold(made.constants)
-            self._network = Network(captured, Executor(made.graph, self.plan.choices))
+            self._network = Network(captured, Executor(made.graph, self.plan))
         self._signature = signature
         self._source = Source(source)
         self._variants = Variants()  # for calls unlike the example
@@ -254,9 +254,7 @@ class FrozenModel(nn.Module):
     def choose(self, choices: dict[str, str]) -> None:
         """Run steps these ways, by the keys of their choices; see `Plan.choices`."""
         self.plan.choices = dict(choices)
-        for network in self._networks:
-            network.executor.choices = self.plan.choices
-            network.executor.forget()
+        self.forget()
 
     def forget(self) -> None:
         """Let go of what calls have left behind: packed weights, CUDA graphs."""

@@ -55,7 +55,7 @@ def _model(stored: Stored) -> FrozenModel:
     (graph, captured), *others = stored.calls
     made = Rewritten(graph, {name: stored.tensors[name] for name in graph.constants}, report.rows)
     frozen = FrozenModel(made, None, Signature(stored.signature), report, stored.dtype, captured, stored.plan)
-    networks = [Network(captured, Executor(graph, stored.plan.choices)) for graph, captured in others]
+    networks = [Network(captured, Executor(graph, stored.plan)) for graph, captured in others]
     frozen.adopt(networks, {name: t for name, t in stored.tensors.items() if name not in made.constants})
     if stored.plan.channels_last:
         frozen.use_channels_last()

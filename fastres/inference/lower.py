@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastres._dispatch import Argument, Choices, operator_of
 from fastres.graph.steps import Graph, Slot, Step, filled, slots_in
+from fastres.inference.plan import Plan
 
 _UNKNOWN_SHAPE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _SIZES = {getattr(torch.ops.aten, name).int for name in ("sym_size", "sym_stride")} | {torch.ops.aten.sym_numel.default}
@@ -68,7 +69,7 @@ def lower(
     graph: Graph,
     inputs: Sequence[Tensor],
     constants: Sequence[Tensor],
-    wanted: Mapping[str, str],
+    plan: Plan,
     exact: bool = False,
     keep_choices: bool = False,
 ) -> Lowered:
@@ -76,19 +77,19 @@ def lower(
 
     Args:
         constants: in the order of the graph's; the calls hold them.
-        wanted: by the key of a choice, the way to take; where there is none, the default.
+        plan: the way to take, by the key of a choice; where there is none, the default.
         exact: every call is to pass NaN as eager's do.
         keep_choices: keep what `tune` measures; holds the arguments of those steps.
     """
     settled = _of_sizes(graph) - {slot.index for slot in slots_in(graph.outputs)}
-    return _lower(graph, inputs, constants, wanted, exact, keep_choices, settled)
+    return _lower(graph, inputs, constants, plan, exact, keep_choices, settled)
 
 
 def _lower(
     graph: Graph,
     inputs: Sequence[Tensor],
     constants: Sequence[Tensor],
-    wanted: Mapping[str, str],
+    plan: Plan,
     exact: bool,
     keep_choices: bool,
     of_sizes: set[int],
@@ -111,8 +112,8 @@ def _lower(
         else:
             if keep_choices and choices.key not in found.choices:
                 found.choices[choices.key] = choices, list(arguments)
-            way = wanted.get(choices.key)
-            found.ways[place] = way = way if way in choices.ways else next(iter(choices.ways))
+            way, allowed = plan.choices.get(choices.key), choices.within(plan.winograd)
+            found.ways[place] = way = way if way in allowed else allowed[0]
             prepared = choices.ways[way]()
             call = _flat(prepared.function, _spread(prepared.args, step), step, known)
             if prepared.instead is not None and prepared.overwrites is not None:
@@ -133,7 +134,7 @@ def _lower(
     found.outputs.extend(filled(graph.outputs, values))
     kept = [value for slot, value in known.items() if slot >= graph.first_result]
     if _storages(kept) & _storages(found.outputs):  # which are the caller's to write to
-        return _lower(graph, inputs, constants, wanted, exact, keep_choices, set())
+        return _lower(graph, inputs, constants, plan, exact, keep_choices, set())
     own = {id(t) for t in constants}
     held = [t for call in found.calls for t in call.args if isinstance(t, Tensor) and id(t) not in own]
     found.held.extend({id(t): t for t in held}.values())

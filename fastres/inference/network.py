@@ -70,7 +70,7 @@ class Network:
 
     def apart(self) -> Network:
         """The same network for another tree, with an executor of its own."""
-        return Network(self.captured, Executor(self.executor.graph, self.executor.choices, self.executor.exact))
+        return Network(self.captured, Executor(self.executor.graph, self.executor.plan, self.executor.exact))
 
     def another(
         self, captured: Captured, source: nn.Module, dtype: torch.dtype, plan: Plan, weights: Holder
@@ -90,7 +90,7 @@ class Network:
         weights.hold(fresh, persistent=False)
         made_of = {names[name]: line for name, line in made.graph.made_of.items()}
         graph = replace(made.graph, constants=tuple(names.values()), made_of=made_of)
-        return Network(captured, Executor(graph, plan.choices, self.executor.exact))
+        return Network(captured, Executor(graph, plan, self.executor.exact))
 
 
 class Variants:

@@ -12,11 +12,13 @@ class Plan:
     Attributes:
         channels_last: the memory layout of 4-dimensional inputs and weights; else NCHW.
         images_at_a_time: larger batches run in parts of so many images; None: whole.
+        winograd: the largest side of Winograd's tiles: 0, 2 or 4; 0: products are direct.
         differentiable: inputs that require a gradient get one.
         choices: the way to run a step, by the key of its choice, where it is not the default (`fastres._dispatch`).
     """
 
     channels_last: bool = False
     images_at_a_time: int | None = None
+    winograd: int = 2
     differentiable: bool = False
     choices: dict[str, str] = field(default_factory=dict)

@@ -23,6 +23,8 @@ class FreezeReport:
     memory_format_reason: str = ""
     cuda_graph: str = "off"
     packed: int = 0  # convolutions whose weight is reordered for the example's shape (oneDNN)
+    winograd: dict[str, int] = field(default_factory=dict)  # convolutions by Winograd's tiles: "2x2", "4x4"
+    held: int = 0  # bytes of packed and transformed weights for the example, beside the weights
     images_at_a_time: int | None = None  # a larger batch runs in parts of so many images; None: whole
     steps: int = 0  # operator calls in all; 0 without a graph
     milliseconds: dict[str, float] = field(default_factory=dict)
@@ -63,7 +65,7 @@ class FreezeReport:
     @property
     def flops(self) -> int:
         """The flops of a call on the example; a multiply-add is two. 0 where the modules were rewritten."""
-        return self.batch * sum(row.flops for row in self.rows)
+        return self.batch * sum(row.products for row in self.rows)
 
     @property
     def bytes(self) -> int:
@@ -76,7 +78,7 @@ class FreezeReport:
         if not self.bandwidth or not self.rate:
             return None
         seconds = sum(
-            max((self.batch * row.bytes + row.weights) / self.bandwidth, self.batch * row.flops / self.rate)
+            max((self.batch * row.bytes + row.weights) / self.bandwidth, self.batch * row.products / self.rate)
             for row in self.rows
         )
         return seconds * 1e3
@@ -94,6 +96,8 @@ class FreezeReport:
             "memory_format_reason": self.memory_format_reason,
             "cuda_graph": self.cuda_graph,
             "packed": self.packed,
+            "winograd": dict(self.winograd),
+            "held": self.held,
             "images_at_a_time": self.images_at_a_time,
             "steps": self.steps,
             "folded": self.folded,
@@ -125,9 +129,10 @@ class FreezeReport:
             (
                 row.name,
                 row.became,
-                f"{self.batch * row.flops / 1e6:.2f}" if row.flops else "",
+                f"{self.batch * row.products / 1e6:.2f}" if row.flops else "",
                 f"{(self.batch * row.bytes + row.weights) / 1e3:.1f}" if row.bytes or row.weights else "",
-                f"{row.reason}: {row.message}" if row.reason else row.message,
+                (f"{row.reason}: {row.message}" if row.reason else row.message)
+                + (f"; F({row.tile}x{row.tile}, 3x3)" if row.tile else ""),
             )
             for row in self.rows
         ]
@@ -137,6 +142,10 @@ class FreezeReport:
             for name, became, flops, size, why in [head, *cells]
         ]
         return "\n".join(lines)
+
+    def _tiles(self) -> str:
+        counts = ", ".join(f"{count} F({tile}, 3x3)" for tile, count in sorted(self.winograd.items()))
+        return f"Winograd: {counts} ({self.held / 1e6:.3g} MB beside the weights); " if counts else ""
 
     def _share(self) -> str:
         bound, ms = self.bound, self.milliseconds.get("frozen")
@@ -152,6 +161,7 @@ class FreezeReport:
             f"{self.model}: {n['folded']} of {n['convs']} convolutions took their BN in, {n['adds']} a residual, "
             f"{n['acts']} an activation; {n['norms_left']} BN stay; {self.dtype} on {self.device}",
             f"  layout: {self.memory_format} ({self.memory_format_reason}); packed weights: {self.packed}; "
+            f"{self._tiles()}"
             f"images at a time: {self.images_at_a_time or 'all'}; steps: {self.steps or 'no graph'}; "
             f"CUDA graph: {self.cuda_graph}",
         ]

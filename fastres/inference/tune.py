@@ -10,7 +10,9 @@ import copy
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,8 @@ from fastres.inference.checks import without_writing
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.parts import answers_each_alone
 from fastres.inference.report import FreezeReport
+from fastres.ops import _conv_winograd as winograd
+from fastres.verify import Verification
 from fastres.verify.runs import call, named_tensors
 
 logger = logging.getLogger("fastres")
@@ -147,13 +151,15 @@ def tune_plan(
 ) -> FrozenModel:
     """The frozen model with its plan, of which its report tells; the example may have been written to."""
     report = frozen.report
-    frozen = choose_layout(frozen, source, inputs, device, how)
+    frozen = choose_layout(frozen, inputs, device, how)
     if device.type == "cpu":
         if how is not False:
             choose_ways(frozen, inputs, device)
             split(frozen, inputs, device)
         call(frozen, inputs)  # lowers the example's signature
-        report.packed = _count_packed(frozen, inputs)
+        tell_ways(frozen, inputs)
+    if how is not False:
+        compare_with_eager(frozen, source, inputs, device)
     report.steps = 0 if frozen.graph is None else len(frozen.graph.steps)
     sizes = [len(t) for t in named_tensors(inputs, "").values() if t.is_floating_point() and t.ndim]
     report.batch = sizes[0] if sizes else 1
@@ -174,7 +180,7 @@ def find_bound(report: FreezeReport, device: torch.device, dtype: torch.dtype) -
     report.notes.append("no bound: the network is faster than the rates that were measured; something else was running")
 
 
-def choose_layout(frozen: FrozenModel, source: nn.Module, inputs: Any, device: torch.device, how: Tune) -> FrozenModel:
+def choose_layout(frozen: FrozenModel, inputs: Any, device: torch.device, how: Tune) -> FrozenModel:
     """The frozen model in channels_last or, where that does not run or is measured slower, in NCHW."""
     report = frozen.report
     images = any(t.ndim == 4 and t.is_floating_point() for t in named_tensors(inputs, "").values())
@@ -192,28 +198,32 @@ def choose_layout(frozen: FrozenModel, source: nn.Module, inputs: Any, device: t
             report.memory_format_reason = "the other does not run"
         else:
             layouts["channels_last"], default = last, "channels_last"
-    if how is False:
-        report.memory_format = default
+    report.memory_format = default
+    if how is False or len(layouts) == 1:
         return frozen
-    calls: dict[str, Callable[[], Any]] = {"eager": without_writing(lambda given: call(source, given), inputs)}
-    times = measure(calls | {name: _bound(candidate, inputs) for name, candidate in layouts.items()}, device)
-    best = prefer({name: times[name] for name in layouts}, default)
-    if len(layouts) > 1:
-        faster = min(layouts, key=lambda name: min(times[name]))
-        report.memory_format_reason = (
-            "the faster of the two on the example" if best == faster else "the other one is not clearly faster"
-        )
-    report.memory_format = best
-    report.milliseconds = {"eager": min(times["eager"]), "frozen": min(times[best])}
+    times = measure({name: _bound(candidate, inputs) for name, candidate in layouts.items()}, device)
+    report.memory_format = best = prefer(times, default)
+    faster = min(layouts, key=lambda name: min(times[name]))
+    report.memory_format_reason = (
+        "the faster of the two on the example" if best == faster else "the other one is not clearly faster"
+    )
     report.milliseconds |= {f"frozen {name}": min(times[name]) for name in layouts if name != best}
-    if all(mine > (1 + MARGIN) * theirs for mine, theirs in zip(times[best], times["eager"], strict=False)):
-        spans = [f"{min(t):.3g} to {max(t):.3g} ms" for t in (times[best], times["eager"])]  # in every round: no noise
-        text = f"slower than eager on the example: {spans[0]}, eager {spans[1]}"
-        report.notes.append(text)
-        logger.warning("freeze: %s is %s", report.model, text)
     chosen = layouts[best]
     chosen.report = report
     return chosen
+
+
+def compare_with_eager(frozen: FrozenModel, source: nn.Module, inputs: Any, device: torch.device) -> None:
+    """Time both on the example, for the report; it says so where the frozen network is slower."""
+    report = frozen.report
+    eager = without_writing(lambda given: call(source, given), inputs)
+    times = measure({"eager": eager, "frozen": _bound(frozen, inputs)}, device)
+    report.milliseconds = {name: min(found) for name, found in times.items()} | report.milliseconds
+    if all(mine > (1 + MARGIN) * theirs for mine, theirs in zip(times["frozen"], times["eager"], strict=False)):
+        spans = [f"{min(times[name]):.3g} to {max(times[name]):.3g} ms" for name in ("frozen", "eager")]
+        text = f"slower than eager on the example: {spans[0]}, eager {spans[1]}"  # in every round: no noise
+        report.notes.append(text)
+        logger.warning("freeze: %s is %s", report.model, text)
 
 
 def _why_not_this_layout(frozen: FrozenModel, inputs: Any, want: Any) -> str:
@@ -232,45 +242,92 @@ def _why_not_this_layout(frozen: FrozenModel, inputs: Any, want: Any) -> str:
 
 
 def choose_ways(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
-    """For each step of a call on these inputs that can run in several ways, keep the faster one."""
+    """For each step of a call on these inputs that can run in several ways, keep the fastest one."""
     found = frozen.prepared(inputs)
     if found is None:
         return
     executor, tensors, constants = found
     chosen = dict(frozen.plan.choices)
     for choices, arguments in executor.find_choices(tensors, constants):
-        default = next(iter(choices.ways))
-        if len(choices.ways) > 1:
-            way = prefer(_time_ways(choices, arguments, device), default, PACK_MARGIN)
-            chosen.pop(choices.key, None)
-            if way != default:
-                chosen[choices.key] = way
+        ways = choices.within(frozen.plan.winograd)
+        if len(ways) > 1:
+            chosen[choices.key] = prefer(_time_ways(choices, ways, arguments, device), ways[0], PACK_MARGIN)
     frozen.choose(chosen)
 
 
-def _time_ways(choices: Choices, arguments: list[Any], device: torch.device) -> Times:
-    """Each way on random numbers instead of the images."""
+def _time_ways(choices: Choices, ways: list[str], arguments: list[Any], device: torch.device) -> Times:
+    """These ways on random numbers instead of the images."""
+    given = _random(arguments)
+    return measure({way: _prepared_call(choices.ways[way](), given) for way in ways}, device)
+
+
+def _random(arguments: list[Any]) -> list[Any]:
     images = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.ndim == 4]
     given = list(arguments)
     for i in images[:1] + images[2:]:  # the second one is the weight
         given[i] = torch.empty_like(given[i]).normal_()
-
-    def bound(prepared: Prepared) -> Callable[[], Any]:
-        args = [given[a.place] if isinstance(a, Argument) else a for a in prepared.args]
-        return lambda: prepared.function(*args)
-
-    return measure({name: bound(prepare()) for name, prepare in choices.ways.items()}, device)
+    return given
 
 
-def _count_packed(frozen: FrozenModel, inputs: Any) -> int:
+def _prepared_call(prepared: Prepared, given: list[Any]) -> Callable[[], Any]:
+    args = [given[a.place] if isinstance(a, Argument) else a for a in prepared.args]
+    return lambda: prepared.function(*args)
+
+
+def tell_ways(frozen: FrozenModel, inputs: Any) -> None:
+    """Put into the report how each convolution runs on the example, and what that holds beside the weights."""
     found = frozen.prepared(inputs)
     if found is None:
-        return 0
+        return
     executor, tensors, _ = found
     parts = frozen.plan.images_at_a_time
     if parts and frozen._goes_in_parts(tensors):
         tensors = [tensors[0][:parts]]
-    return list(executor.ways(tensors).values()).count("packed")
+    report, ways = frozen.report, executor.ways(tensors)
+    report.packed, report.held = list(ways.values()).count("packed"), executor.bytes_held(tensors)
+    tiles = {executor.graph.steps[place].name: winograd.TILES.get(way, 0) for place, way in ways.items()}
+    report.rows = [replace(row, tile=tiles.get(row.name, 0)) for row in report.rows]
+    counts = Counter(f"{tile}x{tile}" for tile in tiles.values() if tile)
+    report.winograd = dict(counts)
+
+
+def settle(frozen: FrozenModel, inputs: Any, judge: Callable[[], Verification | None]) -> Verification | None:
+    """The verdict, once layers that run by Winograd's large tiles have gone back to smaller ones until it holds.
+
+    The most erroneous half of those left goes at a time: from F(4x4) to F(2x2), which is as exact as a direct product,
+    and at last to direct ones.
+    """
+    verdict = judge()
+    found = frozen.prepared(inputs) if frozen.plan.winograd and frozen.report.winograd else None
+    if found is None or verdict is None or verdict:
+        return verdict
+    executor, tensors, constants = found
+    errors = {}
+    for choices, arguments in executor.find_choices(tensors, constants):
+        way = frozen.plan.choices.get(choices.key, choices.within(frozen.plan.winograd)[0])
+        if choices.tiles.get(way) == 4:
+            given = _random(arguments)
+            y, direct = (_prepared_call(choices.ways[name](), given)() for name in (way, "packed"))
+            errors[choices.key] = float((y - direct).double().norm() / direct.double().norm())
+    left = sorted(errors, key=lambda key: -errors[key])
+    moved = 0
+    while left and verdict is not None and not verdict:
+        half = -(-len(left) // 2)
+        chosen = frozen.plan.choices | dict.fromkeys(left[:half], "winograd2") | dict.fromkeys(left[half:], "winograd4")
+        left, moved = left[half:], moved + half
+        frozen.plan.winograd = 4 if left else 2
+        frozen.choose(chosen)
+        verdict = judge()
+    if verdict is not None and not verdict:
+        frozen.plan.winograd = 0
+        frozen.choose({key: way for key, way in frozen.plan.choices.items() if way not in winograd.TILES})
+        verdict = judge()
+    text = f"{moved} kinds of convolutions went from F(4x4, 3x3) to F(2x2, 3x3) until the referee took the network"
+    frozen.report.notes.append(
+        text if frozen.plan.winograd else "no Winograd: the referee did not take the network by it"
+    )
+    tell_ways(frozen, inputs)
+    return verdict
 
 
 def split(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
@@ -295,7 +352,7 @@ def split(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
     if best != "whole":
         frozen.plan.images_at_a_time = frozen.report.images_at_a_time = int(best)
         frozen.choose(candidates[best].plan.choices)
-        frozen.report.milliseconds |= {"frozen": min(times[best]), "frozen whole batch": min(times["whole"])}
+        frozen.report.milliseconds |= {"frozen whole batch": min(times["whole"])}
 
 
 def record_graph(

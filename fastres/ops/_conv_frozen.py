@@ -1,13 +1,15 @@
 """conv_act in frozen networks: oneDNN's convolution with its whole epilogue, on a weight packed for the input's shape.
 
 A pack made for another batch size can be slower than none, so there are two ways: "packed", and "plain", on the weight
-as it is, which oneDNN reorders in every call. oneDNN's ReLU turns NaN into 0: a network whose input is finite has none
-to lose, and for the rest an executor runs conv_act, which passes NaN as eager does.
+as it is, which oneDNN reorders in every call. 3x3 convolutions have two more of our own, "winograd2" and "winograd4".
+oneDNN's ReLU turns NaN into 0, and a Winograd tile spreads it: a network whose input is finite has none to lose, and
+for the rest an executor runs conv_act, which passes NaN as eager does.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastres._dispatch import Argument, Choices, Prepared
 from fastres._stamp import version
+from fastres.ops import _conv_winograd as winograd
 from fastres.ops._conv_backends import OUT_OF_PLACE, Conv, Maybe, conv2d, output_size, sound, why_not_onednn
 from fastres.ops._tensors import is_channels_last, stats_dtype
 
@@ -100,9 +103,25 @@ def bind(
     after = act if residual is None else f"add {act}"
     dtype = str(x.dtype).removeprefix("torch.")
     key = f"conv_act {size} by {kernel} {geometry} g{groups} {after} {dtype}"
-    return Choices(
-        key, {"packed": lambda: on(_shared(weight, pack(weight.detach()))), "plain": lambda: on(weight.detach())}
-    )
+    own = weight.detach()
+    direct: dict[str, Callable[[], Prepared]] = {
+        "packed": lambda: on(_shared(weight, pack(own))),
+        "plain": lambda: on(own),
+    }
+    if winograd.why_not(x, tuple(weight.shape), (stride, padding, dilation, groups), act):
+        return Choices(key, direct)
+
+    def by_tiles(tile: int) -> Prepared:
+        rest = _kept(weight, tile), bias
+        after = None, k, padding[0], padding[1], act
+        over = None if residual is None else Prepared(winograd.over, (_X, *rest, _RESIDUAL, *after))
+        place = None if residual is None else _RESIDUAL.place
+        return Prepared(winograd.forward, (_X, *rest, None if residual is None else _RESIDUAL, *after), place, over)
+
+    tiles = {way: functools.partial(by_tiles, tile) for way, tile in winograd.TILES.items()}
+    first = winograd.faster(n, c, k, p, q)
+    order = [*first, *direct, *(way for way in tiles if way not in first)]
+    return Choices(key, {way: (direct | tiles)[way] for way in order}, winograd.TILES)
 
 
 def _is_right(x: Tensor, weight: Tensor, pack: Callable[[Tensor], Tensor], where: tuple[Any, ...]) -> bool:
@@ -133,6 +152,19 @@ def _shared(weight: Tensor, pack: Tensor) -> Tensor:
             return found  # type: ignore[no-any-return]
     _packs[weight] = [*kept, (weakref.ref(pack), version(weight))]
     return pack
+
+
+_transformed: Any = WeakIdKeyDictionary()  # weight -> by tile, weakly, its transform and the weight's version
+
+
+def _kept(weight: Tensor, tile: int) -> Tensor:
+    """The weight transformed for Winograd's tiles; image sizes share it."""
+    reference, at = _transformed.get(weight, {}).get(tile, (lambda: None, None))
+    found = reference()
+    if found is None or at != version(weight):
+        found = winograd.pack(weight.detach(), tile)
+        _transformed[weight] = {**_transformed.get(weight, {}), tile: (weakref.ref(found), version(weight))}
+    return found  # type: ignore[no-any-return]
 
 
 def _raw(pack: Tensor) -> Tensor:
