@@ -218,6 +218,8 @@ struct TransformOutput {
   }
 };
 
+constexpr int64_t kStreamedBytes = 4 << 20;  // of U: more does not stay in L2 and is fetched ahead
+
 // Panels [begin, end) of output channels, for the tiles of a block: products, then their way to y.
 template <class T, int M>
 struct Panels {
@@ -230,11 +232,12 @@ struct Panels {
 
   template <int W>
   FASTRES_HD void run(int64_t begin, int64_t end) const {
-    const int64_t size = shape.channels * kPanel<W>;
+    const int64_t size = shape.channels * kPanel<W>, whole = shape.outputs * shape.channels * kTaps<M> * 4;
+    const int64_t next = whole > kStreamedBytes ? size : 0;
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int tap = 0; tap < kTaps<M>; ++tap) {
         const float* weights = u + (panel * kTaps<M> + tap) * size;
-        product<W>({v + tap * v_tap_stride, v_stride, weights, shape.channels, m + tap * m_tap_stride}, count);
+        product<W>({v + tap * v_tap_stride, v_stride, weights, shape.channels, m + tap * m_tap_stride, next}, count);
       }
       const TransformOutput<T, M> output{shape, m, epilogue, first, m_tap_stride, panel * kPanel<W>};
       call<W>(output, first, first + count);

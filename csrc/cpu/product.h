@@ -39,7 +39,8 @@ struct Panel {
   int64_t v_stride;
   const float* u;  // [depth, 2 W]
   int64_t depth;
-  float* m;  // [rows, 2 W]
+  float* m;     // [rows, 2 W]
+  int64_t next;  // from u to the columns that are wanted next, to be fetched to L2 meanwhile; 0: they are there
 };
 
 template <int R>
@@ -50,12 +51,16 @@ struct Product {
   FASTRES_HD void run(int64_t, int64_t) const {
     const float* v = panel.v;
     const float* u = panel.u;
-    const int64_t stride = panel.v_stride, depth = panel.depth;
+    const int64_t stride = panel.v_stride, depth = panel.depth, next = panel.next;
     Float<W> left[R], right[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) left[r] = right[r] = Float<W>{};
     for (int64_t c = 0; c < depth; ++c, u += kPanel<W>) {
       const auto u0 = load_bytes<Float<W>>(u), u1 = load_bytes<Float<W>>(u + W);
+      if (next != 0) {
+        __builtin_prefetch(u + next, 0, 2);
+        if constexpr (W == 16) __builtin_prefetch(u + next + W, 0, 2);
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         const auto value = load_broadcast<W>(v + r * stride + c);
@@ -87,6 +92,7 @@ FASTRES_HD void product(Panel panel, int64_t rows) {
     product_of<W>(panel, count);
     panel.v += count * panel.v_stride;
     panel.m += count * kPanel<W>;
+    panel.next = 0;  // the first rows have fetched it
   }
 }
 

@@ -22,8 +22,8 @@ class FreezeRow:
     ``reason`` is a code where it could not become more: NO_NORM, NO_CONV, SHARED, OTHER_USE, NOT_CONSTANT, NO_BATCH,
     BATCH_STATISTICS, BAD_VARIANCE, OVERFLOW, UNDERFLOW, or one of swap's; ``message`` says it in words. ``took`` lists
     what it took in: "bn" ("scale": a product or sum that is none), "bias", "add" and the activation. ``flops``,
-    ``bytes`` and ``weights`` are the least that the step takes; ``tile`` is the side of Winograd's tiles of outputs, where
-    it runs by them on the example, and 0 elsewhere.
+    ``bytes`` and ``weights`` are the least that the step takes; ``tile`` is the side of Winograd's tiles of outputs,
+    where it runs by them on the example, else 0.
     """
 
     name: str

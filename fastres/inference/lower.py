@@ -54,6 +54,7 @@ class Lowered(NamedTuple):
         calls: one for each step that depends on what is in the inputs.
         outputs: of the run that it was made in.
         ways: by the place of its step, the way taken where there was a choice.
+        keys: by the place of its step, the key of that choice.
         held: tensors that the calls hold, beside the constants: packed weights, what follows from the sizes.
         choices: those choices, alike ones once, with arguments to try the ways on; empty unless asked for.
     """
@@ -61,6 +62,7 @@ class Lowered(NamedTuple):
     calls: list[Call]
     outputs: list[Any]
     ways: dict[int, str]
+    keys: dict[int, str]
     held: list[Tensor]
     choices: dict[str, tuple[Choices, list[Any]]]
 
@@ -99,7 +101,7 @@ def _lower(
     memory = _Memory(graph, values)
     unsettled = _nan_reaches(graph)
     unknown: set[int] = set()  # slots whose shape does not follow from the signature
-    found = Lowered([], [], {}, [], {})
+    found = Lowered([], [], {}, {}, [], {})
     over: dict[int, tuple[int, int, Call]] = {}  # place of a call -> its step, the slot to write over, that call
     for place, step in enumerate(graph.steps):
         arguments = filled(step.args, values)
@@ -112,6 +114,7 @@ def _lower(
         else:
             if keep_choices and choices.key not in found.choices:
                 found.choices[choices.key] = choices, list(arguments)
+            found.keys[place] = choices.key
             way, allowed = plan.choices.get(choices.key), choices.within(plan.winograd)
             found.ways[place] = way = way if way in allowed else allowed[0]
             prepared = choices.ways[way]()

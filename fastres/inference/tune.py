@@ -18,10 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastres._dispatch import Argument, Choices, Prepared
+from fastres._dispatch import Argument, Prepared
 from fastres.inference.checks import without_writing
+from fastres.inference.executor import Executor
 from fastres.inference.frozen import FrozenModel
+from fastres.inference.lower import lower, run
 from fastres.inference.parts import answers_each_alone
+from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
 from fastres.ops import _conv_winograd as winograd
 from fastres.verify import Verification
@@ -36,7 +39,6 @@ ROUNDS = 7
 SECONDS = 2.0
 HOPELESS = 3.0
 MARGIN = 0.05
-PACK_MARGIN = 0.1  # a layer by itself has its weight in cache: the plain one must win by more
 PARTS = (8, 4)  # images at a time; weights are read once per part
 
 _NO_VIEWS = "channels_last is out: the model takes a view() that only NCHW tensors have; reshape() would do in both"
@@ -246,19 +248,50 @@ def choose_ways(frozen: FrozenModel, inputs: Any, device: torch.device) -> None:
     found = frozen.prepared(inputs)
     if found is None:
         return
-    executor, tensors, constants = found
     chosen = dict(frozen.plan.choices)
-    for choices, arguments in executor.find_choices(tensors, constants):
-        ways = choices.within(frozen.plan.winograd)
-        if len(ways) > 1:
-            chosen[choices.key] = prefer(_time_ways(choices, ways, arguments, device), ways[0], PACK_MARGIN)
+    for key, times in _time_ways(*found, frozen.plan.winograd).items():
+        if len(times) > 1:
+            chosen[key] = prefer(times, next(iter(times)))
     frozen.choose(chosen)
 
 
-def _time_ways(choices: Choices, ways: list[str], arguments: list[Any], device: torch.device) -> Times:
-    """These ways on random numbers instead of the images."""
-    given = _random(arguments)
-    return measure({way: _prepared_call(choices.ways[way](), given) for way in ways}, device)
+def _time_ways(executor: Executor, inputs: list[Tensor], constants: tuple[Tensor, ...], tile: int) -> dict[str, Times]:
+    """Milliseconds of the steps with a choice, by its key and the way, the default first: in whole runs of the network.
+
+    A step by itself would have its weight in cache, and nobody else's: ways with larger weights would look better.
+    """
+    found = executor.find_choices(inputs, constants)
+    allowed = {choices.key: choices.within(tile) for choices, _ in found}
+    ways = dict.fromkeys(way for known in allowed.values() for way in known if len(known) > 1)
+    times: dict[str, Times] = {key: {way: [] for way in known} for key, known in allowed.items()}
+    begin, totals = time.perf_counter(), dict.fromkeys(ways, math.inf)
+    runs = {}
+    for way in ways:
+        plan = Plan(winograd=tile, choices={key: way for key, known in allowed.items() if way in known})
+        with torch.inference_mode(False), torch.no_grad():
+            runs[way] = lower(executor.graph, inputs, constants, plan, executor.exact)
+    for turn in range(ROUNDS):
+        if turn >= 3 and time.perf_counter() - begin > SECONDS:
+            break
+        for way, lowered in runs.items():
+            if totals[way] > HOPELESS * min(totals.values()):
+                continue
+            spent: dict[str, float] = {}
+            values = [*inputs, *constants, *[None] * len(executor.graph.steps)]
+            with torch.no_grad():
+                for step in lowered.calls:
+                    started = time.perf_counter()
+                    run(step, values)
+                    key = lowered.keys.get(step.writes - executor.graph.first_result)
+                    if key is not None:
+                        spent[key] = spent.get(key, 0.0) + (time.perf_counter() - started) * 1e3
+                    for slot in step.frees:
+                        values[slot] = None
+            totals[way] = min(totals[way], sum(spent.values()))
+            for key, milliseconds in spent.items():
+                if way in times[key]:
+                    times[key][way].append(milliseconds)
+    return {key: {way: rounds for way, rounds in one.items() if rounds} for key, one in times.items()}
 
 
 def _random(arguments: list[Any]) -> list[Any]:
