@@ -70,6 +70,9 @@ class _Native:
             self._settled = True
 
     def _import(self) -> tuple[ModuleType | None, str | None]:
+        isa = os.environ.get("FASTRES_ISA", "")
+        if isa not in ("", "avx512", "avx2", "baseline"):
+            raise ValueError(f"FASTRES_ISA: got {isa!r}, expected 'avx512', 'avx2' or 'baseline'")
         if self.backend == "cuda" and torch.version.cuda is None:
             return None, f"{self.name} needs a CUDA build of torch; this one has none"
         try:

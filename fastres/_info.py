@@ -22,8 +22,9 @@ import torch
 from fastres import _dispatch, _extension
 
 ENVIRONMENT = tuple(
-    "FASTRES_BACKEND FASTRES_DISABLE FASTRES_LOG FASTRES_CACHE_DIR FASTRES_BUILD_EXT TRITON_INTERPRET TRITON_CACHE_DIR "
-    "TORCH_CUDA_ARCH_LIST CUDA_VISIBLE_DEVICES CUDA_HOME OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS".split()
+    "FASTRES_BACKEND FASTRES_DISABLE FASTRES_LOG FASTRES_ISA FASTRES_CACHE_DIR FASTRES_BUILD_EXT TRITON_INTERPRET "
+    "TRITON_CACHE_DIR TORCH_CUDA_ARCH_LIST CUDA_VISIBLE_DEVICES CUDA_HOME OMP_NUM_THREADS OMP_WAIT_POLICY "
+    "MKL_NUM_THREADS".split()
 )
 PACKAGES = ("torch", "triton", "torchvision", "safetensors", "scikit-learn", "matplotlib", "typer", "rich")
 _EXTRA = {"torchvision": "train", "scikit-learn": "train", "matplotlib": "viz", "typer": "cli", "rich": "cli"}

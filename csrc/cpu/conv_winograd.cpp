@@ -13,11 +13,9 @@
 // 1 / K), and at batch 1 with many (U is (m+2)^2 / 9 times the weight, and is read once a call).
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <string>
 
-#include "cpu/conv_epilogue.h"
-#include "cpu/product.h"
-#include "tensor.h"
+#include "cpu/conv.h"
 
 namespace fastres {
 namespace {
@@ -237,21 +235,13 @@ struct Panels {
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int tap = 0; tap < kTaps<M>; ++tap) {
         const float* weights = u + (panel * kTaps<M> + tap) * size;
-        product<W>({v + tap * v_tap_stride, v_stride, weights, shape.channels, m + tap * m_tap_stride, next}, count);
+        product<W>({v + tap * v_tap_stride, v_stride, weights, shape.channels, next}, count, ToMemory{m + tap * m_tap_stride});
       }
       const TransformOutput<T, M> output{shape, m, epilogue, first, m_tap_stride, panel * kPanel<W>};
       call<W>(output, first, first + count);
     }
   }
 };
-
-int64_t panel_width() {
-  const Isa isa = runtime_isa();
-  return isa == Isa::kAvx512 ? kPanel<16> : isa == Isa::kAvx2 ? kPanel<8> : kPanel<4>;
-}
-
-// An odd number of lines: rows and taps a power of two apart would share a few sets of the cache.
-int64_t spread(int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
 
 constexpr int64_t kBlockBytes = 1 << 20;  // of V: about half of an L2 cache; M and a panel's tap of U take the rest
 constexpr int64_t kFewestTiles = 28;      // of a block: fewer, and U is read again too often
@@ -372,85 +362,50 @@ Tensor conv_winograd_pack(Tensor weight, int64_t tile) {
   return u;
 }
 
-// [K] of any kernel dtype as fp32.
-std::vector<float> widened(const OptionalTensor& t) {
-  std::vector<float> wide;
-  if (!t) return wide;
-  wide.resize(t->size(0));
-  dispatch_dtype(*t, "bias", [&](auto zero) {
-    using T = decltype(zero);
-    for (int64_t k = 0; k < t->size(0); ++k) wide[k] = load<1>(input<T>(*t) + k);
-  });
-  return wide;
+struct Padding {
+  int64_t h, w;
+};
+
+// y where there is none yet; the index of the activation.
+Tensor checked_output(const Tensor& x, const Tensor& u, int64_t outputs, Padding pad) {
+  check_images(x);
+  const bool fits = is_packed(u, x.size(1), outputs) && (u.size(1) == 16 || u.size(1) == 36);
+  STD_TORCH_CHECK(fits, "u: got shape ", shape_string(u), ", expected a weight that _conv_winograd_pack made for ",
+                  x.size(1), " and ", outputs, " channels");
+  STD_TORCH_CHECK(pad.h >= 0 && pad.h <= 2 && pad.w >= 0 && pad.w <= 2, "padding: got ", pad.h, ", ", pad.w,
+                  ", expected 0, 1 or 2");
+  STD_TORCH_CHECK(x.size(2) + 2 * pad.h > 2 && x.size(3) + 2 * pad.w > 2, "x: got images of ", x.size(2), "x", x.size(3),
+                  ", too small for a 3x3 kernel");
+  return empty_images(x, outputs, x.size(2) + 2 * pad.h - 2, x.size(3) + 2 * pad.w - 2);
 }
 
-bool is_nhwc(const Tensor& t) {
-  const auto size = t.sizes(), stride = t.strides();
-  const int64_t expected[] = {size[1] * size[2] * size[3], 1, size[1] * size[3], size[1]};
-  for (int d = 0; d < 4; ++d) {
-    if (size[d] > 1 && stride[d] != expected[d]) return false;
-  }
-  return true;
-}
-
-void conv_winograd_to(const Tensor& y, const Tensor& x, const Tensor& u, const OptionalTensor& bias,
-                      const OptionalTensor& residual, const OptionalTensor& scale, int64_t pad_h, int64_t pad_w, int act) {
-  const int64_t taps = u.size(1), tile = taps == 16 ? 2 : 4;
-  Shape shape{x.size(0), x.size(2), x.size(3), x.size(1), y.size(1), pad_h, pad_w, 0, 0};
+void conv_winograd_to(const Tensor& y, const Tensor& x, const Tensor& u, const After& after, Padding pad) {
+  const int64_t tile = u.size(1) == 16 ? 2 : 4;
+  Shape shape{x.size(0), x.size(2), x.size(3), x.size(1), y.size(1), pad.h, pad.w, 0, 0};
   shape.rows = (shape.out_height() + tile - 1) / tile;
   shape.columns = (shape.out_width() + tile - 1) / tile;
   if (y.numel() == 0) return;
-  const std::vector<float> wide_bias = widened(bias), wide_scale = widened(scale);
   dispatch_dtype(x, "x", [&](auto t) {
     using T = decltype(t);
-    const Epilogue<T> epilogue{scale ? wide_scale.data() : nullptr, bias ? wide_bias.data() : nullptr,
-                               residual ? input<T>(*residual) : nullptr, output<T>(y), static_cast<Act>(act)};
+    const auto epilogue = after.template epilogue<T>(y);
     tile == 2 ? run_winograd<T, 2>(shape, input<T>(x), input<float>(u), epilogue, x)
               : run_winograd<T, 4>(shape, input<T>(x), input<float>(u), epilogue, x);
   });
 }
 
-int check_call(const Tensor& x, const Tensor& u, const OptionalTensor& bias, const OptionalTensor& scale, int64_t outputs,
-               int64_t pad_h, int64_t pad_w, const std::string& act) {
-  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && has_kernel_dtype(x) && is_nhwc(x), "x: got shape ", shape_string(x),
-                  ", expected [N, C, H, W] in channels_last, of a kernel's dtype, on a CPU");
-  const bool fits = u.is_cpu() && u.scalar_type() == ScalarType::Float && u.dim() == 4 && u.is_contiguous() &&
-                    (u.size(1) == 16 || u.size(1) == 36) && u.size(2) == x.size(1) && u.size(3) == panel_width() &&
-                    outputs > (u.size(0) - 1) * u.size(3) && outputs <= u.size(0) * u.size(3);
-  STD_TORCH_CHECK(fits, "u: got shape ", shape_string(u), ", expected a weight that _conv_winograd_pack made for ",
-                  x.size(1), " and ", outputs, " channels");
-  STD_TORCH_CHECK(is_per_channel(bias, outputs, x, true) && is_per_channel(scale, outputs, x, true),
-                  "bias, scale: expected ", outputs, " contiguous numbers");
-  STD_TORCH_CHECK(pad_h >= 0 && pad_h <= 2 && pad_w >= 0 && pad_w <= 2, "padding: got ", pad_h, ", ", pad_w,
-                  ", expected 0, 1 or 2");
-  STD_TORCH_CHECK(x.size(2) + 2 * pad_h > 2 && x.size(3) + 2 * pad_w > 2, "x: got images of ", x.size(2), "x", x.size(3),
-                  ", too small for a 3x3 kernel");
-  const int index = act_index(act);
-  STD_TORCH_CHECK(index >= 0, "act: got ", act, ", expected none, relu, relu6 or hardswish");
-  return index;
-}
-
 Tensor conv_winograd(Tensor x, Tensor u, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale, int64_t outputs,
                      int64_t pad_h, int64_t pad_w, std::string act) {
-  const int index = check_call(x, u, bias, scale, outputs, pad_h, pad_w, act);
-  const int64_t height = x.size(2) + 2 * pad_h - 2, width = x.size(3) + 2 * pad_w - 2;
-  const int64_t sizes[] = {x.size(0), outputs, height, width};
-  const int64_t strides[] = {height * width * outputs, 1, width * outputs, outputs};
-  const Tensor y = empty_strided({sizes, 4}, {strides, 4}, dtype_of(x), x);
-  STD_TORCH_CHECK(looks_like(residual, y) || (residual && is_nhwc(*residual) && residual->numel() == y.numel()),
-                  "residual: expected y's shape and dtype, in channels_last");
-  conv_winograd_to(y, x, u, bias, residual, scale, pad_h, pad_w, index);
+  const Padding pad{pad_h, pad_w};
+  const Tensor y = checked_output(x, u, outputs, pad);
+  conv_winograd_to(y, x, u, After(y, bias, residual, scale, act), pad);
   return y;
 }
 
 Tensor conv_winograd_over(Tensor x, Tensor u, OptionalTensor bias, Tensor residual, OptionalTensor scale, int64_t outputs,
                           int64_t pad_h, int64_t pad_w, std::string act) {
-  const int index = check_call(x, u, bias, scale, outputs, pad_h, pad_w, act);
-  const bool fits = residual.dim() == 4 && residual.size(0) == x.size(0) && residual.size(1) == outputs &&
-                    residual.size(2) == x.size(2) + 2 * pad_h - 2 && residual.size(3) == x.size(3) + 2 * pad_w - 2 &&
-                    residual.scalar_type() == x.scalar_type() && is_nhwc(residual);
-  STD_TORCH_CHECK(fits, "residual: got shape ", shape_string(residual), ", expected y's, in channels_last");
-  conv_winograd_to(residual, x, u, bias, residual, scale, pad_h, pad_w, index);
+  const Padding pad{pad_h, pad_w};
+  const After after(checked_output(x, u, outputs, pad), bias, residual, scale, act);
+  conv_winograd_to(residual, x, u, after, pad);
   return residual;
 }
 

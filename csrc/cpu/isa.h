@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <type_traits>
@@ -205,7 +206,7 @@ FASTRES_HD float sum_lanes(Float<W> value) {
   return lanes[0];
 }
 
-// ---- The instruction set of this machine.
+// ---- The instruction set of this machine; FASTRES_ISA=avx2 or baseline asks for a narrower one.
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
 inline Isa runtime_isa() {
@@ -215,7 +216,10 @@ inline Isa runtime_isa() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return avx2 ? (avx512 ? Isa::kAvx512 : Isa::kAvx2) : Isa::kBaseline;
+    const char* const asked = std::getenv("FASTRES_ISA");
+    const bool narrow = asked != nullptr && std::strcmp(asked, "avx2") == 0;
+    if (!avx2 || (asked != nullptr && std::strcmp(asked, "baseline") == 0)) return Isa::kBaseline;
+    return avx512 && !narrow ? Isa::kAvx512 : Isa::kAvx2;
   }();
   return isa;
 #else

@@ -1,6 +1,6 @@
 // The inner product of the CPU convolutions: R rows of V times a panel of U, 2 W columns wide, kept in registers.
 //
-//   m[r, j] = sum over c of v[r, c] * u[c, j]          r < R, j < 2 W, c in order: one accumulator an element
+//   sum over c of v[r, c] * u[c, j]                     r < R, j < 2 W, c in order: one accumulator an element
 //
 // An element's sum does not depend on R, nor on where its row stands: results are the same for any blocking and any
 // number of threads. R x 2 accumulators, 2 columns of U and a broadcast fill the registers: 14 rows on AVX-512 and
@@ -39,13 +39,24 @@ struct Panel {
   int64_t v_stride;
   const float* u;  // [depth, 2 W]
   int64_t depth;
-  float* m;     // [rows, 2 W]
   int64_t next;  // from u to the columns that are wanted next, to be fetched to L2 meanwhile; 0: they are there
 };
 
-template <int R>
+// Takes the sums of W columns of a row: writes m.
+struct ToMemory {
+  float* m;  // [rows, 2 W]
+
+  template <int W>
+  FASTRES_HD void put(Float<W> sum, int64_t row, int64_t column) const {
+    store<W>(m + row * kPanel<W> + column, sum);
+  }
+};
+
+template <int R, class To>
 struct Product {
   Panel panel;
+  To to;
+  int64_t row;  // the first
 
   template <int W>
   FASTRES_HD void run(int64_t, int64_t) const {
@@ -68,31 +79,30 @@ struct Product {
         right[r] += value * u1;
       }
     }
-    float* m = panel.m;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      store<W>(m + r * kPanel<W>, left[r]);
-      store<W>(m + r * kPanel<W> + W, right[r]);
+      to.template put<W>(left[r], row + r, 0);
+      to.template put<W>(right[r], row + r, W);
     }
   }
 };
 
-template <int W, int R = kRows<W>>
-FASTRES_HD void product_of(const Panel& panel, int64_t rows) {
-  if (rows == R) return call<W>(Product<R>{panel});
-  if constexpr (R > 1) product_of<W, R - 1>(panel, rows);
+template <int W, int R, class To>
+FASTRES_HD void product_of(const Panel& panel, const To& to, int64_t row, int64_t rows) {
+  if (rows == R) return call<W>(Product<R, To>{panel, to, row});
+  if constexpr (R > 1) product_of<W, R - 1>(panel, to, row, rows);
 }
 
 // Any number of rows: blocks of nearly equal size, so that none is too small to hide the latency of an addition.
-template <int W>
-FASTRES_HD void product(Panel panel, int64_t rows) {
+template <int W, class To>
+FASTRES_HD void product(Panel panel, int64_t rows, const To& to) {
   const int64_t blocks = (rows + kRows<W> - 1) / kRows<W>;
-  for (int64_t block = 0; block < blocks; ++block) {
+  for (int64_t block = 0, row = 0; block < blocks; ++block) {
     const int64_t count = rows / blocks + (block < rows % blocks ? 1 : 0);
-    product_of<W>(panel, count);
+    product_of<W, kRows<W>>(panel, to, row, count);
     panel.v += count * panel.v_stride;
-    panel.m += count * kPanel<W>;
     panel.next = 0;  // the first rows have fetched it
+    row += count;
   }
 }
 

@@ -26,7 +26,7 @@ from fastres.inference.lower import lower, run
 from fastres.inference.parts import answers_each_alone
 from fastres.inference.plan import Plan
 from fastres.inference.report import FreezeReport
-from fastres.ops import _conv_winograd as winograd
+from fastres.ops import _conv_native as native
 from fastres.verify import Verification
 from fastres.verify.runs import call, named_tensors
 
@@ -318,7 +318,7 @@ def tell_ways(frozen: FrozenModel, inputs: Any) -> None:
         tensors = [tensors[0][:parts]]
     report, ways = frozen.report, executor.ways(tensors)
     report.packed, report.held = list(ways.values()).count("packed"), executor.bytes_held(tensors)
-    tiles = {executor.graph.steps[place].name: winograd.TILES.get(way, 0) for place, way in ways.items()}
+    tiles = {executor.graph.steps[place].name: native.TILES.get(way, 0) for place, way in ways.items()}
     report.rows = [replace(row, tile=tiles.get(row.name, 0)) for row in report.rows]
     counts = Counter(f"{tile}x{tile}" for tile in tiles.values() if tile)
     report.winograd = dict(counts)
@@ -353,7 +353,7 @@ def settle(frozen: FrozenModel, inputs: Any, judge: Callable[[], Verification | 
         verdict = judge()
     if verdict is not None and not verdict:
         frozen.plan.winograd = 0
-        frozen.choose({key: way for key, way in frozen.plan.choices.items() if way not in winograd.TILES})
+        frozen.choose({key: way for key, way in frozen.plan.choices.items() if way not in native.TILES})
         verdict = judge()
     text = f"{moved} kinds of convolutions went from F(4x4, 3x3) to F(2x2, 3x3) until the referee took the network"
     frozen.report.notes.append(

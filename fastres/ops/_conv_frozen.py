@@ -1,7 +1,8 @@
 """conv_act in frozen networks: oneDNN's convolution with its whole epilogue, on a weight packed for the input's shape.
 
 A pack made for another batch size can be slower than none, so there are two ways: "packed", and "plain", on the weight
-as it is, which oneDNN reorders in every call. 3x3 convolutions have two more of our own, "winograd2" and "winograd4".
+as it is, which oneDNN reorders in every call. Kernels of our own (_conv_native) are further ways: "winograd2" and
+"winograd4" for 3x3 convolutions, "product" for 1x1.
 oneDNN's ReLU turns NaN into 0, and a Winograd tile spreads it: a network whose input is finite has none to lose, and
 for the rest an executor runs conv_act, which passes NaN as eager does.
 """
@@ -21,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fastres._dispatch import Argument, Choices, Prepared
 from fastres._stamp import version
-from fastres.ops import _conv_winograd as winograd
+from fastres.ops import _conv_native as native
 from fastres.ops._conv_backends import OUT_OF_PLACE, Conv, Maybe, conv2d, output_size, sound, why_not_onednn
 from fastres.ops._tensors import is_channels_last, stats_dtype
 
@@ -103,25 +104,28 @@ def bind(
     after = act if residual is None else f"add {act}"
     dtype = str(x.dtype).removeprefix("torch.")
     key = f"conv_act {size} by {kernel} {geometry} g{groups} {after} {dtype}"
-    own = weight.detach()
     direct: dict[str, Callable[[], Prepared]] = {
-        "packed": lambda: on(_shared(weight, pack(own))),
-        "plain": lambda: on(own),
+        "packed": lambda: on(_shared(weight, pack(weight.detach()))),
+        "plain": lambda: on(weight.detach()),
     }
-    if winograd.why_not(x, tuple(weight.shape), (stride, padding, dilation, groups), act):
+
+    def own(forward: Any, over: Any, at: Any, tile: int) -> Prepared:
+        rest, after = (_kept(weight, tile), bias), (None, k, *at, act)
+        if residual is None:
+            return Prepared(forward, (_X, *rest, None, *after))
+        instead = Prepared(over, (_X, *rest, _RESIDUAL, *after))
+        return Prepared(forward, (_X, *rest, _RESIDUAL, *after), _RESIDUAL.place, instead)
+
+    asked = x, tuple(weight.shape), (stride, padding, dilation, groups), act
+    if not native.why_not_1x1(*asked):
+        one = functools.partial(own, native.forward_1x1, native.over_1x1, stride, 1)
+        return Choices(key, direct | {native.PRODUCT: one})
+    if native.why_not(*asked):
         return Choices(key, direct)
-
-    def by_tiles(tile: int) -> Prepared:
-        rest = _kept(weight, tile), bias
-        after = None, k, padding[0], padding[1], act
-        over = None if residual is None else Prepared(winograd.over, (_X, *rest, _RESIDUAL, *after))
-        place = None if residual is None else _RESIDUAL.place
-        return Prepared(winograd.forward, (_X, *rest, None if residual is None else _RESIDUAL, *after), place, over)
-
-    tiles = {way: functools.partial(by_tiles, tile) for way, tile in winograd.TILES.items()}
-    first = winograd.faster(n, c, k, p, q)
+    tiles = {way: functools.partial(own, native.forward, native.over, padding, t) for way, t in native.TILES.items()}
+    first = native.faster(n, c, k, p, q, x.dtype)
     order = [*first, *direct, *(way for way in tiles if way not in first)]
-    return Choices(key, {way: (direct | tiles)[way] for way in order}, winograd.TILES)
+    return Choices(key, {way: (direct | tiles)[way] for way in order}, native.TILES)
 
 
 def _is_right(x: Tensor, weight: Tensor, pack: Callable[[Tensor], Tensor], where: tuple[Any, ...]) -> bool:
@@ -158,11 +162,12 @@ _transformed: Any = WeakIdKeyDictionary()  # weight -> by tile, weakly, its tran
 
 
 def _kept(weight: Tensor, tile: int) -> Tensor:
-    """The weight transformed for Winograd's tiles; image sizes share it."""
+    """The weight made ready for our own kernels, for Winograd's tiles or, 1, for a product; image sizes share it."""
     reference, at = _transformed.get(weight, {}).get(tile, (lambda: None, None))
     found = reference()
     if found is None or at != version(weight):
-        found = winograd.pack(weight.detach(), tile)
+        plain = weight.detach()
+        found = native.pack_1x1(plain) if tile == 1 else native.pack(plain, tile)
         _transformed[weight] = {**_transformed.get(weight, {}), tile: (weakref.ref(found), version(weight))}
     return found  # type: ignore[no-any-return]
 

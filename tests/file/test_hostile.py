@@ -85,7 +85,9 @@ def test_missing_files_and_odd_arguments(tmp_path, real):
 def test_versions(change):
     reads = "of the format, written by fastres '9.9'; this fastres reads 3 alone"
     for version in "12":
-        refused(change(version=version, fastres="9.9"), f"version '{version}' {reads}: freeze the model again and save it")
+        refused(
+            change(version=version, fastres="9.9"), f"version '{version}' {reads}: freeze the model again and save it"
+        )
     refused(change(version="4", fastres="9.9", later="x"), f"version '4' {reads}: upgrade fastres")
     for version in ("0", "-1", "2.0", "", "one", "²", "9" * 30):
         refused(change(version=version), "version")

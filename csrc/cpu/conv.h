@@ -1,0 +1,95 @@
+// What the CPU convolutions share: their images and what follows the products, the width of a panel of their weights.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cpu/conv_epilogue.h"
+#include "cpu/product.h"
+#include "tensor.h"
+
+namespace fastres {
+
+inline int64_t panel_width() {
+  const Isa isa = runtime_isa();
+  return isa == Isa::kAvx512 ? kPanel<16> : isa == Isa::kAvx2 ? kPanel<8> : kPanel<4>;
+}
+
+// An odd number of lines: rows and taps a power of two apart would share a few sets of the cache.
+inline int64_t spread(int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
+
+// [K] of any kernel dtype as fp32.
+inline std::vector<float> widened(const OptionalTensor& t) {
+  std::vector<float> wide;
+  if (!t) return wide;
+  wide.resize(t->size(0));
+  dispatch_dtype(*t, "bias", [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t k = 0; k < t->size(0); ++k) wide[k] = load<1>(input<T>(*t) + k);
+  });
+  return wide;
+}
+
+inline bool is_nhwc(const Tensor& t) {  // the strides of dimensions of size 1 say nothing
+  const auto size = t.sizes(), stride = t.strides();
+  const int64_t expected[] = {size[1] * size[2] * size[3], 1, size[1] * size[3], size[1]};
+  for (int d = 0; d < 4; ++d) {
+    if (size[d] > 1 && stride[d] != expected[d]) return false;
+  }
+  return true;
+}
+
+inline void check_images(const Tensor& x) {
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && has_kernel_dtype(x) && is_nhwc(x), "x: got shape ", shape_string(x),
+                  ", expected [N, C, H, W] in channels_last, of a kernel's dtype, on a CPU");
+}
+
+// Whether u is [panels, taps, C, panel] for so many channels on this machine.
+inline bool is_packed(const Tensor& u, int64_t channels, int64_t outputs) {
+  return u.is_cpu() && u.scalar_type() == ScalarType::Float && u.dim() == 4 && u.is_contiguous() &&
+         u.size(2) == channels && u.size(3) == panel_width() && outputs > (u.size(0) - 1) * u.size(3) &&
+         outputs <= u.size(0) * u.size(3);
+}
+
+inline Tensor empty_images(const Tensor& x, int64_t outputs, int64_t height, int64_t width) {  // in channels_last
+  const int64_t sizes[] = {x.size(0), outputs, height, width};
+  const int64_t strides[] = {height * width * outputs, 1, width * outputs, outputs};
+  return empty_strided({sizes, 4}, {strides, 4}, dtype_of(x), x);
+}
+
+// What follows a convolution, checked against its output and widened.
+class After {
+ public:
+  After(const Tensor& y, const OptionalTensor& bias, const OptionalTensor& residual, const OptionalTensor& scale,
+        const std::string& act)
+      : bias_(bias), residual_(residual), scale_(scale), act_(act_index(act)) {
+    const int64_t outputs = y.size(1);
+    STD_TORCH_CHECK(is_per_channel(bias, outputs, y, true) && is_per_channel(scale, outputs, y, true),
+                    "bias, scale: expected ", outputs, " contiguous numbers");
+    STD_TORCH_CHECK(act_ >= 0, "act: got ", act, ", expected none, relu, relu6 or hardswish");
+    if (residual) {
+      const auto got = residual->sizes(), wanted = y.sizes();
+      const bool fits = residual->is_cpu() && residual->dim() == 4 && std::equal(got.begin(), got.end(), wanted.begin()) &&
+                        residual->scalar_type() == y.scalar_type() && is_nhwc(*residual);
+      STD_TORCH_CHECK(fits, "residual: got shape ", shape_string(*residual), ", expected ", shape_string(y),
+                      " of x's dtype, in channels_last");
+    }
+    wide_bias_ = widened(bias);
+    wide_scale_ = widened(scale);
+  }
+
+  template <class T>
+  Epilogue<T> epilogue(const Tensor& y) const {
+    return {scale_ ? wide_scale_.data() : nullptr, bias_ ? wide_bias_.data() : nullptr,
+            residual_ ? input<T>(*residual_) : nullptr, output<T>(y), static_cast<Act>(act_)};
+  }
+
+ private:
+  OptionalTensor bias_, residual_, scale_;
+  int act_;
+  std::vector<float> wide_bias_, wide_scale_;
+};
+
+}  // namespace fastres

@@ -1,0 +1,186 @@
+// 1x1 convolutions of any stride: a product of matrices, [pixels, C] times [C, K], with what follows in its own pass.
+//
+// A block of pixels is widened to fp32 rows in L2, a line apart from a power of two; each panel of output channels is
+// multiplied from there, its sums go from registers through scale, bias, residual and activation to y. Threads take
+// pixels, or panels where there are few. An element is computed alike in every case.
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "cpu/conv.h"
+
+namespace fastres {
+namespace {
+
+struct Shape {
+  int64_t batch, height, width, channels, outputs, out_height, out_width, stride_h, stride_w;
+
+  int64_t pixels() const { return batch * out_height * out_width; }
+};
+
+// Pixels [begin, end) of the output, from x to rows: v[pixel - first, channel].
+template <class T>
+struct Gather {
+  Shape shape;
+  const T* x;
+  float* v;
+  int64_t first, v_stride;
+
+  template <int W>
+  FASTRES_HD void run(int64_t begin, int64_t end) const {
+    const int64_t plane = shape.out_height * shape.out_width;
+    for (int64_t pixel = begin; pixel < end; ++pixel) {
+      const int64_t image = pixel / plane, rest = pixel - image * plane, p = rest / shape.out_width;
+      const int64_t q = rest - p * shape.out_width;
+      const int64_t from = (image * shape.height + p * shape.stride_h) * shape.width + q * shape.stride_w;
+      const T* row = x + from * shape.channels;
+      float* to = v + (pixel - first) * v_stride;
+      int64_t c = 0;
+      for (; c + W <= shape.channels; c += W) store<W>(to + c, load<W>(row + c));
+      for (; c < shape.channels; ++c) to[c] = load<1>(row + c);
+    }
+  }
+};
+
+// Takes the sums of a panel of channels from k on to y.
+template <class T>
+struct ToImage {
+  Epilogue<T> epilogue;
+  int64_t first, outputs, k;
+
+  template <int W>
+  FASTRES_HD void put(Float<W> sum, int64_t row, int64_t column) const {
+    const int64_t channel = k + column, at = (first + row) * outputs + channel;
+    if (channel + W <= outputs) return epilogue.template put<W>(sum, at, channel);
+    float lanes[W];
+    store<W>(lanes, sum);
+    for (int64_t j = 0; channel + j < outputs; ++j) epilogue.template put<1>(lanes[j], at + j, channel + j);
+  }
+};
+
+template <class T>
+struct Panels {
+  Shape shape;
+  const float* v;
+  const float* u;  // [panels, 1, C, 2 W]
+  Epilogue<T> epilogue;
+  int64_t first, count, v_stride;
+
+  template <int W>
+  FASTRES_HD void run(int64_t begin, int64_t end) const {
+    const int64_t size = shape.channels * kPanel<W>;
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const ToImage<T> to{epilogue, first, shape.outputs, panel * kPanel<W>};
+      product<W>({v, v_stride, u + panel * size, shape.channels, size}, count, to);
+    }
+  }
+};
+
+constexpr int64_t kBlockBytes = 1 << 19;  // of V: a part of an L2 cache
+constexpr int64_t kFewestPixels = 56;     // of a block
+
+template <class T>
+void run_1x1(const Shape& shape, const T* x, const float* u, const Epilogue<T>& epilogue, const Tensor& like) {
+  const int64_t pixels = shape.pixels(), width = panel_width(), panels = (shape.outputs + width - 1) / width;
+  const int64_t v_stride = spread(shape.channels), workers = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const bool by_pixels = workers == 1 || pixels >= 2 * workers * kFewestPixels || panels < workers;
+  const int64_t share = by_pixels ? (pixels + workers - 1) / workers : pixels;
+  const int64_t fit = std::max(kFewestPixels, kBlockBytes / (v_stride * 4)), parts = (share + fit - 1) / fit;
+  const int64_t block = (share + parts - 1) / parts, blocks = (pixels + block - 1) / block;
+  const int64_t sizes[] = {(by_pixels ? workers : 1) * block * v_stride}, one[] = {1};
+  const Tensor scratch = empty_strided({sizes, 1}, {one, 1}, aoti_torch_dtype_float32(), like);
+  float* const memory = output<float>(scratch);
+  const auto gather = [&](int64_t at, float* v) { return Gather<T>{shape, x, v, at * block, v_stride}; };
+  const auto panels_of = [&](int64_t at, const float* v) {
+    return Panels<T>{shape, v, u, epilogue, at * block, std::min(block, pixels - at * block), v_stride};
+  };
+  if (by_pixels) {
+    parallel_workers(workers, blocks, [&](int64_t worker, int64_t begin, int64_t end) {
+      float* const v = memory + worker * block * v_stride;
+      for (int64_t at = begin; at < end; ++at) {
+        run_kernel(gather(at, v), at * block, std::min(pixels, (at + 1) * block));
+        run_kernel(panels_of(at, v), 0, panels);
+      }
+    });
+    return;
+  }
+  for (int64_t at = 0; at < blocks; ++at) {
+    const int64_t first = at * block, count = std::min(block, pixels - first);
+    parallel_workers(workers, count, [&](int64_t, int64_t begin, int64_t end) {
+      run_kernel(gather(at, memory), first + begin, first + end);
+    });
+    parallel_workers(workers, panels, [&](int64_t, int64_t begin, int64_t end) {
+      run_kernel(panels_of(at, memory), begin, end);
+    });
+  }
+}
+
+// ---- operators -------------------------------------------------------------------------------------------------------
+
+Tensor conv_1x1_pack(Tensor weight) {
+  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && has_kernel_dtype(weight),
+                  "weight: got shape ", shape_string(weight), ", expected [K, C, 1, 1] of a kernel's dtype on a CPU");
+  const int64_t outputs = weight.size(0), channels = weight.size(1), width = panel_width();
+  const int64_t panels = (outputs + width - 1) / width, along_k = weight.stride(0), along_c = weight.stride(1);
+  const int64_t sizes[] = {panels, 1, channels, width}, strides[] = {channels * width, channels * width, width, 1};
+  const Tensor u = empty_strided({sizes, 4}, {strides, 4}, aoti_torch_dtype_float32(), weight);
+  dispatch_dtype(weight, "weight", [&](auto t) {
+    using T = decltype(t);
+    const T* const w = input<T>(weight);
+    float* const to = output<float>(u);
+    parallel_tasks(panels, panels * channels * width, [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin * channels * width; at < end * channels * width; ++at) {
+        const int64_t k = at / (channels * width) * width + at % width, c = at / width % channels;
+        to[at] = k < outputs ? load<1>(w + k * along_k + c * along_c) : 0.0f;
+      }
+    });
+  });
+  return u;
+}
+
+struct Stride {
+  int64_t h, w;
+};
+
+Tensor checked_output(const Tensor& x, const Tensor& u, int64_t outputs, Stride stride) {
+  check_images(x);
+  STD_TORCH_CHECK(is_packed(u, x.size(1), outputs) && u.size(1) == 1, "u: got shape ", shape_string(u),
+                  ", expected a weight that _conv_1x1_pack made for ", x.size(1), " and ", outputs, " channels");
+  STD_TORCH_CHECK(stride.h > 0 && stride.w > 0, "stride: got ", stride.h, ", ", stride.w, ", expected at least 1");
+  const int64_t height = (x.size(2) + stride.h - 1) / stride.h, width = (x.size(3) + stride.w - 1) / stride.w;
+  return empty_images(x, outputs, height, width);
+}
+
+void conv_1x1_to(const Tensor& y, const Tensor& x, const Tensor& u, const After& after, Stride stride) {
+  if (y.numel() == 0) return;
+  const Shape shape{x.size(0), x.size(2), x.size(3), x.size(1), y.size(1), y.size(2), y.size(3), stride.h, stride.w};
+  dispatch_dtype(x, "x", [&](auto t) {
+    using T = decltype(t);
+    run_1x1<T>(shape, input<T>(x), input<float>(u), after.template epilogue<T>(y), x);
+  });
+}
+
+Tensor conv_1x1(Tensor x, Tensor u, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale, int64_t outputs,
+                int64_t stride_h, int64_t stride_w, std::string act) {
+  const Stride stride{stride_h, stride_w};
+  const Tensor y = checked_output(x, u, outputs, stride);
+  conv_1x1_to(y, x, u, After(y, bias, residual, scale, act), stride);
+  return y;
+}
+
+Tensor conv_1x1_over(Tensor x, Tensor u, OptionalTensor bias, Tensor residual, OptionalTensor scale, int64_t outputs,
+                     int64_t stride_h, int64_t stride_w, std::string act) {
+  const Stride stride{stride_h, stride_w};
+  const After after(checked_output(x, u, outputs, stride), bias, residual, scale, act);
+  conv_1x1_to(residual, x, u, after, stride);
+  return residual;
+}
+
+}  // namespace
+}  // namespace fastres
+
+STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
+  m.impl("_conv_1x1_pack_native", TORCH_BOX(&fastres::conv_1x1_pack));
+  m.impl("_conv_1x1_native", TORCH_BOX(&fastres::conv_1x1));
+  m.impl("_conv_1x1_over_native", TORCH_BOX(&fastres::conv_1x1_over));
+}

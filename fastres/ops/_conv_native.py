@@ -1,0 +1,97 @@
+"""CPU convolutions of our own: csrc/cpu/conv_winograd.cpp and conv_1x1.cpp, on weights that were made ready once.
+
+"winograd2" and "winograd4" run 3x3 convolutions of stride 1 by F(2x2, 3x3), with 2.25 times fewer products than a
+direct one and at least as exact, and F(4x4, 3x3), with 4 times fewer and 1.4 times the error; docs/winograd.md says
+why. "product" runs a 1x1 convolution of any stride as a product of matrices. Frozen networks call them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.ops._tensors import why_not_cpu
+
+PRODUCT = "product"
+TILES = {"winograd2": 2, "winograd4": 4}  # way -> the side of a tile of outputs
+ACTS = ("none", "relu", "relu6", "hardswish")  # that the kernels have in their epilogue
+_FEWEST = 16  # channels: with fewer, the transforms take longer than the products that they save
+
+_LIB = torch.library.Library("fastres", "FRAGMENT")
+_LIB.define("_conv_winograd_pack_native(Tensor weight, int tile) -> Tensor")
+_LIB.define("_conv_1x1_pack_native(Tensor weight) -> Tensor")
+for _name in ("winograd", "1x1"):  # where: padding, or the stride
+    _rest = "Tensor? scale, int outputs, int h, int w, str act"
+    _LIB.define(f"_conv_{_name}_native(Tensor x, Tensor u, Tensor? bias, Tensor? residual, {_rest}) -> Tensor")
+    _rest = f"Tensor(a!) residual, {_rest}) -> Tensor(a!)"
+    _LIB.define(f"_conv_{_name}_over_native(Tensor x, Tensor u, Tensor? bias, {_rest}")
+
+_ops: Any = torch.ops.fastres
+pack, forward, over = (
+    getattr(_ops, f"_conv_winograd_{name}native").default for name in ("pack_", "", "over_")
+)  # x, u, bias, residual, scale, outputs, padding (two), act
+pack_1x1, forward_1x1, over_1x1 = (
+    getattr(_ops, f"_conv_1x1_{name}native").default for name in ("pack_", "", "over_")
+)  # with strides for the padding
+
+
+def why_not(x: Tensor, weight: tuple[int, ...], where: tuple[Any, ...], act: str) -> list[str]:
+    """Refusals of Winograd for x, [N, C, H, W], a weight's shape, (stride, padding, dilation, groups) and act."""
+    reasons = _why_not(x, act, where)
+    stride, padding, dilation, _ = where
+    if tuple(weight[2:]) != (3, 3):
+        reasons.append(f"the kernel is {weight[2]}x{weight[3]}, Winograd's is 3x3")
+    if tuple(stride) != (1, 1) or tuple(dilation) != (1, 1):
+        reasons.append(f"stride {tuple(stride)} and dilation {tuple(dilation)}, Winograd's are 1")
+    if max(padding) > 2:
+        reasons.append(f"padding {tuple(padding)}, Winograd's is at most 2")
+    if min(weight[:2]) < _FEWEST:
+        reasons.append(f"{weight[1]} to {weight[0]} channels: below {_FEWEST} the transforms cost more than they save")
+    return reasons
+
+
+def why_not_1x1(x: Tensor, weight: tuple[int, ...], where: tuple[Any, ...], act: str) -> list[str]:
+    """Refusals of the product likewise."""
+    reasons = _why_not(x, act, where)
+    if tuple(weight[2:]) != (1, 1) or max(where[1]):
+        reasons.append(f"the kernel is {weight[2]}x{weight[3]} with padding {tuple(where[1])}, expected 1x1 without")
+    if x.dtype is not torch.float32 and _has_16_bit_products(x.dtype):
+        reasons.append(f"this CPU multiplies {x.dtype} faster than float32")
+    return reasons
+
+
+def _why_not(x: Tensor, act: str, where: tuple[Any, ...]) -> list[str]:
+    reasons = why_not_cpu(x)
+    if where[3] != 1:
+        reasons.append(f"{where[3]} groups, the kernels have 1")
+    if act not in ACTS:
+        reasons.append(f"act is {act!r}: the kernels have {', '.join(ACTS)}")
+    if x.numel() == 0:
+        reasons.append("an empty tensor runs through the reference")
+    return reasons
+
+
+def _has_16_bit_products(dtype: torch.dtype) -> bool:
+    known = torch.ops.mkldnn
+    return bool(known._is_mkldnn_bf16_supported() if dtype is torch.bfloat16 else known._is_mkldnn_fp16_supported())
+
+
+def faster(n: int, c: int, k: int, p: int, q: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """The ways that are faster than oneDNN's, the fastest first, as far as the sizes tell; `tune` measures.
+
+    Products at the rate of the multiply-adds, transforms at that of memory in L2, the transformed weight read once:
+    seconds in units of one multiply-add on 16 lanes and 2 ports.
+    """
+    direct = 9.0 * c * k * n * p * q / 32
+    if dtype is not torch.float32 and _has_16_bit_products(dtype):
+        direct /= 2
+    costs = {}
+    for way, m in TILES.items():
+        taps, tiles = (m + 2) ** 2, n * -(-p // m) * -(-q // m)
+        products = taps * tiles * c * k / 32
+        transforms = taps * tiles * (c + k) / 8  # a vector of V or M is made, stored and read again
+        weights = taps * c * k / 4  # from the last-level cache or memory
+        costs[way] = products + transforms + weights
+    return tuple(way for way in sorted(costs, key=lambda way: costs[way]) if costs[way] < 0.85 * direct)
