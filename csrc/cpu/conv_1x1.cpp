@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "cpu/conv.h"
 
@@ -58,6 +59,8 @@ struct ToImage {
   }
 };
 
+constexpr int64_t kStreamedBytes = 1 << 20;  // of U: more does not stay in L2 and is fetched ahead
+
 template <class T>
 struct Panels {
   Shape shape;
@@ -68,10 +71,10 @@ struct Panels {
 
   template <int W>
   FASTRES_HD void run(int64_t begin, int64_t end) const {
-    const int64_t size = shape.channels * kPanel<W>;
+    const int64_t size = shape.channels * kPanel<W>, next = size * (end - begin) * 4 > kStreamedBytes ? size : 0;
     for (int64_t panel = begin; panel < end; ++panel) {
       const ToImage<T> to{epilogue, first, shape.outputs, panel * kPanel<W>};
-      product<W>({v, v_stride, u + panel * size, shape.channels, size}, count, to);
+      product<W>({v, v_stride, u + panel * size, shape.channels, next}, count, to);
     }
   }
 };
@@ -82,23 +85,26 @@ constexpr int64_t kFewestPixels = 56;     // of a block
 template <class T>
 void run_1x1(const Shape& shape, const T* x, const float* u, const Epilogue<T>& epilogue, const Tensor& like) {
   const int64_t pixels = shape.pixels(), width = panel_width(), panels = (shape.outputs + width - 1) / width;
-  const int64_t v_stride = spread(shape.channels), workers = std::max<int64_t>(1, torch::stable::get_num_threads());
+  // Rows of x serve as they are unless their lines share a few sets of the cache.
+  const bool direct = std::is_same_v<T, float> && shape.stride_h == 1 && shape.stride_w == 1 && shape.channels % 256 != 0;
+  const int64_t v_stride = direct ? shape.channels : spread(shape.channels), workers = std::max<int64_t>(1, torch::stable::get_num_threads());
   const bool by_pixels = workers == 1 || pixels >= 2 * workers * kFewestPixels || panels < workers;
   const int64_t share = by_pixels ? (pixels + workers - 1) / workers : pixels;
-  const int64_t fit = std::max(kFewestPixels, kBlockBytes / (v_stride * 4)), parts = (share + fit - 1) / fit;
+  const int64_t fit = std::max(kFewestPixels, kBlockBytes / ((v_stride + shape.outputs) * 4)), parts = (share + fit - 1) / fit;
   const int64_t block = (share + parts - 1) / parts, blocks = (pixels + block - 1) / block;
-  const int64_t sizes[] = {(by_pixels ? workers : 1) * block * v_stride}, one[] = {1};
+  const int64_t sizes[] = {direct ? 1 : (by_pixels ? workers : 1) * block * v_stride}, one[] = {1};
   const Tensor scratch = empty_strided({sizes, 1}, {one, 1}, aoti_torch_dtype_float32(), like);
   float* const memory = output<float>(scratch);
   const auto gather = [&](int64_t at, float* v) { return Gather<T>{shape, x, v, at * block, v_stride}; };
   const auto panels_of = [&](int64_t at, const float* v) {
+    if constexpr (std::is_same_v<T, float>) v = direct ? x + at * block * v_stride : v;
     return Panels<T>{shape, v, u, epilogue, at * block, std::min(block, pixels - at * block), v_stride};
   };
   if (by_pixels) {
     parallel_workers(workers, blocks, [&](int64_t worker, int64_t begin, int64_t end) {
       float* const v = memory + worker * block * v_stride;
       for (int64_t at = begin; at < end; ++at) {
-        run_kernel(gather(at, v), at * block, std::min(pixels, (at + 1) * block));
+        if (!direct) run_kernel(gather(at, v), at * block, std::min(pixels, (at + 1) * block));
         run_kernel(panels_of(at, v), 0, panels);
       }
     });
@@ -106,9 +112,11 @@ void run_1x1(const Shape& shape, const T* x, const float* u, const Epilogue<T>& 
   }
   for (int64_t at = 0; at < blocks; ++at) {
     const int64_t first = at * block, count = std::min(block, pixels - first);
-    parallel_workers(workers, count, [&](int64_t, int64_t begin, int64_t end) {
-      run_kernel(gather(at, memory), first + begin, first + end);
-    });
+    if (!direct) {
+      parallel_workers(workers, count, [&](int64_t, int64_t begin, int64_t end) {
+        run_kernel(gather(at, memory), first + begin, first + end);
+      });
+    }
     parallel_workers(workers, panels, [&](int64_t, int64_t begin, int64_t end) {
       run_kernel(panels_of(at, memory), begin, end);
     });

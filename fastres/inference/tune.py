@@ -274,7 +274,7 @@ def _time_ways(executor: Executor, inputs: list[Tensor], constants: tuple[Tensor
         if turn >= 3 and time.perf_counter() - begin > SECONDS:
             break
         for way, lowered in runs.items():
-            if totals[way] > HOPELESS * min(totals.values()):
+            if turn and totals[way] > HOPELESS * min(totals.values()):
                 continue
             spent: dict[str, float] = {}
             values = [*inputs, *constants, *[None] * len(executor.graph.steps)]
