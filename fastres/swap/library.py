@@ -50,8 +50,8 @@ def _act(module: Any) -> str | None:
     return "relu" if is_plain(module, nn.ReLU) else "none" if is_plain(module, nn.Identity) else None
 
 
-def _is_act(module: nn.Module) -> bool:
-    return type(module).__module__ == "torch.nn.modules.activation"
+def _is_act(module: Any) -> bool:
+    return type(module).__module__ in ("torch.nn.modules.activation", "timm.layers.activations")
 
 
 class SequenceAdapter(BlockAdapter):
@@ -199,14 +199,19 @@ def _hf_residual(block: Any, hidden_state: Tensor) -> Tensor:
 
 
 class NormActAdapter(BlockAdapter):
-    """timm's BatchNormAct2d and FrozenBatchNormAct2d, which hold their activation: drop is Identity."""
+    """timm's BatchNormAct2d and FrozenBatchNormAct2d, which hold their activation: drop is Identity.
+
+    An activation that no fused step has (CSPNet's LeakyReLU, SiLU) is called behind the step.
+    """
 
     def ready(self, block: nn.Module) -> bool:
-        return is_plain(block._modules["drop"], nn.Identity) and _act(block._modules["act"]) is not None
+        act: Any = block._modules["act"]
+        return is_plain(block._modules["drop"], nn.Identity) and (_act(act) is not None or _is_act(act))
 
     def refusal(self, block: nn.Module) -> Refusal | None:
-        act = block.act
-        return refuse_extra("drop", block.drop) or (None if _act(act) is not None else refuse_act("act", act))
+        act: Any = block.act
+        known = _act(act) is not None or _is_act(act)
+        return refuse_extra("drop", block.drop) or (None if known else refuse_act("act", act))
 
     def knows(self, block: nn.Module) -> bool:
         return super().knows(block) and (isinstance(block, nn.BatchNorm2d) or is_frozen_norm(block))
@@ -242,14 +247,21 @@ def _holds_act(norm: nn.Module) -> bool:
 
 
 def _norm_act(block: Any, x: Tensor) -> Tensor:
-    return bn_step(x, block, None, _act(block.act) or "none", *_how(block))
+    act = _act(block.act)
+    if act is None:  # it may write over its input, which memory="min" would compute again from that
+        return block.act(bn_step(x, block, None, "none", block.fastres_backend))  # type: ignore[no-any-return]
+    return bn_step(x, block, None, act, *_how(block))
 
 
 _NORM_ACT = NormActAdapter(_norm_act)
 
 
 def _conv_norm_act(block: Any, x: Tensor) -> Tensor:
-    return conv_bn_act(x, block.conv, block.bn, None, _act(block.bn.act) or "none", *_how(block))
+    act = _act(block.bn.act)
+    if act is None:
+        y = conv_bn_act(x, block.conv, block.bn, None, "none", block.fastres_backend)
+        return block.bn.act(y)  # type: ignore[no-any-return]
+    return conv_bn_act(x, block.conv, block.bn, None, act, *_how(block))
 
 
 class BasicConvAdapter(BlockAdapter):

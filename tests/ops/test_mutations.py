@@ -24,6 +24,8 @@ CONV_ACT = ("tests/ops/test_conv_act.py",)
 STEPS = ("tests/swap/test_conv_steps.py",)
 LOWER = ("tests/freeze/test_lower.py",)
 EXECUTOR = ("tests/freeze/test_executor.py",)
+WINOGRAD = ("tests/ops/test_conv_winograd.py",)
+PRODUCT = ("tests/ops/test_conv_1x1.py",)
 LARGE = ("tests/ops/test_large.py",)
 EMULATED = ("tests/emulation/test_cuda_emulated.py",)
 NATIVE = ("tests/ops/test_native.py",)
@@ -118,6 +120,32 @@ BUGS = {
                 "    if constexpr (kResidual) z += load<W>(x + i);"
             ),
         ),
+    ],
+    ("csrc/cpu/conv_winograd.cpp", WINOGRAD): [
+        ("winograd-coefficient", "o[0] = (d[4] - d[2] * 2.5f) + d[0];", "o[0] = (d[4] - d[2] * 2.4f) + d[0];"),
+        (
+            "winograd-channel-tail-dropped",
+            "      for (; c < shape.channels; ++c) at_channel<1, false>(from + c, to + c, top, bottom, left, right);\n",
+            "",
+        ),
+        (
+            "winograd-taps-transposed",
+            "store<W>(to + (i * kEdge<M> + j) * tap_stride, o[j]);",
+            "store<W>(to + (j * kEdge<M> + i) * tap_stride, o[j]);",
+        ),
+        ("winograd-rows-past-the-image", "      if (i >= bottom) break;\n", ""),
+    ],
+    ("csrc/cpu/conv_epilogue.h", WINOGRAD): [
+        (
+            "conv-bias-before-the-scale",
+            "    if (scale != nullptr) c *= load<W>(scale + k);\n    if (bias != nullptr) c += load<W>(bias + k);\n",
+            "    if (bias != nullptr) c += load<W>(bias + k);\n    if (scale != nullptr) c *= load<W>(scale + k);\n",
+        ),
+        ("conv-residual-of-another-pixel", "c += load<W>(residual + at);", "c += load<W>(residual + k);"),
+    ],
+    ("csrc/cpu/conv_1x1.cpp", PRODUCT): [
+        ("product-row-of-another-pixel", "+ q * shape.stride_w;", "+ q;"),
+        ("product-panel-tail-dropped", "channel + j < outputs; ++j)", "channel + j + 1 < outputs; ++j)"),
     ],
     ("csrc/cpu/bn_act_terms.h", NATIVE): [("cpu-tail-written-over-twice", "return x == y;", "return false;")],
     ("csrc/cpu/add_relu.cpp", LARGE): [

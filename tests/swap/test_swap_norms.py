@@ -215,10 +215,21 @@ def test_row56_eps_that_stock_refuses(eps, train):
 
 # ---- norms that hold an activation: timm -----------------------------------------------------------------------------
 
+
+class Doubled(nn.Module):
+    def __init__(self, inplace=False):
+        super().__init__()
+
+    def forward(self, x):
+        return 2 * x
+
+
 UNITS = {
     "relu": (lambda: ConvNormAct(3, 8, 3, stride=2), {"": "swapped", "bn": "swapped"}, 1),
     "none": (lambda: ConvNormAct(3, 8, 3, apply_act=False), {"": "swapped", "bn": "swapped"}, 1),
-    "silu": (lambda: ConvNormAct(3, 8, 3, act_layer=nn.SiLU), {"": "ACT_TYPE", "bn": "ACT_TYPE"}, 0),
+    "silu": (lambda: ConvNormAct(3, 8, 3, act_layer=nn.SiLU), {"": "swapped", "bn": "swapped"}, 1),
+    "leaky, in place": (lambda: ConvNormAct(3, 8, 3, act_layer=nn.LeakyReLU), {"": "swapped", "bn": "swapped"}, 1),
+    "an act of its own": (lambda: ConvNormAct(3, 8, 3, act_layer=Doubled), {"": "ACT_TYPE", "bn": "ACT_TYPE"}, 0),
     "dropout": (lambda: ConvNormAct(3, 8, 3, drop_layer=lambda: nn.Dropout(0.0)),
                 {"": "HAS_EXTRA_LAYER", "bn": "HAS_EXTRA_LAYER"}, 0),
     "blur": (lambda: ConvNormAct(3, 8, 3, stride=2, aa_layer=lambda channels, stride: nn.AvgPool2d(stride)),
@@ -274,7 +285,7 @@ def test_hugging_face_layers_train_and_evaluate_the_same(layer, calls):
 
 ZOO = {
     "inception_v3": {"swapped": 188},
-    "cspresnet50": {"ACT_TYPE": 76, "swapped": 34},  # LeakyReLU
+    "cspresnet50": {"swapped": 110},  # LeakyReLU behind the fused step
     "vovnet39a": {"swapped": 78},
     "repvgg_a0": {"swapped": 105, "NOT_MATCHED": 17},
 }
