@@ -10,6 +10,7 @@ import importlib.util
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ ENVIRONMENT = tuple(
 )
 PACKAGES = ("torch", "triton", "torchvision", "safetensors", "scikit-learn", "matplotlib", "typer", "rich")
 _EXTRA = {"torchvision": "train", "scikit-learn": "train", "matplotlib": "viz", "typer": "cli", "rich": "cli"}
+_MARKS = re.compile(r"\((?:R|TM)\)")  # in names of CPUs
 _CPU_QUOTA = "/sys/fs/cgroup/cpu.max"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -183,7 +185,7 @@ def _wrapped(head: str, text: str, width: int = 79) -> list[str]:
 def _cpu_model() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+            names = [_MARKS.sub("", line.split(":", 1)[1]).strip() for line in lines if line.startswith("model name")]
     except OSError:  # not Linux
         names = []
     return names[0] if names else platform.processor() or platform.machine()

@@ -5,6 +5,7 @@ lower.py      the steps as plain calls, for one input signature
 executor.py   the loop over them; network.py: a captured call with its executor; cuda_graphs.py
 frozen.py     FrozenModel; hub.py: what it shows of its source
 tune.py       what is chosen by measuring
+precision.py  layers that the referee moves back to more exact ways
 verify.py     the referee's verdict; checks.py: what is refused; report.py
 fallback.py   a network without a graph
 file/         FrozenModel.save; load.py: fastres.load

@@ -34,9 +34,10 @@ from fastres.inference.fallback import frozen_parts, swapped_copy
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.hub import take_likeness
 from fastres.inference.network import fold
+from fastres.inference.precision import settle
 from fastres.inference.report import FreezeReport
 from fastres.inference.source import Source, source_tensors
-from fastres.inference.tune import agrees, settle, tune_plan
+from fastres.inference.tune import agrees, tune_plan
 from fastres.inference.verify import judge
 from fastres.verify.runs import call, map_tensors, named_tensors, private
 

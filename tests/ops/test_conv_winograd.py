@@ -12,7 +12,7 @@ from torch import nn
 
 import fastres
 from fastres._extension import build_info, native_cpu
-from fastres.inference import tune
+from fastres.inference import precision, tune
 from fastres.ops import _conv_native as winograd
 from fastres.ops._conv_frozen import stock
 from fastres.verify.verdict import Row, Verification
@@ -296,7 +296,7 @@ def test_layers_go_back_until_the_referee_takes_the_network(takes, left, tile):
         sound = taken.count("winograd4") <= takes if takes >= 0 else taken == ["packed"] * 2
         return verdict(1.0 if sound else 3.0)
 
-    assert tune.settle(frozen, x, judge)
+    assert precision.settle(frozen, x, judge)
     assert ways(frozen, x).count("winograd4") == left and frozen.plan.winograd == tile
     notes = " ".join(frozen.report.notes)
     assert ("went from F(4x4, 3x3) to F(2x2, 3x3)" in notes) == (tile > 0 and left < 2)

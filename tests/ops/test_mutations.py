@@ -121,8 +121,10 @@ BUGS = {
             ),
         ),
     ],
+    ("csrc/cpu/winograd_transforms.h", WINOGRAD): [
+        ("winograd-coefficient", "o[0] = (d[4] - d[2] * 2.5f) + d[0];", "o[0] = (d[4] - d[2] * 2.4f) + d[0];")
+    ],
     ("csrc/cpu/conv_winograd.cpp", WINOGRAD): [
-        ("winograd-coefficient", "o[0] = (d[4] - d[2] * 2.5f) + d[0];", "o[0] = (d[4] - d[2] * 2.4f) + d[0];"),
         (
             "winograd-channel-tail-dropped",
             "      for (; c < shape.channels; ++c) at_channel<1, false>(from + c, to + c, top, bottom, left, right);\n",
