@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from fastres.graph.captured import Captured
 from fastres.graph.export import CaptureError, batch_of, capture_for, dtype_of, own_memory, sharing_copy
@@ -27,6 +26,7 @@ from fastres.inference.checks import (
     names_the_example,
     own_example,
     put_back,
+    rounding_share,
     run_once,
     shapes,
 )
@@ -282,7 +282,7 @@ def _answers_other_sizes(source: nn.Module, frozen: FrozenModel, inputs: Any) ->
         got = run_once(frozen, larger)
     except Exception:
         return False
-    return _agree(got, want) or _agree(got, want, 2 * _spread(source, frozen.dtype, larger, want))
+    return _agree(got, want) or _agree(got, want, 2 * rounding_share(source, frozen.dtype, larger, want))
 
 
 def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> str:
@@ -312,38 +312,14 @@ def _why_not_any_batch(source: nn.Module, frozen: FrozenModel, inputs: Any) -> s
         got = run_once(frozen, given)
     except Exception as error:  # whatever the graph is, the network must not be lost
         return f"a batch of {other} is not answered: {type(error).__name__}: {error}"
-    if _agree(got, want) or _agree(got, want, 2 * _spread(source, frozen.dtype, given, want)):
+    if _agree(got, want) or _agree(got, want, 2 * rounding_share(source, frozen.dtype, given, want)):
         return ""
     want = run_once(source, inputs)
     got = run_once(frozen, inputs)
-    if not _agree(got, want) and not _agree(got, want, 2 * _spread(source, frozen.dtype, inputs, want)):
+    if not _agree(got, want) and not _agree(got, want, 2 * rounding_share(source, frozen.dtype, inputs, want)):
         logger.warning("freeze: a fault of fastres: the graph of %s gives other answers", type(source).__name__)
         return "a fault of fastres: its graph answers the example otherwise than the source"
     return f"a batch of {other} is answered otherwise than by the source"
-
-
-def _spread(source: nn.Module, dtype: torch.dtype, given: Any, want: Any) -> float:
-    """The share of its largest output by which eager itself is off in the frozen dtype: infinite where it overflows, 0
-    where it does not run."""
-    if dtype is dtype_of(source):
-        return 0.0
-    try:
-        eager = private("model", source).to(dtype)
-        got = run_once(eager, map_tensors(given, lambda _, t: t.to(dtype) if t.is_floating_point() else t, ""))
-    except Exception:  # nothing to compare with
-        return 0.0
-    worst = 0.0
-    for g, w in zip(tree_leaves(got), tree_leaves(want), strict=False):
-        if (
-            isinstance(w, Tensor)
-            and isinstance(g, Tensor)
-            and w.is_floating_point()
-            and w.shape == g.shape
-            and w.numel()
-        ):
-            off = float((g.to(w.dtype) - w).abs().max() / w.abs().max().clamp_min(1e-30))
-            worst = max(worst, off if math.isfinite(off) else math.inf)
-    return worst
 
 
 def _agree(got: Any, want: Any, tolerance: float = 0.05) -> bool:

@@ -126,6 +126,13 @@ def test_47_slower_than_eager_is_said(monkeypatch, caplog):
     assert "slower than eager" in caplog.text
 
 
+def test_16_bit_answers_that_rounding_moves_far_do_not_cost_the_layout():
+    """(y + 300) - 300 in bfloat16 keeps multiples of 2: any two sums of other order differ by half of the largest."""
+    net = Net(lambda net, x: (net.first(x) + 300.0) - 300.0)
+    frozen = freeze(net, images(2, 16), dtype=torch.bfloat16, tune=False, verify=False)
+    assert frozen.plan.channels_last and "channels_last is out" not in notes(frozen)
+
+
 @pytest.mark.parametrize("fastest", ["channels_last", "contiguous", ""])
 def test_the_faster_layout(monkeypatch, fastest):
     given(monkeypatch, [fastest])
