@@ -6,7 +6,7 @@
 // Channels sum inside the brackets, so each of the (m+2)^2 taps is a product of matrices: V [tiles, C] times U [C, K]. A
 // block of tiles is transformed into V, which stays in L2; for each panel of output channels the products go to M, also
 // in L2, and from there with bias, residual and activation to y: x and y cross memory once. Points 0, +-1, inf for m = 2;
-// 0, +-sqrt(1/2), +-sqrt(2), inf for m = 4, whose error is 1.4 times a direct sum's (the usual +-1, +-2: 2.4 times).
+// 0, +-sqrt(1/2), +-sqrt(2), inf for m = 4, whose error is 1.2 to 1.4 times a direct sum's.
 //
 // Threads take tiles; where there are too few, each takes some of the output channels and the transform is shared. An
 // element is computed alike in every case. It stops being good at few channels (the transforms cost a share of 1 / C and

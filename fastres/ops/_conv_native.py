@@ -1,8 +1,8 @@
 """CPU convolutions of our own: csrc/cpu/conv_winograd.cpp and conv_1x1.cpp, on weights that were made ready once.
 
 "winograd2" and "winograd4" run 3x3 convolutions of stride 1 by F(2x2, 3x3), with 2.25 times fewer products than a
-direct one and at least as exact, and F(4x4, 3x3), with 4 times fewer and 1.4 times the error; docs/winograd.md says
-why. "product" runs a 1x1 convolution of any stride as a product of matrices. Frozen networks call them.
+direct one and at least as exact, and F(4x4, 3x3), with 4 times fewer and 1.2 to 1.4 times the error; docs/winograd.md
+says why. "product" runs a 1x1 convolution of any stride as a product of matrices. Frozen networks call them.
 """
 
 from __future__ import annotations
