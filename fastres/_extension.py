@@ -11,6 +11,7 @@ Environment: `FASTRES_DISABLE` (comma-separated), read until a module is loaded:
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from importlib import import_module
@@ -25,6 +26,14 @@ import torch  # loads the shared libraries that the extension modules link to
 SCHEMA_VERSION = 6
 
 REBUILD = "pip install --no-build-isolation ."
+
+
+def isa_problem() -> str | None:
+    """Say what is wrong with FASTRES_ISA; None when nothing is."""
+    isa = os.environ.get("FASTRES_ISA", "")
+    if isa in ("", "avx512", "avx2", "baseline"):
+        return None
+    return f"FASTRES_ISA: got {isa!r}, expected 'avx512', 'avx2' or 'baseline'"
 
 
 class _Native:
@@ -70,9 +79,10 @@ class _Native:
             self._settled = True
 
     def _import(self) -> tuple[ModuleType | None, str | None]:
-        isa = os.environ.get("FASTRES_ISA", "")
-        if isa not in ("", "avx512", "avx2", "baseline"):
-            raise ValueError(f"FASTRES_ISA: got {isa!r}, expected 'avx512', 'avx2' or 'baseline'")
+        problem = isa_problem()
+        if problem is not None:
+            logging.getLogger("fastres").warning("%s: no compiled kernel is used", problem)
+            return None, problem
         if self.backend == "cuda" and torch.version.cuda is None:
             return None, f"{self.name} needs a CUDA build of torch; this one has none"
         try:

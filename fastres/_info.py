@@ -286,7 +286,7 @@ def _fixes(info: Info) -> list[str]:
     missing = sorted({_EXTRA[name] for name, found in info["versions"].items() if found is None and name in _EXTRA})
     if missing:
         fixes.append(f'optional packages: pip install "fastres[{",".join(missing)}]"')
-    problem = _dispatch.environment_problem()
+    problem = _dispatch.environment_problem() or _extension.isa_problem()
     if problem is not None:
         fixes.append(problem)
     elif info["environment"].get("FASTRES_DISABLE"):

@@ -40,9 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
     import typer
 
     from fastres._dispatch import environment_problem
+    from fastres._extension import isa_problem
     from fastres.lab.errors import AccuracyError, LabError, RefereeError
 
-    problem = environment_problem()
+    problem = environment_problem() or isa_problem()
     if problem is not None and arguments[:1] in (["demo"], ["train"], ["paper"], ["freeze"], ["bench"]):
         return _fail(problem, 2)
     usage_error: type[Exception] = next(

@@ -79,20 +79,23 @@ struct Panels {
   }
 };
 
-constexpr int64_t kBlockBytes = 1 << 19;  // of V: a part of an L2 cache
+constexpr int64_t kBlockBytes = 1 << 19;  // of V and y: a part of an L2 cache
 constexpr int64_t kFewestPixels = 56;     // of a block
 
 template <class T>
 void run_1x1(const Shape& shape, const T* x, const float* u, const Epilogue<T>& epilogue, const Tensor& like) {
   const int64_t pixels = shape.pixels(), width = panel_width(), panels = (shape.outputs + width - 1) / width;
   // Rows of x serve as they are unless their lines share a few sets of the cache.
-  const bool direct = std::is_same_v<T, float> && shape.stride_h == 1 && shape.stride_w == 1 && shape.channels % 256 != 0;
-  const int64_t v_stride = direct ? shape.channels : spread(shape.channels), workers = std::max<int64_t>(1, torch::stable::get_num_threads());
+  const bool dense = shape.stride_h == 1 && shape.stride_w == 1 && shape.channels % 256 != 0;
+  const bool direct = std::is_same_v<T, float> && dense;
+  const int64_t v_stride = direct ? shape.channels : spread(shape.channels);
+  const int64_t workers = std::max<int64_t>(1, torch::stable::get_num_threads());
   const bool by_pixels = workers == 1 || pixels >= 2 * workers * kFewestPixels || panels < workers;
   const int64_t share = by_pixels ? (pixels + workers - 1) / workers : pixels;
-  const int64_t fit = std::max(kFewestPixels, kBlockBytes / ((v_stride + shape.outputs) * 4)), parts = (share + fit - 1) / fit;
-  const int64_t block = (share + parts - 1) / parts, blocks = (pixels + block - 1) / block;
-  const int64_t sizes[] = {direct ? 1 : (by_pixels ? workers : 1) * block * v_stride}, one[] = {1};
+  const int64_t fit = std::max(kFewestPixels, kBlockBytes / ((v_stride + shape.outputs) * 4));
+  const int64_t parts = (share + fit - 1) / fit, block = (share + parts - 1) / parts;
+  const int64_t blocks = (pixels + block - 1) / block, room = direct ? 0 : block * v_stride;  // of a worker
+  const int64_t sizes[] = {std::max<int64_t>(1, (by_pixels ? workers : 1) * room)}, one[] = {1};
   const Tensor scratch = empty_strided({sizes, 1}, {one, 1}, aoti_torch_dtype_float32(), like);
   float* const memory = output<float>(scratch);
   const auto gather = [&](int64_t at, float* v) { return Gather<T>{shape, x, v, at * block, v_stride}; };
@@ -102,7 +105,7 @@ void run_1x1(const Shape& shape, const T* x, const float* u, const Epilogue<T>& 
   };
   if (by_pixels) {
     parallel_workers(workers, blocks, [&](int64_t worker, int64_t begin, int64_t end) {
-      float* const v = memory + worker * block * v_stride;
+      float* const v = memory + worker * room;
       for (int64_t at = begin; at < end; ++at) {
         if (!direct) run_kernel(gather(at, v), at * block, std::min(pixels, (at + 1) * block));
         run_kernel(panels_of(at, v), 0, panels);
@@ -126,7 +129,8 @@ void run_1x1(const Shape& shape, const T* x, const float* u, const Epilogue<T>& 
 // ---- operators -------------------------------------------------------------------------------------------------------
 
 Tensor conv_1x1_pack(Tensor weight) {
-  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1 && has_kernel_dtype(weight),
+  const bool fits = weight.is_cpu() && weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1;
+  STD_TORCH_CHECK(fits && has_kernel_dtype(weight),
                   "weight: got shape ", shape_string(weight), ", expected [K, C, 1, 1] of a kernel's dtype on a CPU");
   const int64_t outputs = weight.size(0), channels = weight.size(1), width = panel_width();
   const int64_t panels = (outputs + width - 1) / width, along_k = weight.stride(0), along_c = weight.stride(1);

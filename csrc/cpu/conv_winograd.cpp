@@ -184,7 +184,8 @@ void run_winograd(const Shape& shape, const T* x, const float* u, const Epilogue
   const int64_t workers = std::max<int64_t>(1, torch::stable::get_num_threads());
   const bool by_tiles = workers == 1 || tiles >= workers * kFewestTiles || panels < workers;
   const int64_t share = by_tiles ? (tiles + workers - 1) / workers : tiles;
-  const int64_t block = (share + (share + fit - 1) / fit - 1) / ((share + fit - 1) / fit), blocks = (tiles + block - 1) / block;
+  const int64_t parts = (share + fit - 1) / fit, block = (share + parts - 1) / parts;
+  const int64_t blocks = (tiles + block - 1) / block;
   const int64_t v_tap = spread(block * v_stride), m_tap = spread(block * width);
   const int64_t v_size = kTaps<M> * v_tap, m_size = kTaps<M> * m_tap;
   const int64_t sizes[] = {(by_tiles ? workers * v_size : v_size) + workers * m_size + 16}, one[] = {1};
@@ -279,7 +280,8 @@ void check_tile(int64_t tile) { STD_TORCH_CHECK(tile == 2 || tile == 4, "tile: g
 
 Tensor conv_winograd_pack(Tensor weight, int64_t tile) {
   check_tile(tile);
-  STD_TORCH_CHECK(weight.is_cpu() && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3 && has_kernel_dtype(weight),
+  const bool fits = weight.is_cpu() && weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3;
+  STD_TORCH_CHECK(fits && has_kernel_dtype(weight),
                   "weight: got shape ", shape_string(weight), ", expected [K, C, 3, 3] of a kernel's dtype on a CPU");
   const int64_t width = panel_width(), panels = (weight.size(0) + width - 1) / width, channels = weight.size(1);
   const int64_t taps = (tile + 2) * (tile + 2);
@@ -296,7 +298,7 @@ struct Padding {
   int64_t h, w;
 };
 
-// y where there is none yet; the index of the activation.
+// y, uninitialized, once the arguments are known to fit each other.
 Tensor checked_output(const Tensor& x, const Tensor& u, int64_t outputs, Padding pad) {
   check_images(x);
   const bool fits = is_packed(u, x.size(1), outputs) && (u.size(1) == 16 || u.size(1) == 36);

@@ -3,8 +3,8 @@
 //   sum over c of v[r, c] * u[c, j]                     r < R, j < 2 W, c in order: one accumulator an element
 //
 // An element's sum does not depend on R, nor on where its row stands: results are the same for any blocking and any
-// number of threads. R x 2 accumulators, 2 columns of U and a broadcast fill the registers: 14 rows on AVX-512 and
-// NEON (32 registers), 6 on AVX2 (16). Measured at 94 to 98 % of the multiply-add peak where U comes from L2.
+// number of threads. R x 2 accumulators, 2 columns of U and a broadcast fill the registers: 14 rows on AVX-512
+// (32 registers), 6 on AVX2 (16). NEON has 32; it was not compiled yet.
 #pragma once
 
 #include <cstdint>

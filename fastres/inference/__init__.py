@@ -6,7 +6,7 @@ executor.py   the loop over them; network.py: a captured call with its executor;
 frozen.py     FrozenModel; hub.py: what it shows of its source
 tune.py       what is chosen by measuring
 precision.py  layers that the referee moves back to more exact ways
-verify.py     the referee's verdict; checks.py: what is refused; report.py
+verify.py     the referee's verdict; checks.py: what is refused; compare.py; report.py
 fallback.py   a network without a graph
 file/         FrozenModel.save; load.py: fastres.load
 """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves
 
-from fastres.graph.export import dtype_of
-from fastres.verify.runs import call, map_tensors, named_tensors, private
+from fastres.verify.runs import call, map_tensors, named_tensors
 
 _QUANTISED = (
     "torch.ao.nn.quantized",
@@ -132,27 +129,3 @@ def run_once(model: nn.Module, given: Any) -> Any:
     torch.default_generator.manual_seed(0)
     with torch.no_grad():
         return call(model, copies(given))
-
-
-def rounding_share(source: nn.Module, dtype: torch.dtype, given: Any, want: Any) -> float:
-    """The share of its largest output by which eager itself is off in the frozen dtype: infinite where it overflows, 0
-    where it does not run."""
-    if dtype is dtype_of(source):
-        return 0.0
-    try:
-        eager = private("model", source).to(dtype)
-        got = run_once(eager, map_tensors(given, lambda _, t: t.to(dtype) if t.is_floating_point() else t, ""))
-    except Exception:  # nothing to compare with
-        return 0.0
-    worst = 0.0
-    for g, w in zip(tree_leaves(got), tree_leaves(want), strict=False):
-        if (
-            isinstance(w, Tensor)
-            and isinstance(g, Tensor)
-            and w.is_floating_point()
-            and w.shape == g.shape
-            and w.numel()
-        ):
-            off = float((g.to(w.dtype) - w).abs().max() / w.abs().max().clamp_min(1e-30))
-            worst = max(worst, off if math.isfinite(off) else math.inf)
-    return worst

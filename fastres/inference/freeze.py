@@ -26,10 +26,10 @@ from fastres.inference.checks import (
     names_the_example,
     own_example,
     put_back,
-    rounding_share,
     run_once,
     shapes,
 )
+from fastres.inference.compare import agrees, rounding_share
 from fastres.inference.fallback import frozen_parts, swapped_copy
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.hub import take_likeness
@@ -37,7 +37,7 @@ from fastres.inference.network import fold
 from fastres.inference.precision import settle
 from fastres.inference.report import FreezeReport
 from fastres.inference.source import Source, source_tensors
-from fastres.inference.tune import agrees, tune_plan
+from fastres.inference.tune import tell_ways, tune_plan
 from fastres.inference.verify import judge
 from fastres.verify.runs import call, map_tensors, named_tensors, private
 
@@ -153,6 +153,7 @@ def freeze(
         if isinstance(made, FrozenModel):
             made.plan.differentiable = differentiable
             made.plan.winograd = 0 if precision == "exact" else 4 if verify and made is frozen else 2
+            made.forget()  # what its first runs have lowered
     example = copies(inputs)
     say("choosing how it runs" + ("" if tune is False else ", by measuring for seconds"))
     frozen = tune_plan(frozen, source, inputs, target, tune, cuda_graph)
@@ -175,6 +176,8 @@ def freeze(
                 raise RuntimeError(text)
             logger.warning(text)
             break
+    if verify and report.winograd:  # as the referee left it
+        tell_ways(frozen, inputs)
     report.notes = list(dict.fromkeys(report.notes))
     return take_likeness(frozen, model)
 

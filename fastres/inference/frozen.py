@@ -379,6 +379,8 @@ class FrozenModel(nn.Module):
             raise RuntimeError(f"refresh: the source has changed, freeze it again: {attribute}")
         try:
             made, rows = self._refold(source)
+            for network in self._variants:  # before anything is written: that they can be folded
+                fold(network.captured, source, self.dtype, device=self._device())
         except (AttributeError, KeyError, RuntimeError) as error:
             raise RuntimeError(f"refresh: the source's structure has changed, freeze it again: {error}") from error
         if isinstance(made, nn.Module):
@@ -441,6 +443,6 @@ class FrozenModel(nn.Module):
 def _forget(frozen: FrozenModel, _: Any) -> None:
     """After load_state_dict, which may have put other tensors in place, but not those of other captures alone."""
     frozen.forget()
-    kept = [network for network in frozen._variants if not network.root]
-    release((network for network in frozen._variants if network.root), frozen.weights)
-    frozen._variants = Variants(kept)
+    if own := [network for network in frozen._variants if network.root]:
+        frozen._variants = Variants(network for network in frozen._variants if not network.root)
+        release(own, frozen.weights)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fastres._dispatch import Argument, Prepared
 from fastres.inference.frozen import FrozenModel
-from fastres.inference.tune import tell_ways
 from fastres.ops import _conv_native as native
 from fastres.verify import Verification
 
@@ -19,39 +18,59 @@ def settle(frozen: FrozenModel, inputs: Any, judge: Callable[[], Verification | 
     """The verdict, once layers that run by Winograd's large tiles have gone back to smaller ones until it holds.
 
     The most erroneous half of those left goes at a time: from F(4x4) to F(2x2), which is as exact as a direct product,
-    and at last to direct ones.
+    and at last to direct ones. Where there is no verdict, F(4x4) is not taken; sizes that were not measured take it
+    where the example does. A network that is rejected with direct products too keeps its plan.
     """
+    plan = frozen.plan
+    if "4x4" not in frozen.report.winograd:
+        plan.winograd = min(plan.winograd, 2)
     verdict = judge()
-    found = frozen.prepared(inputs) if frozen.plan.winograd and frozen.report.winograd else None
-    if found is None or verdict is None or verdict:
+    if not frozen.report.winograd or verdict:
         return verdict
+    large = _by_error(frozen, inputs)
+    if verdict is None:
+        _move(frozen, large, [])
+        return None
+    rejected, before = verdict, (plan.winograd, dict(plan.choices))
+    left, moved = large, 0
+    while left and not verdict:
+        half = -(-len(left) // 2)
+        _move(frozen, left[:half], left[half:])
+        left, moved = left[half:], moved + half
+        verdict = judge()
+    note = f"{moved} kinds of convolutions went from F(4x4, 3x3) to F(2x2, 3x3) until the referee took the network"
+    if not verdict:
+        plan.winograd, note = 0, "no Winograd: the referee did not take the network by it"
+        frozen.choose({key: way for key, way in plan.choices.items() if way not in native.TILES})
+        verdict = judge()
+    if not verdict:
+        plan.winograd, choices = before
+        frozen.choose(choices)
+        return rejected
+    frozen.report.notes.append(note)
+    return verdict
+
+
+def _move(frozen: FrozenModel, back: list[str], left: list[str]) -> None:
+    """Run the convolutions of these keys by F(2x2), and those that are left by F(4x4)."""
+    frozen.plan.winograd = 4 if left else 2
+    frozen.choose(frozen.plan.choices | dict.fromkeys(back, "winograd2") | dict.fromkeys(left, "winograd4"))
+
+
+def _by_error(frozen: FrozenModel, inputs: Any) -> list[str]:
+    """The keys of the convolutions that run by F(4x4), the most erroneous first: on random images, beside oneDNN's."""
+    found = frozen.prepared(inputs)
+    errors: dict[str, float] = {}
+    if found is None:
+        return []
     executor, tensors, constants = found
-    errors = {}
     for choices, arguments in executor.find_choices(tensors, constants):
         way = frozen.plan.choices.get(choices.key, choices.within(frozen.plan.winograd)[0])
         if choices.tiles.get(way) == 4:
             given = _random(arguments)
             y, direct = (_prepared_call(choices.ways[name](), given)() for name in (way, "packed"))
             errors[choices.key] = float((y - direct).double().norm() / direct.double().norm())
-    left = sorted(errors, key=lambda key: -errors[key])
-    moved = 0
-    while left and verdict is not None and not verdict:
-        half = -(-len(left) // 2)
-        chosen = frozen.plan.choices | dict.fromkeys(left[:half], "winograd2") | dict.fromkeys(left[half:], "winograd4")
-        left, moved = left[half:], moved + half
-        frozen.plan.winograd = 4 if left else 2
-        frozen.choose(chosen)
-        verdict = judge()
-    if verdict is not None and not verdict:
-        frozen.plan.winograd = 0
-        frozen.choose({key: way for key, way in frozen.plan.choices.items() if way not in native.TILES})
-        verdict = judge()
-    text = f"{moved} kinds of convolutions went from F(4x4, 3x3) to F(2x2, 3x3) until the referee took the network"
-    frozen.report.notes.append(
-        text if frozen.plan.winograd else "no Winograd: the referee did not take the network by it"
-    )
-    tell_ways(frozen, inputs)
-    return verdict
+    return sorted(errors, key=lambda key: -errors[key])
 
 
 def _random(arguments: list[Any]) -> list[Any]:

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fastres.inference.checks import rounding_share, run_once, without_writing
+from fastres.inference.checks import run_once, without_writing
+from fastres.inference.compare import agrees, close, rounding_share
 from fastres.inference.executor import Executor
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.lower import lower, run
@@ -156,7 +157,6 @@ def tune_plan(
         if how is not False:
             choose_ways(frozen, inputs, device)
             split(frozen, inputs, device)
-        call(frozen, inputs)  # lowers the example's signature
         tell_ways(frozen, inputs)
     if how is not False:
         compare_with_eager(frozen, source, inputs, device)
@@ -300,6 +300,7 @@ def tell_ways(frozen: FrozenModel, inputs: Any) -> None:
     found = frozen.prepared(inputs)
     if found is None:
         return
+    call(frozen, inputs)  # lowers its signature
     executor, tensors, _ = found
     parts = frozen.plan.images_at_a_time
     if parts and frozen._goes_in_parts(tensors):
@@ -357,26 +358,3 @@ def record_graph(
         report.cuda_graph = f"off: {min(times['frozen']):.3g} ms with it, {min(times['without']):.3g} ms without"
         return
     report.milliseconds |= {"frozen": min(times["frozen"]), "frozen without graph": min(times["without"])}
-
-
-# ---- comparing -------------------------------------------------------------------------------------------------------
-
-
-def close(got: Tensor, want: Tensor, share: float = 0.05) -> bool:
-    """Tell whether two outputs differ by a ``share`` of the largest at most, or at all if not floating."""
-    if got.is_complex():
-        got, want = torch.view_as_real(got), torch.view_as_real(want)
-    if not got.is_floating_point():
-        return bool(torch.equal(got, want))
-    want = want.detach()
-    scale = float(want.abs().max()) if want.numel() else 0.0
-    return math.isfinite(scale) and torch.allclose(got, want, rtol=0, atol=share * scale)
-
-
-def agrees(got: Any, want: Any, share: float = 0.05) -> bool:
-    """Tell whether two outputs are close, as far as the wanted one is finite; or are no tensors."""
-    if not isinstance(want, Tensor) or not isinstance(got, Tensor):
-        return isinstance(want, Tensor) == isinstance(got, Tensor)
-    if got.shape != want.shape:
-        return False
-    return math.isinf(share) or not bool(torch.isfinite(want).all()) or close(got.to(want.dtype), want, share)

@@ -10,9 +10,9 @@ from torch import nn
 from fastres._copies import deep_copy
 from fastres.graph.export import WRITES_TO_INPUT, sharing_copy
 from fastres.inference.checks import copies
+from fastres.inference.compare import close
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.report import FreezeReport
-from fastres.inference.tune import close
 from fastres.verify import Verification, calibrate, uncalibrated, verify
 from fastres.verify.runs import call, map_tensors, named_tensors
 

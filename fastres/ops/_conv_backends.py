@@ -82,8 +82,8 @@ def sound(
 
     Where the output is one column wide and the stride along it is not 1, oneDNN's answer can be another one: in
     bfloat16 and channels_last, also of the gradients; packed with one channel also in float32. A dilation along a side
-    on which the kernel is 1 can end the process. (torch 2.11, oneDNN 3.7, on a CPU with AVX-512; tests/ops/
-    test_conv_act_faults.py.)
+    on which the kernel is 1 can end the process. (torch 2.11, oneDNN 3.10, on a CPU with AVX-512;
+    tests/ops/test_conv_act_faults.py.)
     """
     sides = zip(kernel, dilation, strict=True)
     h, w = (1 if n == 1 else d for n, d in sides)

@@ -179,7 +179,8 @@ def _judge(
     floor_rms, floor_max = floors(exact[0], perturbed, eps, ulps)
     error_rms, error_max = min(_size(mine - t) for t in exact)
     eager_rms, eager_max = min(_size(theirs - t) for t in exact)
-    broken = eps > 2**-12 and eager_rms > max(BROKEN[0] * floor_rms, BROKEN[1] * _size(exact[0])[0]) > 0 < floor_rms
+    explained = max(BROKEN[0] * floor_rms, BROKEN[1] * _size(exact[0])[0])
+    broken = eps > 2**-12 and floor_rms > 0 and eager_rms > explained
     rms = _over(error_rms, RMS_RATIO * (floor_rms if broken else eager_rms) + floor_rms)
     worst = _over(error_max, MAX_RATIO * (floor_max if broken else eager_max) + floor_max)
     ratio = RMS_RATIO * max(rms, worst)

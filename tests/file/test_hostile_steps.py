@@ -114,6 +114,7 @@ PARTS = {
     "report.notes": [[3], 3],
     "plan.channels_last": [1.5],
     "plan.images_at_a_time": ["x"],
+    "plan.winograd": ["x", None],
     "plan.choices": [3, {"dict": [["a", 1]]}],
     "likeness.attributes": [[1], 3, None, {"dict": [[3, 4]]}],
     "likeness.class": ["a b", 3],

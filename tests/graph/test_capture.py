@@ -174,6 +174,25 @@ def test_examples_are_captured_copied_pickled_and_saved_with_the_model(tmp_path,
         loaded(*calls[1])
 
 
+def test_a_source_whose_other_capture_no_longer_folds_changes_nothing():
+    net = asks_for_the_width()
+    frozen = fastres.freeze(net, images(2, 8), examples=[images(2, 32)], tune=False, verify=False)
+    before, want = {name: t.clone() for name, t in frozen.state_dict().items()}, frozen(images(2, 8))
+    del net.wide.weight  # which wide images alone meet
+    with torch.no_grad():
+        net.bn.bias.add_(1)
+    with pytest.raises(RuntimeError, match="refresh: the source"):
+        frozen.refresh()
+    assert want.isfinite().all() and all(torch.equal(t, before[name]) for name, t in frozen.state_dict().items())
+
+
+def test_a_network_without_a_graph_loads_its_state():
+    net = Net(lambda net, x: net.first(x) if float(x.sum()) < 1e30 else x)
+    frozen = freeze(net, images(), tune=False, verify=False)
+    assert frozen.report.capture == "modules"
+    frozen.load_state_dict(frozen.state_dict())
+
+
 def test_bad_examples_are_refused_by_their_place():
     net = asks_for_the_width()
     for examples, error, words in (

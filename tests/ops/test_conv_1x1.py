@@ -1,21 +1,16 @@
 """The CPU product for 1x1 convolutions: the native operators against float64, and its place in a frozen network."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import fastres
-from fastres._extension import build_info, native_cpu
+from fastres._extension import build_info, native_cpu  # noqa: F401  (`run_on` asks the module)
 from fastres.ops import _conv_native as native
 from fastres.ops._conv_frozen import stock
 from freeze_cases import compare
-from guards import guarded
+from guards import guarded, run_on
 from swap_cases import scramble
 
 LAST = torch.channels_last
@@ -104,24 +99,14 @@ def test_nothing_outside_its_tensors_is_read_or_written(dtype, shape):
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_narrower_instruction_sets(isa):
-    if build_info()["isa_runtime"] == "baseline":
-        pytest.skip("this machine has none wider")
-    code = f"""
-        import sys
-        sys.path[:0] = {[p for p in sys.path if "tests" in p]!r}
-        import test_conv_1x1 as tests
-        assert tests.build_info()["isa_runtime"] == {isa!r}
-        for shape in tests.SHAPES:
-            tests.test_integers_are_exact_so_that_no_index_is_off(shape)
-            for dtype in tests.DTYPES:
-                tests.test_against_float64_within_twice_eager_s_error(dtype, shape)
-                tests.test_nothing_outside_its_tensors_is_read_or_written(dtype, shape)
+    calls = """
+    for shape in tests.SHAPES:
+        tests.test_integers_are_exact_so_that_no_index_is_off(shape)
+        for dtype in tests.DTYPES:
+            tests.test_against_float64_within_twice_eager_s_error(dtype, shape)
+            tests.test_nothing_outside_its_tensors_is_read_or_written(dtype, shape)
     """
-    environment = os.environ | {"FASTRES_ISA": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on(isa, "test_conv_1x1", calls)
 
 
 def test_refusals_and_arguments_that_do_not_fit():

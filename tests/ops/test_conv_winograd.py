@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -11,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastres
-from fastres._extension import build_info, native_cpu
+from fastres._extension import build_info, native_cpu  # noqa: F401  (`run_on` asks the module)
 from fastres.inference import precision, tune
 from fastres.ops import _conv_native as winograd
 from fastres.ops._conv_frozen import stock
 from fastres.verify.verdict import Row, Verification
 from freeze_cases import compare
-from guards import guarded
+from guards import guarded, run_on
 from swap_cases import scramble
 
 LAST = torch.channels_last
@@ -131,32 +130,26 @@ def test_nothing_outside_its_tensors_is_read_or_written(tile, dtype, shape):
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_narrower_instruction_sets(isa):
-    if build_info()["isa_runtime"] == "baseline":
-        pytest.skip("this machine has none wider")
-    code = f"""
-        import sys, torch
-        sys.path[:0] = {[p for p in sys.path if "tests" in p]!r}
-        import test_conv_winograd as tests
-        assert tests.build_info()["isa_runtime"] == {isa!r}
-        for shape in tests.SHAPES:
-            tests.test_integers_are_exact_so_that_no_index_is_off(shape)
-            for tile in (2, 4):
-                for dtype in tests.DTYPES:
-                    tests.test_against_float64_within_twice_a_direct_product_s_error(tile, dtype, shape)
-                    tests.test_nothing_outside_its_tensors_is_read_or_written(tile, dtype, shape)
+    calls = """
+    for shape in tests.SHAPES:
+        tests.test_integers_are_exact_so_that_no_index_is_off(shape)
+        for tile in (2, 4):
+            for dtype in tests.DTYPES:
+                tests.test_against_float64_within_twice_a_direct_product_s_error(tile, dtype, shape)
+                tests.test_nothing_outside_its_tensors_is_read_or_written(tile, dtype, shape)
     """
-    environment = os.environ | {"FASTRES_ISA": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on(isa, "test_conv_winograd", calls)
 
 
 def test_an_instruction_set_that_nobody_knows():
-    code = "import fastres._extension as e; e.native_cpu()"
+    code = "import torch, fastres.functional as f; f.add_relu(torch.ones(3), torch.ones(3))"
     environment = os.environ | {"FASTRES_ISA": "sse9"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "FASTRES_ISA: got 'sse9', expected 'avx512', 'avx2' or 'baseline'" in done.stderr
+    problem = "FASTRES_ISA: got 'sse9', expected 'avx512', 'avx2' or 'baseline'"
+    assert done.returncode == 0 and done.stderr.count(f"{problem}: no compiled kernel is used") == 1
+    command = [sys.executable, "-m", "fastres", "freeze", "torchvision:resnet18"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode and problem in done.stderr and "Traceback" not in done.stderr
 
 
 def test_arguments_that_do_not_fit():
@@ -280,16 +273,20 @@ def verdict(ratio):
     )
 
 
-@pytest.mark.parametrize(("takes", "left", "tile"), [(4, 2, 4), (1, 1, 4), (0, 0, 2), (-1, 0, 0)])
-def test_layers_go_back_until_the_referee_takes_the_network(takes, left, tile):
-    """A referee that takes so many large tiles; -1: none of Winograd's."""
+def all_large():
     net, x = block()
     frozen = fastres.freeze(net, x, tune=False, verify=False)
     frozen.plan.winograd = 4
     executor, inputs, constants = frozen.prepared(x)
     frozen.choose({choices.key: "winograd4" for choices, _ in executor.find_choices(inputs, constants)})
-    frozen(x)
     tune.tell_ways(frozen, x)
+    return frozen, x
+
+
+@pytest.mark.parametrize(("takes", "left", "tile"), [(4, 2, 4), (1, 1, 4), (0, 0, 2), (-1, 0, 0)])
+def test_layers_go_back_until_the_referee_takes_the_network(takes, left, tile):
+    """A referee that takes so many large tiles; -1: none of Winograd's."""
+    frozen, x = all_large()
 
     def judge():
         taken = ways(frozen, x)
@@ -301,6 +298,40 @@ def test_layers_go_back_until_the_referee_takes_the_network(takes, left, tile):
     notes = " ".join(frozen.report.notes)
     assert ("went from F(4x4, 3x3) to F(2x2, 3x3)" in notes) == (tile > 0 and left < 2)
     assert ("no Winograd" in notes) == (tile == 0)
+
+
+def test_without_a_verdict_no_large_tile_is_taken_and_without_large_tiles_other_sizes_take_none():
+    frozen, x = all_large()
+    assert precision.settle(frozen, x, lambda: None) is None
+    assert ways(frozen, x) == ["winograd2"] * 2 and frozen.plan.winograd == 2
+    frozen.plan.winograd = 4
+    tune.tell_ways(frozen, x)
+    assert frozen.report.winograd == {"2x2": 2} and precision.settle(frozen, x, lambda: verdict(1.0))
+    assert frozen.plan.winograd == 2
+
+
+def test_a_network_that_is_rejected_for_another_reason_keeps_its_plan():
+    frozen, x = all_large()
+    assert not precision.settle(frozen, x, lambda: verdict(3.0))
+    assert ways(frozen, x) == ["winograd4"] * 2 and frozen.plan.winograd == 4 and not frozen.report.notes
+
+
+def test_exact_reaches_the_parts_of_a_network_without_a_graph():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Block()
+
+        def forward(self, x):
+            y = self.body(x)
+            return y if float(y.sum()) < 1e30 else y * 2  # no graph
+
+    net, x = scramble(Odd()).eval(), torch.randn(2, 32, 28, 28)
+    for how, way in (("auto", "winograd2"), ("exact", "packed")):
+        frozen = fastres.freeze(net, x, tune=False, precision=how)
+        frozen(x)
+        (executor, inputs, _) = frozen.fallback.body.prepared(x)
+        assert list(executor.ways(inputs).values()) == [way] * 2
 
 
 def test_a_real_verdict_on_large_tiles_of_a_deep_network():
