@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -18,7 +19,7 @@ inline int64_t panel_width() {
 }
 
 // An odd number of lines: rows and taps a power of two apart would share a few sets of the cache.
-inline int64_t spread(int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
+FASTRES_HD int64_t spread(int64_t floats) { return ((floats + 15) / 16 | 1) * 16; }
 
 // [K] of any kernel dtype as fp32.
 inline std::vector<float> widened(const OptionalTensor& t) {
@@ -58,6 +59,53 @@ inline Tensor empty_images(const Tensor& x, int64_t outputs, int64_t height, int
   const int64_t strides[] = {height * width * outputs, 1, width * outputs, outputs};
   return empty_strided({sizes, 4}, {strides, 4}, dtype_of(x), x);
 }
+
+// Memory of torch's allocator that goes back to a pool: fresh pages from the system take longer than a small convolution.
+// The pool keeps at most kKeptBytes; calls at the same time have a piece each.
+class Scratch {
+ public:
+  Scratch(int64_t floats, const Tensor& like) {
+    if (floats == 0) return;
+    {
+      const std::lock_guard<std::mutex> lock(pool().mutex);
+      auto& free = pool().free;
+      const auto fits = [&](const Tensor& t) { return t.numel() >= floats; };
+      const auto found = std::find_if(free.begin(), free.end(), fits);
+      if (found != free.end()) {
+        memory_ = std::move(*found);
+        free.erase(found);
+        return;
+      }
+    }
+    const int64_t one = 1;
+    memory_ = empty_strided({&floats, 1}, {&one, 1}, aoti_torch_dtype_float32(), like);
+  }
+  ~Scratch() {
+    if (!memory_) return;
+    const std::lock_guard<std::mutex> lock(pool().mutex);
+    auto& free = pool().free;
+    const auto larger = [](const Tensor& a, const Tensor& b) { return a.numel() < b.numel(); };
+    free.insert(std::upper_bound(free.begin(), free.end(), *memory_, larger), *memory_);
+    int64_t kept = 0;
+    for (const Tensor& t : free) kept += t.numel() * 4;
+    for (; kept > kKeptBytes; free.erase(free.begin())) kept -= free.front().numel() * 4;  // small ones are made soon
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* data() const { return memory_ ? output<float>(*memory_) : nullptr; }
+
+ private:
+  static constexpr int64_t kKeptBytes = 32 << 20;
+  struct Pool {
+    std::mutex mutex;
+    std::vector<Tensor> free;  // the smallest first
+  };
+  static Pool& pool() {
+    static Pool* const pool = new Pool;  // outlives threads that end after main
+    return *pool;
+  }
+  OptionalTensor memory_;
+};
 
 // What follows a convolution, checked against its output and widened.
 class After {

@@ -71,10 +71,13 @@ struct Panels {
 
   template <int W>
   FASTRES_HD void run(int64_t begin, int64_t end) const {
-    const int64_t size = shape.channels * kPanel<W>, next = size * (end - begin) * 4 > kStreamedBytes ? size : 0;
+    const int64_t size = shape.channels * kPanel<W>;
+    const bool streamed = size * (end - begin) * 4 > kStreamedBytes;
     for (int64_t panel = begin; panel < end; ++panel) {
       const ToImage<T> to{epilogue, first, shape.outputs, panel * kPanel<W>};
-      product<W>({v, v_stride, u + panel * size, shape.channels, next}, count, to);
+      const float* const at = u + panel * size;
+      const char* const next = streamed && panel + 1 < end ? reinterpret_cast<const char*>(at + size) : nullptr;
+      product<W>({v, v_stride, at, shape.channels, next, kPanel<W> * 4}, count, to);
     }
   }
 };
@@ -95,9 +98,8 @@ void run_1x1(const Shape& shape, const T* x, const float* u, const Epilogue<T>& 
   const int64_t fit = std::max(kFewestPixels, kBlockBytes / ((v_stride + shape.outputs) * 4));
   const int64_t parts = (share + fit - 1) / fit, block = (share + parts - 1) / parts;
   const int64_t blocks = (pixels + block - 1) / block, room = direct ? 0 : block * v_stride;  // of a worker
-  const int64_t sizes[] = {std::max<int64_t>(1, (by_pixels ? workers : 1) * room)}, one[] = {1};
-  const Tensor scratch = empty_strided({sizes, 1}, {one, 1}, aoti_torch_dtype_float32(), like);
-  float* const memory = output<float>(scratch);
+  const Scratch scratch((by_pixels ? workers : 1) * room, like);
+  float* const memory = scratch.data();
   const auto gather = [&](int64_t at, float* v) { return Gather<T>{shape, x, v, at * block, v_stride}; };
   const auto panels_of = [&](int64_t at, const float* v) {
     if constexpr (std::is_same_v<T, float>) v = direct ? x + at * block * v_stride : v;

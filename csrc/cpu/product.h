@@ -35,24 +35,28 @@ FASTRES_HD void call(const Kernel& kernel, int64_t begin = 0, int64_t end = 0) {
 }
 
 struct Panel {
-  const float* v;  // [rows, stride of v]
+  const float* v;  // [rows, depth], with a stride
   int64_t v_stride;
   const float* u;  // [depth, 2 W]
   int64_t depth;
-  int64_t next;  // from u to the columns that are wanted next, to be fetched to L2 meanwhile; 0: they are there
+  const char* next;  // what is wanted afterwards: fetched to L2 meanwhile, up to 128 bytes for each c; or null
+  int64_t next_stride;
 };
 
-// Takes the sums of W columns of a row: writes m.
+// Takes the sums of W columns of a row: writes them to m, or adds them to what is there.
 struct ToMemory {
   float* m;  // [rows, 2 W]
+  bool add;
 
   template <int W>
   FASTRES_HD void put(Float<W> sum, int64_t row, int64_t column) const {
-    store<W>(m + row * kPanel<W> + column, sum);
+    float* const to = m + row * kPanel<W> + column;
+    store<W>(to, add ? load<W>(to) + sum : sum);
   }
 };
 
-template <int R, class To>
+// kByDepth: v is [depth, rows], with a stride.
+template <int R, bool kByDepth, class To>
 struct Product {
   Panel panel;
   To to;
@@ -62,19 +66,21 @@ struct Product {
   FASTRES_HD void run(int64_t, int64_t) const {
     const float* v = panel.v;
     const float* u = panel.u;
-    const int64_t stride = panel.v_stride, depth = panel.depth, next = panel.next;
+    const char* next = panel.next;
+    const int64_t stride = panel.v_stride, depth = panel.depth, next_stride = panel.next_stride;
     Float<W> left[R], right[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) left[r] = right[r] = Float<W>{};
     for (int64_t c = 0; c < depth; ++c, u += kPanel<W>) {
       const auto u0 = load_bytes<Float<W>>(u), u1 = load_bytes<Float<W>>(u + W);
-      if (next != 0) {
-        __builtin_prefetch(u + next, 0, 2);
-        if constexpr (W == 16) __builtin_prefetch(u + next + W, 0, 2);
+      if (next != nullptr) {
+        __builtin_prefetch(next, 0, 2);
+        if (next_stride > 64) __builtin_prefetch(next + 64, 0, 2);
+        next += next_stride;
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const auto value = load_broadcast<W>(v + r * stride + c);
+        const auto value = load_broadcast<W>(kByDepth ? v + c * stride + r : v + r * stride + c);
         left[r] += value * u0;
         right[r] += value * u1;
       }
@@ -87,21 +93,22 @@ struct Product {
   }
 };
 
-template <int W, int R, class To>
+template <int W, int R, bool kByDepth, class To>
 FASTRES_HD void product_of(const Panel& panel, const To& to, int64_t row, int64_t rows) {
-  if (rows == R) return call<W>(Product<R, To>{panel, to, row});
-  if constexpr (R > 1) product_of<W, R - 1>(panel, to, row, rows);
+  if (rows == R) return call<W>(Product<R, kByDepth, To>{panel, to, row});
+  if constexpr (R > 1) product_of<W, R - 1, kByDepth>(panel, to, row, rows);
 }
 
 // Any number of rows: blocks of nearly equal size, so that none is too small to hide the latency of an addition.
-template <int W, class To>
+template <int W, bool kByDepth = false, class To>
 FASTRES_HD void product(Panel panel, int64_t rows, const To& to) {
-  const int64_t blocks = (rows + kRows<W> - 1) / kRows<W>;
+  constexpr int64_t kMost = kByDepth ? kPanel<W> / 4 : kRows<W>;  // a row of a panel is whole blocks
+  const int64_t blocks = (rows + kMost - 1) / kMost;
   for (int64_t block = 0, row = 0; block < blocks; ++block) {
     const int64_t count = rows / blocks + (block < rows % blocks ? 1 : 0);
-    product_of<W, kRows<W>>(panel, to, row, count);
-    panel.v += count * panel.v_stride;
-    panel.next = 0;  // the first rows have fetched it
+    product_of<W, kMost, kByDepth>(panel, to, row, count);
+    panel.v += kByDepth ? count : count * panel.v_stride;
+    panel.next = nullptr;  // the first rows have fetched it
     row += count;
   }
 }

@@ -1,4 +1,5 @@
-// The transforms of F(2x2, 3x3) and F(4x4, 3x3) along one side: B' of a tile's inputs, G of a weight, A' of its outputs.
+// The transforms of F(2x2, 3x3) and F(4x4, 3x3) along one side: B' of a tile's inputs, G of a weight, A' of its outputs;
+// for the gradient of the weight A of the outputs' gradients and G' of the sum.
 // docs/winograd.md has the points and what they are chosen for.
 #pragma once
 
@@ -11,7 +12,6 @@ struct Transform;
 
 template <>
 struct Transform<2> {
-  static constexpr double kPoints[] = {0, 1, -1};
   template <class V>
   static FASTRES_HD void input(const V* d, V* o) {
     o[0] = d[0] - d[2];
@@ -26,11 +26,25 @@ struct Transform<2> {
   }
   template <class V>
   static FASTRES_HD void weight(const V* g, V* o) {
-    const V even = (g[0] + g[2]) * 0.5, odd = g[1] * 0.5;
+    const V even = (g[0] + g[2]) * 0.5f, odd = g[1] * 0.5f;
     o[0] = g[0];
     o[1] = even + odd;
     o[2] = even - odd;
     o[3] = g[2];
+  }
+  template <class V>
+  static FASTRES_HD void output_gradient(const V* z, V* o) {
+    o[0] = z[0];
+    o[1] = z[0] + z[1];
+    o[2] = z[0] - z[1];
+    o[3] = z[1];
+  }
+  template <class V>
+  static FASTRES_HD void weight_gradient(const V* o, V* g) {
+    const V even = (o[1] + o[2]) * 0.5f;
+    g[0] = o[0] + even;
+    g[1] = (o[1] - o[2]) * 0.5f;
+    g[2] = even + o[3];
   }
 };
 
@@ -61,8 +75,9 @@ struct Transform<4> {  // a^2 = 1/2, b^2 = 2
   // Row p of G is (1, p, p^2) over the product of p - q for the other points q: 1, -3/2, -3/2, 6, 6.
   template <class V>
   static FASTRES_HD void weight(const V* g, V* o) {
-    const V even_a = (g[0] + g[2] * 0.5) * (-2.0 / 3), odd_a = g[1] * (kA * (-2.0 / 3));
-    const V even_b = (g[0] + g[2] * 2.0) * (1.0 / 6), odd_b = g[1] * (kB / 6);
+    constexpr float third = -2.0 / 3, sixth = 1.0 / 6, a = kA * third, b = kB * sixth;
+    const V even_a = (g[0] + g[2] * 0.5f) * third, odd_a = g[1] * a;
+    const V even_b = (g[0] + g[2] * 2.0f) * sixth, odd_b = g[1] * b;
     o[0] = g[0];
     o[1] = even_a + odd_a;
     o[2] = even_a - odd_a;

@@ -6,9 +6,11 @@
 
     formula    y = act(bn(conv(x)) [+ residual])
 
-Two calls: the convolution as it is, then `bn_act`. In eval mode without gradients the second writes over the output of
-the first, which nobody else has seen. Nothing is kept between calls: the BN's scale and shift are computed in each, so
-that every write to a weight or a statistic, through ``.data`` too, is followed.
+Two calls: the convolution, then `bn_act`. In eval mode without gradients the second writes over the output of the
+first, which nobody else has seen. A 3x3 convolution that Winograd's kernels run faster (fastres/ops/_conv_native.py)
+goes through `conv_act`, in eval mode with the BN's scale and shift in its own pass. Nothing is kept between calls: the
+transformed weight, scale and shift are computed in each, so that every write to a weight or a statistic, through
+``.data`` too, is followed.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ from fastres.nn.norms import norm_arguments, runs_stock
 from fastres.nn.steps import bn_step, has_global_hooks, is_norm, is_plain, norm_act
 from fastres.ops._autograd import any_requires_grad, is_plain_eager
 from fastres.ops.bn_act import bn_act_over
+from fastres.ops.conv_act import conv_act, winograd_is_faster
 
 
 def conv_bn_act(
     x: Tensor,  # [N, C, H, W]
-    conv: nn.Module,
+    conv: Any,
     bn: nn.Module,
     residual: Tensor | None = None,  # [N, K, P, Q]
     act: str = "relu",
@@ -43,18 +46,84 @@ def conv_bn_act(
     Returns:
         y: [N, K, P, Q].
     """
-    z = call_reading(conv, x, memory)
     fresh = not torch.compiler.is_compiling() and is_plain(conv, nn.Conv2d) and not has_global_hooks()
-    if fresh and not (bn.training and isinstance(bn, nn.BatchNorm2d)) and not runs_stock(bn, z):
-        settings = norm_arguments(bn)
-        mean, var, weight, bias = (settings[name] for name in ("running_mean", "running_var", "weight", "bias"))
-        tensors = z, residual, mean, var, weight, bias
-        if is_plain_eager(*tensors) and not settings["training"]:
-            if not (torch.is_grad_enabled() and any_requires_grad(*tensors)):
-                y = bn_act_over(z, mean, var, weight, bias, residual, act=act, eps=settings["eps"], backend=backend)
-                if y is not None:
-                    return y
+    own = fresh and _goes_by_winograd(conv, x, backend)
+    if own and (residual is None or (residual.dtype is x.dtype and residual.shape == _output_shape(conv, x))):
+        fixed = _fixed_norm(bn, x, residual, conv.weight, conv.bias)
+        if fixed is not None:
+            scale, shift = _scale_and_shift(**fixed, added=conv.bias)
+            return _convolve(conv, x, shift, residual, scale, act)
+    z = call_reading(conv, x, memory, _convolve_alone if own else nn.Module.__call__)
+    fixed = _fixed_norm(bn, z, residual) if fresh else None
+    if fixed is not None:
+        y = bn_act_over(z, residual=residual, act=act, backend=backend, **fixed)
+        if y is not None:
+            return y
     return bn_step(z, bn, residual, act, backend, memory)
+
+
+def _fixed_norm(bn: nn.Module, *tensors: Any) -> dict[str, Any] | None:
+    """The norm's statistics, weight, bias and eps, in eval mode where nothing wants a gradient; else None."""
+    if (bn.training and isinstance(bn, nn.BatchNorm2d)) or runs_stock(bn, tensors[0]):
+        return None
+    settings = norm_arguments(bn)
+    fixed = {name: settings[name] for name in ("running_mean", "running_var", "weight", "bias", "eps")}
+    everything = *tensors, *(t for name, t in fixed.items() if name != "eps")
+    if settings["training"] or not is_plain_eager(*everything):
+        return None
+    return None if torch.is_grad_enabled() and any_requires_grad(*everything) else fixed
+
+
+def _goes_by_winograd(conv: Any, x: Any, backend: str) -> bool:
+    """Tell whether conv_act runs a plain convolution faster than PyTorch's, as its cost model says."""
+    if conv.kernel_size != (3, 3) or conv.stride != (1, 1) or backend != AUTO or conv.padding_mode != "zeros":
+        return False
+    if type(x) is not Tensor or x.device.type != "cpu" or x.ndim != 4 or isinstance(conv.padding, str):
+        return False
+    weight = conv.weight
+    if x.dtype is not weight.dtype or x.shape[1] != weight.shape[1] * conv.groups or torch.is_autocast_enabled("cpu"):
+        return False
+    if conv.bias is not None and conv.bias.dtype is not x.dtype:
+        return False
+    return is_plain_eager(x, weight, conv.bias) and winograd_is_faster(
+        x, weight, conv.padding, conv.dilation, conv.groups
+    )
+
+
+def _output_shape(conv: Any, x: Tensor) -> tuple[int, ...]:
+    """The shape of a 3x3 convolution of stride 1."""
+    (n, _, h, w), (along_h, along_w) = x.shape, conv.padding
+    return n, conv.out_channels, h + 2 * along_h - 2, w + 2 * along_w - 2
+
+
+def _convolve(
+    conv: Any,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    act: str = "none",
+) -> Tensor:
+    return conv_act(x, conv.weight, bias, residual, scale, 1, conv.padding, act=act)
+
+
+def _convolve_alone(conv: Any, x: Tensor) -> Tensor:
+    return _convolve(conv, x, conv.bias)
+
+
+def _scale_and_shift(
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    added: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """A BN's scale and shift, [K] in float32, for y = scale * c + shift, with `added` on c; computed in float64."""
+    scale, shift = (running_var.double() + eps).rsqrt_(), -running_mean.double()
+    scale = scale if weight is None else scale.mul_(weight)
+    shift = shift.mul_(scale) if added is None else shift.add_(added).mul_(scale)
+    return scale.float(), (shift if bias is None else shift.add_(bias)).float()
 
 
 def conv_norm_act(

@@ -11,6 +11,7 @@ of an output that was changed in place.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,16 +40,19 @@ class _Again:
         self.node = node
 
 
-def call_reading(module: nn.Module, x: Any, memory: str = "min") -> Any:
+def call_reading(
+    module: nn.Module, x: Any, memory: str = "min", run: Callable[[nn.Module, Any], Any] = nn.Module.__call__
+) -> Any:
     """`module(x)`; where x is an output that can be computed again, backward does that instead of keeping x.
 
     Args:
         module: a convolution, a pool: a module without children that reads x and saves it.
         x: [N, C, H, W].
         memory: "default" changes nothing.
+        run: computes module(x).
     """
     if memory == "default" or not may_recompute() or type(x) is not Tensor or module._modules or not is_recomputed(x):
-        return module(x)
+        return run(module, x)
     node, storage, layout = x.grad_fn, x.data_ptr(), (x._version, x.dtype, x.shape, x.stride())
 
     def pack(t: Tensor) -> _Again | tuple[Tensor, int]:
@@ -68,4 +72,4 @@ def call_reading(module: nn.Module, x: Any, memory: str = "min") -> Any:
         return t
 
     with saved_tensors_hooks(pack, unpack):
-        return module(x)
+        return run(module, x)

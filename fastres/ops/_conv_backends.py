@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres.ops import _conv_tiles
+from fastres.ops import _conv_native, _conv_tiles
 from fastres.ops._bn_backends import NATIVE
 from fastres.ops._conv_tiles import Problem
 from fastres.ops._tensors import KERNEL_DTYPES, memory_format, stats_dtype, why_not_cpu, why_not_cuda, why_not_triton
@@ -172,6 +172,25 @@ def cpu(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, c
     return y if relu else ACTIVATIONS[call.act](y)
 
 
+def why_not_winograd(x: Tensor, call: Conv) -> list[str]:
+    reasons = _conv_native.why_not(x, call.weight, call.geometry, call.act)
+    if call.empty and not reasons:
+        reasons.append("an empty tensor runs through the reference")
+    return reasons if call.channels_last else [*reasons, "NCHW: the kernel reads channels_last"]
+
+
+def winograd(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, call: Conv) -> Tensor:
+    """F(2x2, 3x3) with its epilogue; direct where an output is not finite, which a tile would spread."""
+    layout = torch.channels_last
+    given, added = (
+        x.contiguous(memory_format=layout),
+        None if residual is None else residual.contiguous(memory_format=layout),
+    )
+    shift, factor = (None if t is None else t.contiguous() for t in (bias, scale))
+    y: Maybe = _conv_native.once(given, weight, shift, added, factor, *call.padding, call.act, False)
+    return cpu(x, weight, bias, residual, scale, call) if y is None else y
+
+
 def why_not_onednn(x: Tensor, call: Conv) -> list[str]:
     """Refusals of oneDNN's convolution with a fused sum, PyTorch's `mkldnn::_convolution_pointwise`."""
     if x.device.type != "cpu":
@@ -263,7 +282,11 @@ def problem_of(x: Tensor, call: Conv) -> Problem:
 
 
 def measured(x: Tensor, call: Conv) -> tuple[str, ...]:
-    """The backends of a GPU in the order that was measured for this convolution; nothing where none was."""
+    """The backends in the order that was measured for this convolution; nothing where none was."""
+    if x.device.type == "cpu":
+        n, k, p, q = call.shape
+        shape = n, call.weight[1], k, p, q
+        return ("winograd", "cpu") if not why_not_winograd(x, call) and _conv_native.pays(*shape, x.dtype) else ()
     if x.device.type != "cuda" or x.dtype not in KERNEL_DTYPES or call.groups > 1 or not call.channels_last:
         return ()
     if x.dtype is torch.float32 and not call.tf32:  # measured with TF32

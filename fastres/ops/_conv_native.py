@@ -1,8 +1,10 @@
-"""CPU convolutions of our own: csrc/cpu/conv_winograd.cpp and conv_1x1.cpp, on weights that were made ready once.
+"""CPU convolutions of our own: csrc/cpu/conv_winograd.cpp, conv_winograd_weight.cpp and conv_1x1.cpp.
 
 "winograd2" and "winograd4" run 3x3 convolutions of stride 1 by F(2x2, 3x3), with 2.25 times fewer products than a
 direct one and at least as exact, and F(4x4, 3x3), with 4 times fewer and 1.2 to 1.4 times the error; docs/winograd.md
-says why. "product" runs a 1x1 convolution of any stride as a product of matrices. Frozen networks call them.
+says why. "product" runs a 1x1 convolution of any stride as a product of matrices. Frozen networks call them on weights
+that were made ready once. The backend "winograd" of conv_act is F(2x2, 3x3) on the weight as it is, with the gradient
+of x by the same kernel and that of the weight by F(3x3, 2x2).
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ for _name in ("winograd", "1x1"):  # where: padding, or the stride
     _rest = f"Tensor(a!) residual, {_rest}) -> Tensor(a!)"
     _LIB.define(f"_conv_{_name}_over_native(Tensor x, Tensor u, Tensor? bias, {_rest}")
 
+_LIB.define(
+    "_conv_winograd_once_native(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, int h, int w, "
+    "str act, bool turned) -> Tensor?"
+)
+_LIB.define("_conv_winograd_weight_native(Tensor x, Tensor dy, int h, int w, bool channels_last) -> Tensor?")
+
 _ops: Any = torch.ops.fastres
+once = _ops._conv_winograd_once_native.default
+weight_gradient = _ops._conv_winograd_weight_native.default
 pack, forward, over = (
     getattr(_ops, f"_conv_winograd_{name}native").default for name in ("pack_", "", "over_")
 )  # x, u, bias, residual, scale, outputs, padding (two), act
@@ -81,17 +91,66 @@ def _has_16_bit_products(dtype: torch.dtype) -> bool:
 def faster(n: int, c: int, k: int, p: int, q: int, dtype: torch.dtype) -> tuple[str, ...]:
     """The ways that are faster than oneDNN's, the fastest first, as far as the sizes tell; `tune` measures.
 
-    In cycles of two multiply-adds of 16 lanes: products, four for each vector of V and M that is made, stored and read
-    again, three for each channel that fills no vector, the transformed weight read once.
+    Args:
+        n, c, k: images, channels in and out.
+        p, q: height and width of the output.
     """
-    direct = 9.0 * c * k * n * p * q / 32
-    if dtype is not torch.float32 and _has_16_bit_products(dtype):
-        direct /= 2
-    costs = {}
-    for way, m in TILES.items():
-        taps, tiles = (m + 2) ** 2, n * -(-p // m) * -(-q // m)
-        products = taps * tiles * c * k / 32
-        transforms = taps * tiles * ((c + k) / 4 + 3 * (c % 16 + k % 16))
-        weights = taps * c * k / 4  # from the last-level cache or memory
-        costs[way] = products + transforms + weights
-    return tuple(way for way in sorted(costs, key=lambda way: costs[way]) if costs[way] < 0.85 * direct)
+    direct = _direct(n, c, k, p, q, dtype)
+    costs = {way: _cost(m, n, c, k, p, q) for way, m in TILES.items()}
+    return tuple(way for way in sorted(costs, key=lambda way: costs[way]) if costs[way] < _MARGIN * direct)
+
+
+def pays(n: int, c: int, k: int, p: int, q: int, dtype: torch.dtype) -> bool:
+    """Tell whether F(2x2) is faster than oneDNN's convolution also where the weight is transformed in the call."""
+    return _CALL + _cost(2, n, c, k, p, q) + 16 * c * k < _MARGIN * _direct(n, c, k, p, q, dtype)
+
+
+def _weight_pays(n: int, c: int, k: int, p: int, q: int, dtype: torch.dtype) -> bool:
+    """Tell so of the gradient of the weight: V and E go through the last-level cache, oneDNN's is 0.8 of the peak."""
+    tiles = n * -(-p // 2) * -(-q // 2)
+    cost = 16 * tiles * (c * k / 32 + 0.85 * (c + k)) + 50 * c * k
+    return cost < _MARGIN * 1.25 * _direct(n, c, k, p, q, dtype)
+
+
+_MARGIN = 0.85
+_CALL = 2e5  # cycles: 25 us on two cores, what a call through conv_act costs more than the stock one
+
+
+def _direct(n: int, c: int, k: int, p: int, q: int, dtype: torch.dtype) -> float:
+    """Cycles of two multiply-adds of 16 lanes that a direct 3x3 convolution takes."""
+    cycles = 9.0 * c * k * n * p * q / 32
+    return cycles / 2 if dtype is not torch.float32 and _has_16_bit_products(dtype) else cycles
+
+
+def _cost(m: int, n: int, c: int, k: int, p: int, q: int) -> float:
+    """Such cycles of F(m x m, 3x3).
+
+    Products, four for each vector of V and M that is made, stored and read again, three for each channel that fills no
+    vector, the transformed weight read once.
+    """
+    taps, tiles = (m + 2) ** 2, n * -(-p // m) * -(-q // m)
+    products = taps * tiles * c * k / 32
+    transforms = taps * tiles * ((c + k) / 4 + 3 * (c % 16 + k % 16))
+    weights = taps * c * k / 4  # from the last-level cache or memory
+    return products + transforms + weights
+
+
+def gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, padding: Any, needs_x: bool, needs_weight: bool, forced: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of the weight of a convolution that `why_not` takes; None where oneDNN's is faster.
+
+    Args:
+        dy: [N, K, P, Q].
+        x: [N, C, H, W].
+        weight: [K, C, 3, 3].
+        forced: take ours wherever its answer is finite.
+    """
+    (n, k, p, q), (_, c, h, w), (along_h, along_w) = dy.shape, x.shape, padding
+    dy, x = (t.contiguous(memory_format=torch.channels_last) for t in (dy, x))
+    dx = dweight = None
+    if needs_x and (forced or pays(n, k, c, h, w, x.dtype)):
+        dx = once(dy, weight, None, None, None, 2 - along_h, 2 - along_w, "none", True)
+    if needs_weight and (forced or _weight_pays(n, c, k, p, q, x.dtype)):
+        dweight = weight_gradient(x, dy, along_h, along_w, weight.is_contiguous(memory_format=torch.channels_last))
+    return dx, dweight

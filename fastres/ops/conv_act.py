@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fastres._dispatch import AUTO, REFERENCE, Backend, Choices, Operator, check_stock, choose, register
-from fastres.ops import _conv_backends, _conv_frozen
+from fastres.ops import _conv_backends, _conv_frozen, _conv_native
 from fastres.ops._autograd import any_requires_grad, is_plain_eager, is_transformed, register_autograd
 from fastres.ops._conv_backends import ACTS, Conv, Maybe, Pair, conv2d, conv2d_backward, output_size, pair
 from fastres.ops._tensors import (
@@ -202,6 +202,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, scale, output if ctx.act == "relu" else None)
 
 
+def _own_gradients(
+    ctx: Any, dc: Tensor, x: Tensor, weight: Tensor, needs_x: bool, needs_weight: bool
+) -> tuple[Maybe, Maybe]:
+    """The gradients that Winograd's kernels compute, of a convolution that ran by them; they have none of their own."""
+    if x.device.type != "cpu" or torch.is_grad_enabled() or not is_plain_eager(dc, x, weight):
+        return None, None
+    if choose(OPERATOR, ctx.backend, x, _kind(x, weight, None, None, None, *ctx.where)).name != "winograd":
+        return None, None
+    return _conv_native.gradients(dc, x, weight, ctx.where[1], needs_x, needs_weight, ctx.backend == "winograd")
+
+
 def _backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
     x, weight, scale, y = ctx.saved_tensors
     needs_x, needs_weight, needs_bias, needs_residual, needs_scale = ctx.needs_input_grad[:5]
@@ -220,9 +231,13 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Maybe, ...]:
             dscale = (wide * conv2d(x, weight, None, *ctx.where)).sum(dims).to(scale.dtype)
         if needs_bias:
             dbias = wide.sum(dims).to(ctx.bias_dtype)
+    if needs[0] or needs[1]:
+        dx, dweight = _own_gradients(ctx, dc, x, weight, *needs[:2])
+        needs = [needs[0] and dx is None, needs[1] and dweight is None, needs[2]]
     if any(needs):
-        dx, dweight, db = conv2d_backward(dc, x, weight, ctx.where, needs)
-        dbias = db if scale is None else dbias
+        rest = conv2d_backward(dc, x, weight, ctx.where, needs)
+        dx, dweight = rest[0] if dx is None else dx, rest[1] if dweight is None else dweight
+        dbias = rest[2] if scale is None else dbias
     return dx, dweight, dbias, g if needs_residual else None, dscale, *[None] * 6
 
 
@@ -269,10 +284,18 @@ _ORDER = {"cpu": ("cpu",), "cuda": ("cudnn", "triton", "cuda")}
 OPERATOR = register(Operator("conv_act", _ORDER, kind=_kind, measured=_conv_backends.measured, example=_example))
 OPERATOR.add(Backend(REFERENCE, _conv_backends.why_not_reference, _conv_backends.reference))
 OPERATOR.add(Backend("cpu", _conv_backends.why_not_conv_cpu, _conv_backends.cpu))
+OPERATOR.add(Backend("winograd", _conv_backends.why_not_winograd, _conv_backends.winograd))
 OPERATOR.add(Backend("onednn", _conv_backends.why_not_onednn, _conv_backends.onednn))
 OPERATOR.add(Backend("cudnn", _conv_backends.why_not_cudnn, _conv_backends.cudnn))
 OPERATOR.add(Backend("triton", _conv_backends.why_not_conv_triton, _conv_backends.triton))
 OPERATOR.add(Backend("cuda", _conv_backends.why_not_conv_cuda, _conv_backends.cuda))
+
+
+def winograd_is_faster(x: Tensor, weight: Tensor, padding: Pair, dilation: Pair, groups: int) -> bool:
+    """Tell whether conv_act runs this convolution of stride 1 by its backend "winograd". x: [N, C, H, W]."""
+    return (
+        choose(OPERATOR, AUTO, x, _kind(x, weight, None, None, None, 1, padding, dilation, groups)).name == "winograd"
+    )
 
 
 # ---- public function -------------------------------------------------------------------------------------------------
@@ -306,7 +329,8 @@ def conv_act(
         stride, padding, dilation: a number or two, as for conv2d; padding is of zeros.
         groups: divides C and K.
         act: "relu", "none", "relu6", "hardswish" or "silu".
-        backend: "auto", "reference", "cpu", "onednn" (CPU), "cudnn", "triton" or "cuda" (CUDA).
+        backend: "auto", "reference", "cpu", "winograd", "onednn" (CPU), "cudnn", "triton" or "cuda" (CUDA). On a CPU
+            "auto" takes "winograd" for 3x3 convolutions where it is the faster one; FASTRES_DISABLE=winograd never.
 
     Returns:
         y: [N, K, P, Q], P = (H + 2 padding - dilation (R - 1) - 1) // stride + 1; channels_last when x or weight is.
