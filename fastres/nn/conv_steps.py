@@ -53,7 +53,7 @@ def conv_bn_act(
         if fixed is not None:
             scale, shift = _scale_and_shift(**fixed, added=conv.bias)
             return _convolve(conv, x, shift, residual, scale, act)
-    z = call_reading(conv, x, memory, _convolve_alone if own else nn.Module.__call__)
+    z = call_reading(conv, x, memory, _convolve_alone if own else None)
     fixed = _fixed_norm(bn, z, residual) if fresh else None
     if fixed is not None:
         y = bn_act_over(z, residual=residual, act=act, backend=backend, **fixed)

@@ -40,8 +40,12 @@ class _Again:
         self.node = node
 
 
+def _call(module: nn.Module, x: Any) -> Any:
+    return module(x)  # not nn.Module.__call__: torch.fx replaces it while it traces
+
+
 def call_reading(
-    module: nn.Module, x: Any, memory: str = "min", run: Callable[[nn.Module, Any], Any] = nn.Module.__call__
+    module: nn.Module, x: Any, memory: str = "min", run: Callable[[nn.Module, Any], Any] | None = None
 ) -> Any:
     """`module(x)`; where x is an output that can be computed again, backward does that instead of keeping x.
 
@@ -49,8 +53,9 @@ def call_reading(
         module: a convolution, a pool: a module without children that reads x and saves it.
         x: [N, C, H, W].
         memory: "default" changes nothing.
-        run: computes module(x).
+        run: computes module(x) in its stead.
     """
+    run = _call if run is None else run
     if memory == "default" or not may_recompute() or type(x) is not Tensor or module._modules or not is_recomputed(x):
         return run(module, x)
     node, storage, layout = x.grad_fn, x.data_ptr(), (x._version, x.dtype, x.shape, x.stride())
