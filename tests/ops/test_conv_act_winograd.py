@@ -1,4 +1,4 @@
-"""The backend "winograd" of conv_act: F(2x2, 3x3) on the weight as it is, its gradients, and swapped blocks that take it.
+"""The backend "winograd" of conv_act: F(2x2, 3x3) on the weight as it is, its gradients, swapped blocks that take it.
 
 The kernels by themselves are in test_conv_winograd.py, every backend's behavior in test_conv_act.py.
 """
