@@ -52,17 +52,22 @@ class Argument:
     place: int
 
 
+OUTPUT = Argument(-1)  # the tensor that a call writes to
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A call made ready for arguments alike: a function, and what it takes, with `Argument` for what differs.
 
-    `instead`, where there is one, is the same call written over the tensor in the place `overwrites`.
+    `instead`, where there is one, is the same call written over the tensor in the place `overwrites`. `into` is the
+    same call, which writes to the tensor given as `OUTPUT`: one alike to what the call returns.
     """
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
     overwrites: int | None = None
     instead: Prepared | None = None
+    into: Prepared | None = None
 
 
 @dataclass(frozen=True)

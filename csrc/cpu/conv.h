@@ -54,10 +54,22 @@ inline bool is_packed(const Tensor& u, int64_t channels, int64_t outputs) {
          outputs <= u.size(0) * u.size(3);
 }
 
-inline Tensor empty_images(const Tensor& x, int64_t outputs, int64_t height, int64_t width) {  // in channels_last
-  const int64_t sizes[] = {x.size(0), outputs, height, width};
-  const int64_t strides[] = {height * width * outputs, 1, width * outputs, outputs};
+struct ImageSize {
+  int64_t channels, height, width;
+};
+
+inline Tensor empty_images(const Tensor& x, ImageSize size) {  // as many as x has, in channels_last, uninitialized
+  const int64_t sizes[] = {x.size(0), size.channels, size.height, size.width};
+  const int64_t row = size.width * size.channels, strides[] = {size.height * row, 1, row, size.channels};
   return empty_strided({sizes, 4}, {strides, 4}, dtype_of(x), x);
+}
+
+inline void check_output(const Tensor& y, const Tensor& x, ImageSize size) {
+  check_images(y);
+  const bool fits = y.scalar_type() == x.scalar_type() && y.size(0) == x.size(0) && y.size(1) == size.channels &&
+                    y.size(2) == size.height && y.size(3) == size.width;
+  STD_TORCH_CHECK(fits, "y: got shape ", shape_string(y), ", expected [", x.size(0), ", ", size.channels, ", ", size.height,
+                  ", ", size.width, "] of x's dtype");
 }
 
 // Memory of torch's allocator that goes back to a pool: fresh pages from the system take longer than a small convolution.

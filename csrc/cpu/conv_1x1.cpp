@@ -156,13 +156,12 @@ struct Stride {
   int64_t h, w;
 };
 
-Tensor checked_output(const Tensor& x, const Tensor& u, int64_t outputs, Stride stride) {
+ImageSize checked_size(const Tensor& x, const Tensor& u, int64_t outputs, Stride stride) {
   check_images(x);
   STD_TORCH_CHECK(is_packed(u, x.size(1), outputs) && u.size(1) == 1, "u: got shape ", shape_string(u),
                   ", expected a weight that _conv_1x1_pack made for ", x.size(1), " and ", outputs, " channels");
   STD_TORCH_CHECK(stride.h > 0 && stride.w > 0, "stride: got ", stride.h, ", ", stride.w, ", expected at least 1");
-  const int64_t height = (x.size(2) + stride.h - 1) / stride.h, width = (x.size(3) + stride.w - 1) / stride.w;
-  return empty_images(x, outputs, height, width);
+  return {outputs, (x.size(2) + stride.h - 1) / stride.h, (x.size(3) + stride.w - 1) / stride.w};
 }
 
 void conv_1x1_to(const Tensor& y, const Tensor& x, const Tensor& u, const After& after, Stride stride) {
@@ -174,20 +173,18 @@ void conv_1x1_to(const Tensor& y, const Tensor& x, const Tensor& u, const After&
   });
 }
 
-Tensor conv_1x1(Tensor x, Tensor u, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale, int64_t outputs,
-                int64_t stride_h, int64_t stride_w, std::string act) {
+Tensor conv_1x1_into(Tensor x, Tensor u, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale, int64_t outputs,
+                     int64_t stride_h, int64_t stride_w, std::string act, Tensor y) {
   const Stride stride{stride_h, stride_w};
-  const Tensor y = checked_output(x, u, outputs, stride);
+  check_output(y, x, checked_size(x, u, outputs, stride));
   conv_1x1_to(y, x, u, After(y, bias, residual, scale, act), stride);
   return y;
 }
 
-Tensor conv_1x1_over(Tensor x, Tensor u, OptionalTensor bias, Tensor residual, OptionalTensor scale, int64_t outputs,
-                     int64_t stride_h, int64_t stride_w, std::string act) {
-  const Stride stride{stride_h, stride_w};
-  const After after(checked_output(x, u, outputs, stride), bias, residual, scale, act);
-  conv_1x1_to(residual, x, u, after, stride);
-  return residual;
+Tensor conv_1x1(Tensor x, Tensor u, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale, int64_t outputs,
+                int64_t stride_h, int64_t stride_w, std::string act) {
+  const Tensor y = empty_images(x, checked_size(x, u, outputs, {stride_h, stride_w}));
+  return conv_1x1_into(x, u, bias, residual, scale, outputs, stride_h, stride_w, act, y);
 }
 
 }  // namespace
@@ -196,5 +193,5 @@ Tensor conv_1x1_over(Tensor x, Tensor u, OptionalTensor bias, Tensor residual, O
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("_conv_1x1_pack_native", TORCH_BOX(&fastres::conv_1x1_pack));
   m.impl("_conv_1x1_native", TORCH_BOX(&fastres::conv_1x1));
-  m.impl("_conv_1x1_over_native", TORCH_BOX(&fastres::conv_1x1_over));
+  m.impl("_conv_1x1_into_native", TORCH_BOX(&fastres::conv_1x1_into));
 }

@@ -286,17 +286,16 @@ Tensor conv_winograd_pack(Tensor weight, int64_t tile) {
   return u;
 }
 
-// y, uninitialized.
-Tensor output_for(const Tensor& x, int64_t outputs, Padding pad) {
+ImageSize output_size(const Tensor& x, int64_t outputs, Padding pad) {
   check_geometry(x, pad);
-  return empty_images(x, outputs, x.size(2) + 2 * pad.h - 2, x.size(3) + 2 * pad.w - 2);
+  return {outputs, x.size(2) + 2 * pad.h - 2, x.size(3) + 2 * pad.w - 2};
 }
 
-Tensor checked_output(const Tensor& x, const Tensor& u, int64_t outputs, Padding pad) {
+ImageSize checked_size(const Tensor& x, const Tensor& u, int64_t outputs, Padding pad) {
   const bool fits = x.dim() == 4 && is_packed(u, x.size(1), outputs) && (u.size(1) == 16 || u.size(1) == 36);
   STD_TORCH_CHECK(fits, "u: got shape ", shape_string(u), ", expected a weight that _conv_winograd_pack made for ",
                   x.dim() == 4 ? x.size(1) : 0, " and ", outputs, " channels");
-  return output_for(x, outputs, pad);
+  return output_size(x, outputs, pad);
 }
 
 void conv_winograd_to(const Tensor& y, const Tensor& x, const Tensor& u, const After& after, Padding pad) {
@@ -310,20 +309,18 @@ void conv_winograd_to(const Tensor& y, const Tensor& x, const Tensor& u, const A
   });
 }
 
-Tensor conv_winograd(Tensor x, Tensor u, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale, int64_t outputs,
-                     int64_t pad_h, int64_t pad_w, std::string act) {
+Tensor conv_winograd_into(Tensor x, Tensor u, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale,
+                          int64_t outputs, int64_t pad_h, int64_t pad_w, std::string act, Tensor y) {
   const Padding pad{pad_h, pad_w};
-  const Tensor y = checked_output(x, u, outputs, pad);
+  check_output(y, x, checked_size(x, u, outputs, pad));
   conv_winograd_to(y, x, u, After(y, bias, residual, scale, act), pad);
   return y;
 }
 
-Tensor conv_winograd_over(Tensor x, Tensor u, OptionalTensor bias, Tensor residual, OptionalTensor scale, int64_t outputs,
-                          int64_t pad_h, int64_t pad_w, std::string act) {
-  const Padding pad{pad_h, pad_w};
-  const After after(checked_output(x, u, outputs, pad), bias, residual, scale, act);
-  conv_winograd_to(residual, x, u, after, pad);
-  return residual;
+Tensor conv_winograd(Tensor x, Tensor u, OptionalTensor bias, OptionalTensor residual, OptionalTensor scale, int64_t outputs,
+                     int64_t pad_h, int64_t pad_w, std::string act) {
+  const Tensor y = empty_images(x, checked_size(x, u, outputs, {pad_h, pad_w}));
+  return conv_winograd_into(x, u, bias, residual, scale, outputs, pad_h, pad_w, act, y);
 }
 
 // The same on a weight as it is, [K, C, 3, 3], by F(2x2); turned, for the gradient of x, from K to C channels. Nothing
@@ -336,7 +333,7 @@ OptionalTensor conv_winograd_once(Tensor x, Tensor weight, OptionalTensor bias, 
                   "x: got shape ", shape_string(x), ", expected ", weight.size(turned ? 0 : 1),
                   " channels of weight's dtype");
   const Padding pad{pad_h, pad_w};
-  const Tensor y = output_for(x, weight.size(turned ? 1 : 0), pad);
+  const Tensor y = empty_images(x, output_size(x, weight.size(turned ? 1 : 0), pad));
   const After after(y, bias, residual, scale, act);
   std::atomic<bool> finite{true};
   if (y.numel() == 0) return y;
@@ -358,5 +355,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("_conv_winograd_pack_native", TORCH_BOX(&fastres::conv_winograd_pack));
   m.impl("_conv_winograd_native", TORCH_BOX(&fastres::conv_winograd));
   m.impl("_conv_winograd_once_native", TORCH_BOX(&fastres::conv_winograd_once));
-  m.impl("_conv_winograd_over_native", TORCH_BOX(&fastres::conv_winograd_over));
+  m.impl("_conv_winograd_into_native", TORCH_BOX(&fastres::conv_winograd_into));
 }

@@ -22,6 +22,7 @@ from fastres._dispatch import Choices, operator_of
 from fastres._stamp import Stamp
 from fastres.graph import export
 from fastres.graph.steps import Graph, filled
+from fastres.inference.arena import Arenas, Places
 from fastres.inference.lower import Call, lower
 from fastres.inference.plan import Plan
 
@@ -38,6 +39,7 @@ class _Lowered:
     stamp: Stamp
     ways: dict[int, str]
     held: list[Tensor]  # packed and transformed weights; plans share those that are equal
+    places: Places
     used: int = 0  # in the order of use
 
 
@@ -74,6 +76,7 @@ class Executor:
     def __init__(self, graph: Graph, plan: Plan | None = None, exact: bool = False) -> None:
         self.graph, self.plan, self.exact = graph, plan or Plan(), exact
         self._plans: dict[Any, _Lowered] = {}
+        self._arenas = Arenas()
         self._clock = itertools.count(1)
         self._warned = False
         self._stock = [(stock_of(step.operator), step.args, step.kwargs, step.writes) for step in graph.steps]
@@ -85,8 +88,8 @@ class Executor:
         return Executor, (self.graph, self.plan, self.exact)
 
     def forget(self) -> None:
-        """Let go of every plan, and with it of packed weights."""
-        self._plans = {}
+        """Let go of every plan, and with it of packed weights and planned memory."""
+        self._plans, self._arenas = {}, Arenas()
 
     def run(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Any]:
         """The outputs, in the order of the graph's, without gradients.
@@ -102,8 +105,8 @@ class Executor:
             if plan is None or not all(map(operator.is_, plan.constants, constants)) or not plan.stamp.holds():
                 return self._prepare(key, exact, inputs, constants)
             plan.used = next(self._clock)
-            values: list[Any] = [None] * self.graph.size
-            values[: len(inputs)] = inputs
+            arena, views = self._arenas.take(plan, plan.places)
+            values: list[Any] = [*inputs, *constants, *[None] * len(self.graph.steps), *views]
             for function, template, slots, writes, frees in plan.calls:
                 args = list(template)
                 for place, slot in slots:
@@ -111,6 +114,7 @@ class Executor:
                 values[writes] = function(*args)
                 for slot in frees:
                     values[slot] = None
+            self._arenas.give_back(arena)
             values[self.graph.first_constant : self.graph.first_result] = constants  # one may be an output
             return list(filled(self.graph.outputs, values))
 
@@ -145,7 +149,7 @@ class Executor:
         with export.LOCK, torch.inference_mode(False), torch.no_grad():  # in this order: the first enables gradients
             stamp = Stamp(dict(enumerate(constants)))
             found = lower(self.graph, inputs, constants, self.plan, exact)
-            plan = _Lowered(found.calls, constants, stamp, found.ways, found.held, next(self._clock))
+            plan = _Lowered(found.calls, constants, stamp, found.ways, found.held, found.places, next(self._clock))
             self._plans = self._within_bounds({**self._plans, key: plan}, constants)  # replaced: other threads read it
         return found.outputs
 

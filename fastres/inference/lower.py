@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastres._dispatch import Argument, Choices, operator_of
+from fastres._dispatch import OUTPUT, Argument, Choices, Prepared, operator_of
 from fastres.graph.steps import Graph, Slot, Step, filled, slots_in
+from fastres.inference.arena import Places, Wish
+from fastres.inference.arena import place as place_all
 from fastres.inference.plan import Plan
 
 _UNKNOWN_SHAPE = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _SIZES = {getattr(torch.ops.aten, name).int for name in ("sym_size", "sym_stride")} | {torch.ops.aten.sym_numel.default}
+_NOWHERE = Places((), (), 0)
 _MAKE_NAN = {
     *("sqrt", "rsqrt", "log", "log2", "log10", "log1p", "logit", "reciprocal", "pow", "float_power", "xlogy"),
     *("asin", "acos", "acosh", "atanh", "erfinv", "lgamma", "digamma", "tan", "fmod", "remainder", "std", "var"),
@@ -56,6 +59,7 @@ class Lowered(NamedTuple):
         ways: by the place of its step, the way taken where there was a choice.
         keys: by the place of its step, the key of that choice.
         held: tensors that the calls hold, beside the constants: packed weights, what follows from the sizes.
+        places: of the outputs in planned memory; the calls find those tensors behind the graph's slots, in this order.
         choices: those choices, alike ones once, with arguments to try the ways on; empty unless asked for.
     """
 
@@ -64,6 +68,7 @@ class Lowered(NamedTuple):
     ways: dict[int, str]
     keys: dict[int, str]
     held: list[Tensor]
+    places: Places
     choices: dict[str, tuple[Choices, list[Any]]]
 
 
@@ -101,8 +106,9 @@ def _lower(
     memory = _Memory(graph, values)
     unsettled = _nan_reaches(graph)
     unknown: set[int] = set()  # slots whose shape does not follow from the signature
-    found = Lowered([], [], {}, {}, [], {})
+    found = Lowered([], [], {}, {}, [], _NOWHERE, {})
     over: dict[int, tuple[int, int, Call]] = {}  # place of a call -> its step, the slot to write over, that call
+    into: dict[int, tuple[int, Prepared]] = {}  # place of a call -> its step, the call that writes to a given tensor
     for place, step in enumerate(graph.steps):
         arguments = filled(step.args, values)
         if unknown.intersection(step.reads) or _UNKNOWN_SHAPE.intersection(getattr(step.operator, "tags", ())):
@@ -122,6 +128,8 @@ def _lower(
             if prepared.instead is not None and prepared.overwrites is not None:
                 writes_over = _flat(prepared.instead.function, _spread(prepared.instead.args, step), step, known)
                 over[len(found.calls)] = place, step.args[prepared.overwrites].index, writes_over
+            if prepared.into is not None:
+                into[len(found.calls)] = place, prepared.into
         run(call, values)
         memory.note(step, values)
         if step.writes in of_sizes and step.writes not in unknown:
@@ -131,9 +139,13 @@ def _lower(
             found.calls.append(call)
         for slot in step.frees:
             values[slot] = None
+    written: dict[int, int] = {}  # slot written over -> the slot of what is there then
     for at, (place, slot, call) in over.items():
         if memory.is_free(slot, place):
             found.calls[at] = call
+            written[slot] = graph.steps[place].writes
+            into.pop(at, None)
+    found = found._replace(places=_place(graph, into, found.calls, memory, written, known))
     found.outputs.extend(filled(graph.outputs, values))
     kept = [value for slot, value in known.items() if slot >= graph.first_result]
     if _storages(kept) & _storages(found.outputs):  # which are the caller's to write to
@@ -142,6 +154,30 @@ def _lower(
     held = [t for call in found.calls for t in call.args if isinstance(t, Tensor) and id(t) not in own]
     found.held.extend({id(t): t for t in held}.values())
     return found
+
+
+def _place(
+    graph: Graph,
+    into: Mapping[int, tuple[int, Prepared]],
+    calls: list[Call],
+    memory: _Memory,
+    written: Mapping[int, int],
+    known: Mapping[int, Any],
+) -> Places:
+    """Give outputs that nobody sees outside a place in planned memory; their calls are replaced."""
+    wishes: list[Wish] = []
+    for at, (place, prepared) in into.items():
+        step = graph.steps[place]
+        last = memory.last_use(step.writes, written)
+        if math.isinf(last):
+            continue
+        size, stride, dtype = memory.seen[step.writes]
+        output = Slot(graph.size + len(wishes))
+        args = (output if a is OUTPUT else a for a in prepared.args)
+        calls[at] = _flat(prepared.function, _spread(tuple(args), step), step, known)
+        wishes.append(Wish(size, stride, dtype, place, max(place, int(last))))
+    offsets, total = place_all(wishes)
+    return Places(tuple(wishes), tuple(offsets), total)
 
 
 def _of_sizes(graph: Graph) -> set[int]:
@@ -171,7 +207,7 @@ def _choices(step: Step, arguments: tuple[Any, ...]) -> Choices | None:
 
 def _spread(args: tuple[Any, ...], step: Step) -> tuple[Any, ...]:
     """A prepared call's arguments with those of the step in them."""
-    return tuple(step.args[a.place] if isinstance(a, Argument) else a for a in args)
+    return tuple(step.args[a.place] if isinstance(a, Argument) and a is not OUTPUT else a for a in args)
 
 
 def _plain(step: Step, known: Mapping[int, Any]) -> Call:
@@ -239,6 +275,7 @@ class _Memory:
         self.steps = graph.steps
         self.owners: list[frozenset[int]] = [frozenset({slot}) for slot in range(graph.size)]
         self.taken = set(range(graph.first_result))  # inputs and constants: not the network's to write to
+        self.seen: dict[int, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = {}  # sizes, strides and dtypes
         self.last: dict[int, float] = {slot.index: math.inf for slot in slots_in(graph.outputs)}
         for place, step in enumerate(graph.steps):
             for slot in step.reads:
@@ -247,6 +284,9 @@ class _Memory:
     def note(self, step: Step, values: Sequence[Any]) -> None:
         """Note that the step's output shares the memory of those of its arguments that have its storage."""
         mine = _storages(values[step.writes])
+        if isinstance(values[step.writes], Tensor) and values[step.writes].layout is torch.strided:
+            t = values[step.writes]
+            self.seen[step.writes] = tuple(t.shape), t.stride(), t.dtype
         owners: set[int] = set()
         known: set[int] = set()
         for slot in step.reads:
@@ -267,6 +307,16 @@ class _Memory:
         if any(self.last.get(s, 0) > place for s in alike):
             return False
         return [s for s in step.reads if s in alike] == [slot]
+
+    def last_use(self, slot: int, written: Mapping[int, int]) -> float:
+        """The last step that reads the memory of `slot`, or what is written over it; inf: it is an output."""
+        group, new = set(), {slot}
+        while new:
+            group |= new
+            owners = frozenset().union(*(self.owners[s] for s in new))
+            alike = {s for s, of in enumerate(self.owners) if of & owners}
+            new = (alike | {written[s] for s in alike if s in written}) - group
+        return max(self.last.get(s, 0) for s in group)
 
 
 def _storages(value: Any) -> set[int]:

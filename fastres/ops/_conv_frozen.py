@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fastres._dispatch import Argument, Choices, Prepared
+from fastres._dispatch import OUTPUT, Argument, Choices, Prepared
 from fastres._stamp import version
 from fastres.ops import _conv_native as native
 from fastres.ops._conv_backends import OUT_OF_PLACE, Conv, Maybe, conv2d, output_size, sound, why_not_onednn
@@ -109,20 +109,21 @@ def bind(
         "plain": lambda: on(weight.detach()),
     }
 
-    def own(forward: Any, over: Any, at: Any, tile: int) -> Prepared:
-        rest, after = (_kept(weight, tile), bias), (None, k, *at, act)
+    def own(forward: Any, into: Any, at: Any, tile: int) -> Prepared:
+        added = None if residual is None else _RESIDUAL
+        args = _X, _kept(weight, tile), bias, added, None, k, *at, act
+        to = Prepared(into, (*args, OUTPUT))
         if residual is None:
-            return Prepared(forward, (_X, *rest, None, *after))
-        instead = Prepared(over, (_X, *rest, _RESIDUAL, *after))
-        return Prepared(forward, (_X, *rest, _RESIDUAL, *after), _RESIDUAL.place, instead)
+            return Prepared(forward, args, into=to)
+        return Prepared(forward, args, _RESIDUAL.place, Prepared(into, (*args, _RESIDUAL)), to)
 
     asked = x, tuple(weight.shape), (stride, padding, dilation, groups), act
     if not native.why_not_1x1(*asked):
-        one = functools.partial(own, native.forward_1x1, native.over_1x1, stride, 1)
+        one = functools.partial(own, native.forward_1x1, native.into_1x1, stride, 1)
         return Choices(key, direct | {native.PRODUCT: one})
     if native.why_not(*asked):
         return Choices(key, direct)
-    tiles = {way: functools.partial(own, native.forward, native.over, padding, t) for way, t in native.TILES.items()}
+    tiles = {way: functools.partial(own, native.forward, native.into, padding, t) for way, t in native.TILES.items()}
     first = native.faster(n, c, k, p, q, x.dtype)
     order = [*first, *direct, *(way for way in tiles if way not in first)]
     return Choices(key, {way: (direct | tiles)[way] for way in order}, native.TILES)

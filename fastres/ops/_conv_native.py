@@ -24,12 +24,10 @@ _FEWEST = 16  # channels: with fewer, the transforms take longer than the produc
 _LIB = torch.library.Library("fastres", "FRAGMENT")
 _LIB.define("_conv_winograd_pack_native(Tensor weight, int tile) -> Tensor")
 _LIB.define("_conv_1x1_pack_native(Tensor weight) -> Tensor")
-for _name in ("winograd", "1x1"):  # where: padding, or the stride
-    _rest = "Tensor? scale, int outputs, int h, int w, str act"
-    _LIB.define(f"_conv_{_name}_native(Tensor x, Tensor u, Tensor? bias, Tensor? residual, {_rest}) -> Tensor")
-    _rest = f"Tensor(a!) residual, {_rest}) -> Tensor(a!)"
-    _LIB.define(f"_conv_{_name}_over_native(Tensor x, Tensor u, Tensor? bias, {_rest}")
-
+for _name in ("winograd", "1x1"):  # h, w: the padding, or the stride
+    _arguments = "Tensor x, Tensor u, Tensor? bias, Tensor? residual, Tensor? scale, int outputs, int h, int w, str act"
+    _LIB.define(f"_conv_{_name}_native({_arguments}) -> Tensor")
+    _LIB.define(f"_conv_{_name}_into_native({_arguments}, Tensor(a!) y) -> Tensor(a!)")  # y: the residual, perhaps
 _LIB.define(
     "_conv_winograd_once_native(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, int h, int w, "
     "str act, bool turned) -> Tensor?"
@@ -39,12 +37,8 @@ _LIB.define("_conv_winograd_weight_native(Tensor x, Tensor dy, int h, int w, boo
 _ops: Any = torch.ops.fastres
 once = _ops._conv_winograd_once_native.default
 weight_gradient = _ops._conv_winograd_weight_native.default
-pack, forward, over = (
-    getattr(_ops, f"_conv_winograd_{name}native").default for name in ("pack_", "", "over_")
-)  # x, u, bias, residual, scale, outputs, padding (two), act
-pack_1x1, forward_1x1, over_1x1 = (
-    getattr(_ops, f"_conv_1x1_{name}native").default for name in ("pack_", "", "over_")
-)  # with strides for the padding
+pack, forward, into = (getattr(_ops, f"_conv_winograd_{name}native").default for name in ("pack_", "", "into_"))
+pack_1x1, forward_1x1, into_1x1 = (getattr(_ops, f"_conv_1x1_{name}native").default for name in ("pack_", "", "into_"))
 
 
 def why_not(x: Tensor, weight: tuple[int, ...], where: tuple[Any, ...], act: str) -> list[str]:

@@ -13,17 +13,10 @@ from torch.nn import functional as F
 
 from fastres.graph.steps import Graph, Slot, Step, freed
 from fastres.inference.executor import Executor
-from freeze_cases import Net, agree, compare, freeze, images, operators, settle
+from freeze_cases import Net, agree, compare, freeze, images, settle, written_over
 
 vision = pytest.importorskip("torchvision").models
-OVER = "mkldnn::_convolution_pointwise_"
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-
-
-def written_over(frozen, x):
-    frozen(x)
-    seen = operators(frozen, x)
-    return seen.get(OVER, 0) + seen.get("fastres::_conv_winograd_over_native", 0)
 
 
 NETS = {  # y is a convolution's output; how many residuals are written over

@@ -92,7 +92,7 @@ def test_nothing_outside_its_tensors_is_read_or_written(dtype, shape):
     want = run(x, weight, bias, residual, scale, shape[-1], "relu")
     (x, _), (bias, _), (scale, _), (residual, memory) = map(guarded, (x, bias, scale, residual))
     u = guarded(native.pack_1x1(weight))[0]
-    got = native.over_1x1(x, u, bias, residual, scale, shape[2], *shape[-1], "relu")
+    got = native.into_1x1(x, u, bias, residual, scale, shape[2], *shape[-1], "relu", residual)
     assert got.data_ptr() == residual.data_ptr() and torch.equal(got, want)
     assert memory[:128].isnan().all() and memory[128 + residual.numel() :].isnan().all()
 

@@ -95,7 +95,7 @@ def test_written_over_the_residual(tile):
     shape = (2, 24, 40, 9, 10, (1, 1))
     x, weight, bias, residual, _ = tensors(*shape)
     want = run(tile, x, weight, bias, residual, None, (1, 1), "relu")
-    got = winograd.over(x, winograd.pack(weight, tile), bias, residual, None, 40, 1, 1, "relu")
+    got = winograd.into(x, winograd.pack(weight, tile), bias, residual, None, 40, 1, 1, "relu", residual)
     assert got.data_ptr() == residual.data_ptr() and torch.equal(residual, want)
 
 
@@ -123,7 +123,7 @@ def test_nothing_outside_its_tensors_is_read_or_written(tile, dtype, shape):
     u = winograd.pack(weight, tile)
     want = winograd.forward(x, u, bias, residual, scale, shape[2], *shape[-1], "relu")
     (x, _), (bias, _), (scale, _), (residual, memory) = map(guarded, (x, bias, scale, residual))
-    got = winograd.over(x, guarded(u)[0], bias, residual, scale, shape[2], *shape[-1], "relu")
+    got = winograd.into(x, guarded(u)[0], bias, residual, scale, shape[2], *shape[-1], "relu", residual)
     assert torch.equal(got, want)
     assert memory[:128].isnan().all() and memory[128 + residual.numel() :].isnan().all()
 
