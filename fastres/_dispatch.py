@@ -13,6 +13,7 @@ comma-separated list of backends never chosen ("all" leaves the reference alone)
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -74,17 +75,19 @@ class Prepared:
 class Choices:
     """Ways to run one call, the default first.
 
-    `key` is a line that is equal for calls alike; `ways` has by name what prepares each; `tiles` the ways that are
-    Winograd's, with the side of their tile of outputs, which a plan may bound.
+    `key` is a line that is equal for calls alike; `ways` has by name what prepares each. A plan may bound two things:
+    `tiles` has the ways that are Winograd's, with the side of their tile of outputs, and `holds` the bytes that a way
+    keeps beside the weight.
     """
 
     key: str
     ways: dict[str, Callable[[], Prepared]]
     tiles: dict[str, int] = field(default_factory=dict)
+    holds: dict[str, int] = field(default_factory=dict)
 
-    def within(self, tile: int) -> list[str]:
-        """The ways with tiles of at most that side."""
-        return [way for way in self.ways if self.tiles.get(way, 0) <= tile]
+    def within(self, tile: int, room: float = math.inf) -> list[str]:
+        """The ways with tiles of at most that side that keep at most `room` bytes."""
+        return [way for way in self.ways if self.tiles.get(way, 0) <= tile and self.holds.get(way, 0) <= room]
 
 
 @dataclass

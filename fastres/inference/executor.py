@@ -141,6 +141,11 @@ class Executor:
             found = lower(self.graph, inputs, constants, self.plan, self.exact, keep_choices=True)
         return list(found.choices.values())
 
+    def keys(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> dict[int, str]:
+        """The keys of those choices, by the places of their steps."""
+        with export.LOCK, torch.inference_mode(False), torch.no_grad():
+            return lower(self.graph, inputs, constants, self.plan, self.exact).keys
+
     def _key(self, inputs: Sequence[Tensor], exact: bool) -> Any:
         return exact, *[(t.shape, t.stride(), t.dtype) for t in inputs]
 
@@ -155,7 +160,8 @@ class Executor:
 
     def _within_bounds(self, plans: dict[Any, _Lowered], constants: Sequence[Tensor]) -> dict[Any, _Lowered]:
         """The plans, without those used longest ago that are too many or hold too much."""
-        bound = _HELD[0] * _bytes(constants) + _HELD[1]
+        own = self.plan.max_weights
+        bound = _HELD[0] * _bytes(constants) + _HELD[1] if own is None else own
         latest = sorted(plans.items(), key=lambda item: item[1].used)
         while len(latest) > 1 and (len(latest) > _PLANS or _bytes(t for _, p in latest for t in p.held) > bound):
             latest.pop(0)

@@ -61,6 +61,7 @@ def freeze(
     tune: bool | Literal["auto"] = "auto",
     cuda_graph: bool | Literal["auto"] = "auto",
     precision: Literal["auto", "exact"] = "auto",
+    max_weights: int | None = None,
     verify: bool | Literal["warn"] = True,
     differentiable: bool = False,
 ) -> FrozenModel:
@@ -92,6 +93,10 @@ def freeze(
         precision: "auto" may run 3x3 convolutions on a CPU by Winograd's F(2x2, 3x3), which is as exact as a direct
             product, and with ``verify`` by F(4x4, 3x3), for as many layers as the referee takes; "exact" runs direct
             products alone.
+        max_weights: bytes that weights made ready for a CPU's kernels may take beside the weights: packed ones are as
+            large as these, those of F(2x2, 3x3) and F(4x4, 3x3) 1.8 and 4 times as large in float32. The first layers
+            of a network have them first; 0 runs every layer on its weight as it is. None: no bound for one input size,
+            and 5 times the weights and 64 MiB for all sizes together.
         verify: run the referee (:func:`fastres.verify`) against the model in eval mode on the example and put its
             verdict in the report. A failure raises, with "warn" it is logged and reported. BN layers with their initial
             statistics are given the example's, on copies, for that comparison only.
@@ -127,6 +132,8 @@ def freeze(
     ):
         if word not in known:
             raise ValueError(f"{name}: got {word!r}, expected {', '.join(map(repr, known[:-1]))} or {known[-1]!r}")
+    if max_weights is not None and (type(max_weights) is not int or max_weights < 0):
+        raise ValueError(f"max_weights: got {max_weights!r}, expected a number of bytes, or None for no bound")
     source = sharing_copy(model).eval()
     own = dtype_of(source)
     target = torch.device(device) if device is not None else _device_of(source, example_inputs)
@@ -151,7 +158,7 @@ def freeze(
         report.notes.append("this CPU has no native bfloat16: oneDNN emulates it, slower than float32")
     for made in frozen.modules():  # its parts too
         if isinstance(made, FrozenModel):
-            made.plan.differentiable = differentiable
+            made.plan.differentiable, made.plan.max_weights = differentiable, max_weights
             made.plan.winograd = 0 if precision == "exact" else 4 if verify and made is frozen else 2
             made.forget()  # what its first runs have lowered
     example = copies(inputs)

@@ -105,6 +105,9 @@ def _lower(
     known: dict[int, Any] = dict(enumerate(constants, graph.first_constant))
     memory = _Memory(graph, values)
     unsettled = _nan_reaches(graph)
+    room = (
+        math.inf if plan.max_weights is None else plan.max_weights
+    )  # the first layers, of the smallest weights, have it
     unknown: set[int] = set()  # slots whose shape does not follow from the signature
     found = Lowered([], [], {}, {}, [], _NOWHERE, {})
     over: dict[int, tuple[int, int, Call]] = {}  # place of a call -> its step, the slot to write over, that call
@@ -121,8 +124,9 @@ def _lower(
             if keep_choices and choices.key not in found.choices:
                 found.choices[choices.key] = choices, list(arguments)
             found.keys[place] = choices.key
-            way, allowed = plan.choices.get(choices.key), choices.within(plan.winograd)
+            way, allowed = plan.choices.get(choices.key), choices.within(plan.winograd, room)
             found.ways[place] = way = way if way in allowed else allowed[0]
+            room -= choices.holds.get(way, 0)
             prepared = choices.ways[way]()
             call = _flat(prepared.function, _spread(prepared.args, step), step, known)
             if prepared.instead is not None and prepared.overwrites is not None:
@@ -150,8 +154,8 @@ def _lower(
     kept = [value for slot, value in known.items() if slot >= graph.first_result]
     if _storages(kept) & _storages(found.outputs):  # which are the caller's to write to
         return _lower(graph, inputs, constants, plan, exact, keep_choices, set())
-    own = {id(t) for t in constants}
-    held = [t for call in found.calls for t in call.args if isinstance(t, Tensor) and id(t) not in own]
+    own = _storages(list(constants))
+    held = [t for call in found.calls for t in call.args if isinstance(t, Tensor) and not _storages(t) & own]
     found.held.extend({id(t): t for t in held}.values())
     return found
 

@@ -38,7 +38,8 @@ def settle(frozen: FrozenModel, inputs: Any, judge: Callable[[], Verification | 
         _move(frozen, left[:half], left[half:])
         left, moved = left[half:], moved + half
         verdict = judge()
-    note = f"{moved} kinds of convolutions went from F(4x4, 3x3) to F(2x2, 3x3) until the referee took the network"
+    names = _names(frozen, inputs, large[:moved])
+    note = f"went from F(4x4, 3x3) to F(2x2, 3x3) until the referee took the network: {', '.join(names)}"
     if not verdict:
         plan.winograd, note = 0, "no Winograd: the referee did not take the network by it"
         frozen.choose({key: way for key, way in plan.choices.items() if way not in native.TILES})
@@ -49,6 +50,15 @@ def settle(frozen: FrozenModel, inputs: Any, judge: Callable[[], Verification | 
         return rejected
     frozen.report.notes.append(note)
     return verdict
+
+
+def _names(frozen: FrozenModel, inputs: Any, keys: list[str]) -> list[str]:
+    """The names of the steps whose choice has one of these keys."""
+    found = frozen.prepared(inputs)
+    assert found is not None  # the keys are of its executor
+    executor, tensors, constants = found
+    of = executor.keys(tensors, constants)
+    return [executor.graph.steps[place].name for place, key in of.items() if key in keys]
 
 
 def _move(frozen: FrozenModel, back: list[str], left: list[str]) -> None:

@@ -54,6 +54,10 @@ class Request:
     ] = None
     device: Device = "auto"
     tune: Annotated[bool, Option("--tune/--no-tune", help="Measure layouts, packs and eager.")] = True
+    precision: Annotated[str, Option(help="auto, or exact: no Winograd, direct products alone.")] = "auto"
+    max_weights: Annotated[
+        float | None, Option(min=0, help="Megabytes of packed and transformed weights beside the weights; 0: none.")
+    ] = None
     save: Annotated[Path | None, Option(help="Save the frozen model to this file.")] = None
     json: Annotated[Path | None, Option("--json", help="Write the report to this file as JSON.")] = None
 
@@ -101,6 +105,8 @@ def _checked(request: Request) -> tuple[tuple[int, int, int, int], torch.dtype, 
     """The example's shape, the dtype and the device, once every option is checked and the paths are writable."""
     if request.dtype not in DTYPE_NAMES:
         raise LabError(f"--dtype: got {request.dtype!r}, expected {', '.join(DTYPE_NAMES)}")
+    if request.precision not in ("auto", "exact"):
+        raise LabError(f"--precision: got {request.precision!r}, expected auto or exact")
     sides = request.image_size.lower().split("x")
     numbers = [int(side) if side.isascii() and side.isdigit() and len(side) < 6 else 0 for side in sides]
     if not 1 <= len(sides) <= 2 or not all(1 <= number <= _LARGEST for number in numbers):
@@ -125,7 +131,9 @@ def _run_once(name: str, model: nn.Module, images: Tensor) -> None:
 
 def _freeze(model: nn.Module, images: Tensor, dtype: torch.dtype, request: Request) -> FrozenModel:
     try:
-        return freeze_model(model, images, dtype=dtype, tune="auto" if request.tune else False, verify="warn")
+        how: dict[str, Any] = {"tune": "auto" if request.tune else False, "precision": request.precision}
+        room = None if request.max_weights is None else int(request.max_weights * 1e6)
+        return freeze_model(model, images, dtype=dtype, **how, max_weights=room, verify="warn")
     except (TypeError, ValueError) as error:
         if str(error).startswith("model:"):  # for example, it is quantized already
             raise ModelError(f"{request.model}: {error}") from error

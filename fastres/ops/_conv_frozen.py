@@ -117,16 +117,17 @@ def bind(
             return Prepared(forward, args, into=to)
         return Prepared(forward, args, _RESIDUAL.place, Prepared(into, (*args, _RESIDUAL)), to)
 
+    holds = {"packed": weight.numel() * weight.itemsize} | native.bytes_held(weight)
     asked = x, tuple(weight.shape), (stride, padding, dilation, groups), act
     if not native.why_not_1x1(*asked):
         one = functools.partial(own, native.forward_1x1, native.into_1x1, stride, 1)
-        return Choices(key, direct | {native.PRODUCT: one})
+        return Choices(key, direct | {native.PRODUCT: one}, holds=holds)
     if native.why_not(*asked):
-        return Choices(key, direct)
+        return Choices(key, direct, holds=holds)
     tiles = {way: functools.partial(own, native.forward, native.into, padding, t) for way, t in native.TILES.items()}
     first = native.faster(n, c, k, p, q, x.dtype)
     order = [*first, *direct, *(way for way in tiles if way not in first)]
-    return Choices(key, {way: (direct | tiles)[way] for way in order}, native.TILES)
+    return Choices(key, {way: (direct | tiles)[way] for way in order}, native.TILES, holds)
 
 
 def _is_right(x: Tensor, weight: Tensor, pack: Callable[[Tensor], Tensor], where: tuple[Any, ...]) -> bool:

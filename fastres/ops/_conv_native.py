@@ -82,6 +82,12 @@ def _has_16_bit_products(dtype: torch.dtype) -> bool:
     return bool(known._is_mkldnn_bf16_supported() if dtype is torch.bfloat16 else known._is_mkldnn_fp16_supported())
 
 
+def bytes_held(weight: Tensor) -> dict[str, int]:
+    """The bytes of a weight, [K, C, R, S], made ready for each way: float32, panels of up to 32 output channels."""
+    numbers = -(-weight.shape[0] // 32) * 32 * weight.shape[1]
+    return {PRODUCT: 4 * numbers} | {way: 4 * (m + 2) ** 2 * numbers for way, m in TILES.items()}
+
+
 def faster(n: int, c: int, k: int, p: int, q: int, dtype: torch.dtype) -> tuple[str, ...]:
     """The ways that are faster than oneDNN's, the fastest first, as far as the sizes tell; `tune` measures.
 

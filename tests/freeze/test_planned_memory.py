@@ -14,6 +14,7 @@ import fastres
 from fastres._extension import native_cpu
 from fastres.inference import arena as arenas
 from fastres.inference.arena import Arenas, Places, Wish, place
+from fastres.inference.executor import _bytes
 from freeze_cases import Net, compare, settle
 
 vision = pytest.importorskip("torchvision").models
@@ -164,3 +165,37 @@ def test_kept_memory_has_a_bound(monkeypatch):
     for arena in taken:
         pool.give_back(arena)
     assert len(pool._free) == 3
+
+
+# ---- a bound on weights made ready -----------------------------------------------------------------------------------
+
+
+def test_max_weights_bounds_what_is_held_and_changes_no_answer():
+    net, x = settle(vision.resnet18(num_classes=10)), images(2, 64)
+    whole = fastres.freeze(net, x, tune=False, verify=False)
+    whole(x)
+    needed = whole._network.executor.bytes_held([x])
+    for room in (0, 300_000, needed // 2, needed):
+        frozen = fastres.freeze(net, x, tune=False, verify=False, max_weights=room)
+        for given in (x, images(1, 64), images(3, 96)):
+            compare(net, frozen, given, tol=1e-4)
+        executor = frozen._network.executor
+        held = [t for plan in executor._plans.values() for t in plan.held]
+        assert _bytes(held) <= room and (room == 0) == (not held)
+        assert frozen.report.held <= room
+    assert pickle.loads(pickle.dumps(frozen)).plan.max_weights == needed
+
+
+def test_max_weights_is_kept_in_a_file(tmp_path):
+    frozen = fastres.freeze(settle(vision.resnet18()), images(1, 64), tune=False, verify=False, max_weights=10**6)
+    frozen.save(tmp_path / "net")
+    loaded = fastres.load(tmp_path / "net")
+    assert loaded.plan.max_weights == 10**6
+    loaded(images(1, 64))
+    assert loaded._network.executor.bytes_held([images(1, 64)]) <= 10**6
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "1MB", True])
+def test_max_weights_says_what_is_wrong(wrong):
+    with pytest.raises(ValueError, match="max_weights: got .*, expected a number of bytes, or None for no bound"):
+        fastres.freeze(nn.Conv2d(3, 3, 3), torch.randn(1, 3, 8, 8), max_weights=wrong)
