@@ -25,6 +25,8 @@ STEPS = ("tests/swap/test_conv_steps.py",)
 LOWER = ("tests/freeze/test_lower.py",)
 EXECUTOR = ("tests/freeze/test_executor.py",)
 WINOGRAD = ("tests/ops/test_conv_winograd.py",)
+TRAINING = ("tests/ops/test_conv_act_winograd.py",)
+PLANNED = ("tests/freeze/test_planned_memory.py",)
 PRODUCT = ("tests/ops/test_conv_1x1.py",)
 LARGE = ("tests/ops/test_large.py",)
 EMULATED = ("tests/emulation/test_cuda_emulated.py",)
@@ -86,8 +88,8 @@ BUGS = {
     ("fastres/nn/conv_steps.py", STEPS): [
         (
             "written-over-with-gradients",
-            "if not (torch.is_grad_enabled() and any_requires_grad(*tensors)):",
-            "if True:",
+            "return None if torch.is_grad_enabled() and any_requires_grad(*everything) else fixed",
+            "return fixed",
         ),
         ("written-over-under-hooks", "is_plain(conv, nn.Conv2d) and ", ""),
     ],
@@ -124,18 +126,45 @@ BUGS = {
     ("csrc/cpu/winograd_transforms.h", WINOGRAD): [
         ("winograd-coefficient", "o[0] = (d[4] - d[2] * 2.5f) + d[0];", "o[0] = (d[4] - d[2] * 2.4f) + d[0];")
     ],
-    ("csrc/cpu/conv_winograd.cpp", WINOGRAD): [
+    ("csrc/cpu/winograd.h", WINOGRAD): [
         (
             "winograd-channel-tail-dropped",
-            "      for (; c < shape.channels; ++c) at_channel<1, false>(from + c, to + c, top, bottom, left, right);\n",
-            "",
+            "for (; c < shape.channels; ++c) at_channel<1, false>(from + c, v + to.at(t, c)",
+            "for (; c < 0; ++c) at_channel<1, false>(from + c, v + to.at(t, c)",
         ),
         (
             "winograd-taps-transposed",
-            "store<W>(to + (i * kEdge<M> + j) * tap_stride, o[j]);",
-            "store<W>(to + (j * kEdge<M> + i) * tap_stride, o[j]);",
+            "store<W>(out + (i * kEdge<M> + j) * to.tap, o[j]);",
+            "store<W>(out + (j * kEdge<M> + i) * to.tap, o[j]);",
         ),
-        ("winograd-rows-past-the-image", "      if (i >= bottom) break;\n", ""),
+        ("winograd-tile-of-another-image", "image = tile / (s.rows * s.columns);", "image = 0;"),
+    ],
+    ("csrc/cpu/conv_winograd.cpp", WINOGRAD): [("winograd-rows-past-the-image", "      if (i >= bottom) break;\n", "")],
+    ("csrc/cpu/conv_winograd.cpp", TRAINING): [
+        ("winograd-kernel-not-turned", "    w += 2 * (along[2] + along[3]);\n    along[2] = -along[2];\n", ""),
+        ("winograd-spreads-nan", "zeros[j] += o[j] * 0.0f;", ""),
+    ],
+    ("csrc/cpu/conv_winograd_weight.cpp", TRAINING): [
+        (
+            "winograd-gradient-of-the-last-block",
+            "ToMemory{d + tap * kPanel<W> * kPanel<W>, add || t > 0}",
+            "ToMemory{d + tap * kPanel<W> * kPanel<W>, false}",
+        ),
+        ("winograd-gradient-past-the-image", "below ? load<W>(from + row) : zero", "load<W>(from + row)"),
+    ],
+    ("csrc/cpu/winograd_transforms.h", TRAINING): [
+        ("winograd-gradient-coefficient", "g[2] = even + o[3];", "g[2] = even - o[3];")
+    ],
+    ("fastres/inference/lower.py", PLANNED): [
+        ("planned-outputs-of-the-network", "        if math.isinf(last):\n            continue\n", ""),
+        (
+            "planned-without-what-is-written-over",
+            "new = (alike | {written[s] for s in alike if s in written}) - group",
+            "new = alike - group",
+        ),
+    ],
+    ("fastres/inference/arena.py", PLANNED): [
+        ("planned-places-overlap", "if not apart and offset + wish.bytes > offsets[j]:", "if False:")
     ],
     ("csrc/cpu/conv_epilogue.h", WINOGRAD): [
         (
