@@ -41,21 +41,11 @@ def test_address_and_undefined_behavior(tmp_path_factory, isa):
         pytest.skip("this machine has neither")
     folder = tmp_path_factory.getbasetemp() / "sanitized"
     if not folder.exists():
-        for name in (
-            "csrc",
-            "fastres",
-            "kernels",
-            "setup.py",
-            "pyproject.toml",
-            "LICENSE",
-            "LICENSE.CUTLASS",
-            "README.md",
-        ):
-            source = ROOT / name
-            copy = shutil.copytree if source.is_dir() else shutil.copy
-            copy(source, folder / name) if source.is_file() else copy(
-                source, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
-            )
+        clean = shutil.ignore_patterns("*.so", "__pycache__")
+        for name in ("csrc", "fastres", "kernels"):
+            shutil.copytree(ROOT / name, folder / name, ignore=clean)
+        for name in ("setup.py", "pyproject.toml", "LICENSE", "LICENSE.CUTLASS", "README.md"):
+            shutil.copy(ROOT / name, folder / name)
     if not list((folder / "fastres").glob("_C.*.so")):
         flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-sanitize=alignment -O1"
         environment = os.environ | {
