@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from fastres._dispatch import AUTO, REFERENCE, Backend, Choices, Operator, check_stock, choose, register
+from fastres._dispatch import AUTO, REFERENCE, Backend, BackendError, Choices, Operator, check_stock, choose, register
 from fastres.ops import _conv_backends, _conv_frozen, _conv_native
 from fastres.ops._autograd import any_requires_grad, is_plain_eager, is_transformed, register_autograd
 from fastres.ops._conv_backends import ACTS, Conv, Maybe, Pair, conv2d, conv2d_backward, output_size, pair
@@ -293,9 +293,11 @@ OPERATOR.add(Backend("cuda", _conv_backends.why_not_conv_cuda, _conv_backends.cu
 
 def winograd_is_faster(x: Tensor, weight: Tensor, padding: Pair, dilation: Pair, groups: int) -> bool:
     """Tell whether conv_act runs this convolution of stride 1 by its backend "winograd". x: [N, C, H, W]."""
-    return (
-        choose(OPERATOR, AUTO, x, _kind(x, weight, None, None, None, 1, padding, dilation, groups)).name == "winograd"
-    )
+    try:
+        chosen = choose(OPERATOR, AUTO, x, _kind(x, weight, None, None, None, 1, padding, dilation, groups))
+    except BackendError:  # FASTRES_BACKEND names one that refuses
+        return False
+    return chosen.name == "winograd"
 
 
 # ---- public function -------------------------------------------------------------------------------------------------

@@ -397,5 +397,16 @@ def test_hooks_autocast_and_odd_modules_keep_the_stock_convolution():
         step(x[:, :16], conv, bn, act)
 
 
+def test_a_backend_of_the_environment_that_refuses_leaves_swapped_blocks_alone(monkeypatch):
+    step, x = fastres.nn.conv_norm_act, torch.randn(2, 8, 9, 9).contiguous(memory_format=LAST)
+    monkeypatch.setenv("FASTRES_BACKEND", "winograd")
+    fastres._dispatch.reload_environment()
+    try:
+        assert step(x, nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).shape == (2, 8, 7, 7)
+    finally:
+        monkeypatch.undo()
+        fastres._dispatch.reload_environment()
+
+
 def test_activation_names_are_the_kernels():
     assert set(native.ACTS) < set(EAGER)
