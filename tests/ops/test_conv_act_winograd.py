@@ -1,6 +1,7 @@
 """The backend "winograd" of conv_act: F(2x2, 3x3) on the weight as it is, its gradients, swapped blocks that take it.
 
-The kernels by themselves are in test_conv_winograd.py, every backend's behavior in test_conv_act.py.
+The kernels by themselves are in test_conv_winograd.py, every backend's behavior in test_conv_act.py. Longer than 400
+lines: one backend, from its values to the blocks that run it.
 """
 
 import copy
