@@ -10,7 +10,7 @@ import pytest
 
 from fastres._extension import build_info
 
-pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.full, pytest.mark.timeout(2400)]
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = """
 import sys
