@@ -50,7 +50,7 @@ def conv_bn_act(
     own = fresh and _goes_by_winograd(conv, x, backend)
     if own and (residual is None or (residual.dtype is x.dtype and residual.shape == _output_shape(conv, x))):
         fixed = _fixed_norm(bn, x, residual, conv.weight, conv.bias)
-        if fixed is not None:
+        if fixed is not None and len(fixed["running_mean"]) == conv.out_channels:
             scale, shift = _scale_and_shift(**fixed, added=conv.bias)
             return _convolve(conv, x, shift, residual, scale, act)
     z = call_reading(conv, x, memory, _convolve_alone if own else None)

@@ -181,11 +181,8 @@ def why_not_winograd(x: Tensor, call: Conv) -> list[str]:
 
 def winograd(x: Tensor, weight: Tensor, bias: Maybe, residual: Maybe, scale: Maybe, call: Conv) -> Tensor:
     """F(2x2, 3x3) with its epilogue; direct where an output is not finite, which a tile would spread."""
-    layout = torch.channels_last
-    given, added = (
-        x.contiguous(memory_format=layout),
-        None if residual is None else residual.contiguous(memory_format=layout),
-    )
+    given = x.contiguous(memory_format=torch.channels_last)
+    added = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
     shift, factor = (None if t is None else t.contiguous() for t in (bias, scale))
     y: Maybe = _conv_native.once(given, weight, shift, added, factor, *call.padding, call.act, False)
     return cpu(x, weight, bias, residual, scale, call) if y is None else y
@@ -282,7 +279,7 @@ def problem_of(x: Tensor, call: Conv) -> Problem:
 
 
 def measured(x: Tensor, call: Conv) -> tuple[str, ...]:
-    """The backends in the order that was measured for this convolution; nothing where none was."""
+    """The backends in the order measured for this convolution, on a CPU as the cost model has it; nothing without."""
     if x.device.type == "cpu":
         n, k, p, q = call.shape
         shape = n, call.weight[1], k, p, q

@@ -394,6 +394,8 @@ def test_hooks_autocast_and_odd_modules_keep_the_stock_convolution():
     assert own_calls(x.contiguous(), conv) == 0  # NCHW
     assert own_calls(x, nn.Conv2d(32, 32, 3, padding=1, padding_mode="reflect")) == 0
     assert own_calls(x, nn.Conv2d(32, 32, 3, padding="same")) == 0
+    with torch.no_grad(), pytest.raises(ValueError, match=r"bn_act: weight: got shape \[31\], expected \[32\]"):
+        step(x, conv, nn.BatchNorm2d(31).eval(), act)
     with pytest.raises(RuntimeError, match="expected input"):  # PyTorch's own words
         step(x[:, :16], conv, bn, act)
 
