@@ -37,7 +37,7 @@ INSTEAD = {CPU: "operators run through their references", CUDA: "operators on a 
 
 # csrc includes no ATen header: built for the stable ABI of this release, one binary loads in it and in later ones.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
-CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi"]
+CXX_FLAGS = ["-O2", "-fno-math-errno", "-fno-trapping-math", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wno-psabi"]
 CXX_FLAGS += DEFINES
 SM90 = "/conv_sm90"  # files of kernels that only 9.0a can run
 # NDEBUG: without it ptxas serializes wgmma. USE_CUDA: torch's header declares the current stream.

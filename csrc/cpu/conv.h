@@ -13,6 +13,8 @@
 
 namespace fastres {
 
+constexpr int64_t kStreamedBytes = 1 << 20;  // of a weight: more does not stay in L2 and is fetched ahead
+
 inline int64_t panel_width() {
   const Isa isa = runtime_isa();
   return isa == Isa::kAvx512 ? kPanel<16> : isa == Isa::kAvx2 ? kPanel<8> : kPanel<4>;
@@ -152,4 +154,23 @@ class After {
   std::vector<float> wide_bias_, wide_scale_;
 };
 
+namespace {  // what it instantiates is emitted for the instruction sets that call it alone: else gcc takes minutes
+
+// Takes the sums of a panel of channels from k on to y.
+template <class T>
+struct ToImage {
+  Epilogue<T> epilogue;
+  int64_t first, outputs, k;
+
+  template <int W>
+  FASTRES_HD void put(Float<W> sum, int64_t row, int64_t column) const {
+    const int64_t channel = k + column, at = (first + row) * outputs + channel;
+    if (channel + W <= outputs) return epilogue.template put<W>(sum, at, channel);
+    float lanes[W];
+    store<W>(lanes, sum);
+    for (int64_t j = 0; channel + j < outputs; ++j) epilogue.template put<1>(lanes[j], at + j, channel + j);
+  }
+};
+
+}  // namespace
 }  // namespace fastres

@@ -43,24 +43,6 @@ struct Gather {
   }
 };
 
-// Takes the sums of a panel of channels from k on to y.
-template <class T>
-struct ToImage {
-  Epilogue<T> epilogue;
-  int64_t first, outputs, k;
-
-  template <int W>
-  FASTRES_HD void put(Float<W> sum, int64_t row, int64_t column) const {
-    const int64_t channel = k + column, at = (first + row) * outputs + channel;
-    if (channel + W <= outputs) return epilogue.template put<W>(sum, at, channel);
-    float lanes[W];
-    store<W>(lanes, sum);
-    for (int64_t j = 0; channel + j < outputs; ++j) epilogue.template put<1>(lanes[j], at + j, channel + j);
-  }
-};
-
-constexpr int64_t kStreamedBytes = 1 << 20;  // of U: more does not stay in L2 and is fetched ahead
-
 template <class T>
 struct Panels {
   Shape shape;
@@ -130,28 +112,6 @@ void run_1x1(const Shape& shape, const T* x, const float* u, const Epilogue<T>& 
 
 // ---- operators -------------------------------------------------------------------------------------------------------
 
-Tensor conv_1x1_pack(Tensor weight) {
-  const bool fits = weight.is_cpu() && weight.dim() == 4 && weight.size(2) == 1 && weight.size(3) == 1;
-  STD_TORCH_CHECK(fits && has_kernel_dtype(weight),
-                  "weight: got shape ", shape_string(weight), ", expected [K, C, 1, 1] of a kernel's dtype on a CPU");
-  const int64_t outputs = weight.size(0), channels = weight.size(1), width = panel_width();
-  const int64_t panels = (outputs + width - 1) / width, along_k = weight.stride(0), along_c = weight.stride(1);
-  const int64_t sizes[] = {panels, 1, channels, width}, strides[] = {channels * width, channels * width, width, 1};
-  const Tensor u = empty_strided({sizes, 4}, {strides, 4}, aoti_torch_dtype_float32(), weight);
-  dispatch_dtype(weight, "weight", [&](auto t) {
-    using T = decltype(t);
-    const T* const w = input<T>(weight);
-    float* const to = output<float>(u);
-    parallel_tasks(panels, panels * channels * width, [&](int64_t begin, int64_t end) {
-      for (int64_t at = begin * channels * width; at < end * channels * width; ++at) {
-        const int64_t k = at / (channels * width) * width + at % width, c = at / width % channels;
-        to[at] = k < outputs ? load<1>(w + k * along_k + c * along_c) : 0.0f;
-      }
-    });
-  });
-  return u;
-}
-
 struct Stride {
   int64_t h, w;
 };
@@ -159,7 +119,7 @@ struct Stride {
 ImageSize checked_size(const Tensor& x, const Tensor& u, int64_t outputs, Stride stride) {
   check_images(x);
   STD_TORCH_CHECK(is_packed(u, x.size(1), outputs) && u.size(1) == 1, "u: got shape ", shape_string(u),
-                  ", expected a weight that _conv_1x1_pack made for ", x.size(1), " and ", outputs, " channels");
+                  ", expected a weight that _conv_direct_pack made for ", x.size(1), " and ", outputs, " channels");
   STD_TORCH_CHECK(stride.h > 0 && stride.w > 0, "stride: got ", stride.h, ", ", stride.w, ", expected at least 1");
   return {outputs, (x.size(2) + stride.h - 1) / stride.h, (x.size(3) + stride.w - 1) / stride.w};
 }
@@ -191,7 +151,6 @@ Tensor conv_1x1(Tensor x, Tensor u, OptionalTensor bias, OptionalTensor residual
 }  // namespace fastres
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
-  m.impl("_conv_1x1_pack_native", TORCH_BOX(&fastres::conv_1x1_pack));
   m.impl("_conv_1x1_native", TORCH_BOX(&fastres::conv_1x1));
   m.impl("_conv_1x1_into_native", TORCH_BOX(&fastres::conv_1x1_into));
 }

@@ -34,6 +34,8 @@ FASTRES_HD void call(const Kernel& kernel, int64_t begin = 0, int64_t end = 0) {
   kernel.template run<W>(begin, end);
 }
 
+inline constexpr int64_t kOneTap = 0;
+
 struct Panel {
   const float* v;  // [rows, depth], with a stride
   int64_t v_stride;
@@ -41,6 +43,8 @@ struct Panel {
   int64_t depth;
   const char* next;  // what is wanted afterwards: fetched to L2 meanwhile, up to 128 bytes for each c; or null
   int64_t next_stride;
+  const int64_t* taps = &kOneTap;  // for each, v[r, c] is at v + its offset and u has `depth` rows; all are summed
+  int64_t tap_count = 1;
 };
 
 // Takes the sums of W columns of a row: writes them to m, or adds them to what is there.
@@ -64,25 +68,27 @@ struct Product {
 
   template <int W>
   FASTRES_HD void run(int64_t, int64_t) const {
-    const float* v = panel.v;
     const float* u = panel.u;
     const char* next = panel.next;
     const int64_t stride = panel.v_stride, depth = panel.depth, next_stride = panel.next_stride;
     Float<W> left[R], right[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) left[r] = right[r] = Float<W>{};
-    for (int64_t c = 0; c < depth; ++c, u += kPanel<W>) {
-      const auto u0 = load_bytes<Float<W>>(u), u1 = load_bytes<Float<W>>(u + W);
-      if (next != nullptr) {
-        __builtin_prefetch(next, 0, 2);
-        if (next_stride > 64) __builtin_prefetch(next + 64, 0, 2);
-        next += next_stride;
-      }
+    for (int64_t tap = 0; tap < panel.tap_count; ++tap) {
+      const float* const v = panel.v + panel.taps[tap];
+      for (int64_t c = 0; c < depth; ++c, u += kPanel<W>) {
+        const auto u0 = load_bytes<Float<W>>(u), u1 = load_bytes<Float<W>>(u + W);
+        if (next != nullptr) {
+          __builtin_prefetch(next, 0, 2);
+          if (next_stride > 64) __builtin_prefetch(next + 64, 0, 2);
+          next += next_stride;
+        }
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        const auto value = load_broadcast<W>(kByDepth ? v + c * stride + r : v + r * stride + c);
-        left[r] += value * u0;
-        right[r] += value * u1;
+        for (int r = 0; r < R; ++r) {
+          const auto value = load_broadcast<W>(kByDepth ? v + c * stride + r : v + r * stride + c);
+          left[r] += value * u0;
+          right[r] += value * u1;
+        }
       }
     }
 #pragma GCC unroll 16

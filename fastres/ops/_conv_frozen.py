@@ -2,7 +2,7 @@
 
 A pack made for another batch size can be slower than none, so there are two ways: "packed", and "plain", on the weight
 as it is, which oneDNN reorders in every call. Kernels of our own (_conv_native) are further ways: "winograd2" and
-"winograd4" for 3x3 convolutions, "product" for 1x1.
+"winograd4" for 3x3 convolutions, "product" for 1x1, "direct" for the rest.
 oneDNN's ReLU turns NaN into 0, and a Winograd tile spreads it: a network whose input is finite has none to lose, and
 for the rest an executor runs conv_act, which passes NaN as eager does.
 """
@@ -104,30 +104,33 @@ def bind(
     after = act if residual is None else f"add {act}"
     dtype = str(x.dtype).removeprefix("torch.")
     key = f"conv_act {size} by {kernel} {geometry} g{groups} {after} {dtype}"
-    direct: dict[str, Callable[[], Prepared]] = {
+    ways: dict[str, Callable[[], Prepared]] = {
         "packed": lambda: on(_shared(weight, pack(weight.detach()))),
         "plain": lambda: on(weight.detach()),
     }
 
-    def own(forward: Any, into: Any, at: Any, tile: int) -> Prepared:
+    def own(forward: Any, into: Any, at: tuple[Any, ...], tile: int) -> Prepared:
         added = None if residual is None else _RESIDUAL
-        args = _X, _kept(weight, tile), bias, added, None, k, *at, act
+        args = _X, kept(weight, tile), bias, added, None, k, *at, act
         to = Prepared(into, (*args, OUTPUT))
         if residual is None:
             return Prepared(forward, args, into=to)
         return Prepared(forward, args, _RESIDUAL.place, Prepared(into, (*args, _RESIDUAL)), to)
 
-    holds = {"packed": weight.numel() * weight.itemsize} | native.bytes_held(weight)
     asked = x, tuple(weight.shape), (stride, padding, dilation, groups), act
+    first: tuple[str, ...] = ()
     if not native.why_not_1x1(*asked):
-        one = functools.partial(own, native.forward_1x1, native.into_1x1, stride, 1)
-        return Choices(key, direct | {native.PRODUCT: one}, holds=holds)
-    if native.why_not(*asked):
-        return Choices(key, direct, holds=holds)
-    tiles = {way: functools.partial(own, native.forward, native.into, padding, t) for way, t in native.TILES.items()}
-    first = native.faster(n, c, k, p, q, x.dtype)
-    order = [*first, *direct, *(way for way in tiles if way not in first)]
-    return Choices(key, {way: (direct | tiles)[way] for way in order}, native.TILES, holds)
+        ways[native.PRODUCT] = functools.partial(own, native.forward_1x1, native.into_1x1, tuple(stride), 1)
+    elif not native.why_not(*asked):
+        first = native.faster(n, c, k, p, q, x.dtype)
+        for way, tile in native.TILES.items():
+            ways[way] = functools.partial(own, native.forward, native.into, tuple(padding), tile)
+    elif not native.why_not_direct(x, asked[2], act):
+        at = [r, s, *stride, *padding, *dilation], []
+        ways[native.DIRECT] = functools.partial(own, native.direct, native.direct_into, at, 1)
+    order = [*first, *(way for way in ways if way not in first)]
+    holds = {"packed": weight.numel() * weight.itemsize} | native.bytes_held(weight)
+    return Choices(key, {way: ways[way] for way in order}, native.TILES, holds)
 
 
 def _is_right(x: Tensor, weight: Tensor, pack: Callable[[Tensor], Tensor], where: tuple[Any, ...]) -> bool:
@@ -163,13 +166,13 @@ def _shared(weight: Tensor, pack: Tensor) -> Tensor:
 _transformed: Any = WeakIdKeyDictionary()  # weight -> by tile, weakly, its transform and the weight's version
 
 
-def _kept(weight: Tensor, tile: int) -> Tensor:
-    """The weight made ready for our own kernels, for Winograd's tiles or, 1, for a product; image sizes share it."""
+def kept(weight: Tensor, tile: int) -> Tensor:
+    """The weight made ready for our own kernels, for Winograd's tiles or, 1, for products; image sizes share it."""
     reference, at = _transformed.get(weight, {}).get(tile, (lambda: None, None))
     found = reference()
     if found is None or at != version(weight):
         plain = weight.detach()
-        found = native.pack_1x1(plain) if tile == 1 else native.pack(plain, tile)
+        found = native.pack_direct(plain) if tile == 1 else native.pack(plain, tile)
         _transformed[weight] = {**_transformed.get(weight, {}), tile: (weakref.ref(found), version(weight))}
     return found  # type: ignore[no-any-return]
 

@@ -1,8 +1,9 @@
-"""CPU convolutions of our own: csrc/cpu/conv_winograd.cpp, conv_winograd_weight.cpp and conv_1x1.cpp.
+"""CPU convolutions of our own: csrc/cpu/conv_winograd.cpp, conv_winograd_weight.cpp, conv_1x1.cpp and conv_direct.cpp.
 
 "winograd2" and "winograd4" run 3x3 convolutions of stride 1 by F(2x2, 3x3), with 2.25 times fewer products than a
 direct one and at least as exact, and F(4x4, 3x3), with 4 times fewer and 1.2 to 1.4 times the error; docs/winograd.md
-says why. "product" runs a 1x1 convolution of any stride as a product of matrices. Frozen networks call them on weights
+says why. "product" runs a 1x1 convolution of any stride as a product of matrices, "direct" one of any kernel size,
+stride and dilation by direct products, and a max-pool in the same pass (stem.py). Frozen networks call them on weights
 that were made ready once. The backend "winograd" of conv_act is F(2x2, 3x3) on the weight as it is, with the gradient
 of x by the same kernel and that of the weight by F(3x3, 2x2).
 """
@@ -16,18 +17,22 @@ from torch import Tensor
 
 from fastres.ops._tensors import why_not_cpu
 
-PRODUCT = "product"
+PRODUCT, DIRECT = "product", "direct"
 TILES = {"winograd2": 2, "winograd4": 4}  # way -> the side of a tile of outputs
 ACTS = ("none", "relu", "relu6", "hardswish")  # that the kernels have in their epilogue
 _FEWEST = 16  # channels: with fewer, the transforms take longer than the products that they save
 
 _LIB = torch.library.Library("fastres", "FRAGMENT")
 _LIB.define("_conv_winograd_pack_native(Tensor weight, int tile) -> Tensor")
-_LIB.define("_conv_1x1_pack_native(Tensor weight) -> Tensor")
+_LIB.define("_conv_direct_pack_native(Tensor weight) -> Tensor")
 for _name in ("winograd", "1x1"):  # h, w: the padding, or the stride
     _arguments = "Tensor x, Tensor u, Tensor? bias, Tensor? residual, Tensor? scale, int outputs, int h, int w, str act"
     _LIB.define(f"_conv_{_name}_native({_arguments}) -> Tensor")
     _LIB.define(f"_conv_{_name}_into_native({_arguments}, Tensor(a!) y) -> Tensor(a!)")  # y: the residual, perhaps
+_arguments = "Tensor x, Tensor u, Tensor? bias, Tensor? residual, Tensor? scale, int outputs"
+# where: kernel, stride, padding and dilation; pool: kernel, stride and padding, or nothing
+_LIB.define(f"_conv_direct_native({_arguments}, int[] where, int[] pool, str act) -> Tensor")
+_LIB.define(f"_conv_direct_into_native({_arguments}, int[] where, int[] pool, str act, Tensor(a!) y) -> Tensor(a!)")
 _LIB.define(
     "_conv_winograd_once_native(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, int h, int w, "
     "str act, bool turned) -> Tensor?"
@@ -38,7 +43,8 @@ _ops: Any = torch.ops.fastres
 once = _ops._conv_winograd_once_native.default
 weight_gradient = _ops._conv_winograd_weight_native.default
 pack, forward, into = (getattr(_ops, f"_conv_winograd_{name}native").default for name in ("pack_", "", "into_"))
-pack_1x1, forward_1x1, into_1x1 = (getattr(_ops, f"_conv_1x1_{name}native").default for name in ("pack_", "", "into_"))
+forward_1x1, into_1x1 = _ops._conv_1x1_native.default, _ops._conv_1x1_into_native.default
+pack_direct, direct, direct_into = (getattr(_ops, f"_conv_direct_{name}native").default for name in ("pack_", "", "into_"))
 
 
 def why_not(x: Tensor, weight: tuple[int, ...], where: tuple[Any, ...], act: str) -> list[str]:
@@ -61,9 +67,17 @@ def why_not_1x1(x: Tensor, weight: tuple[int, ...], where: tuple[Any, ...], act:
     reasons = _why_not(x, act, where)
     if tuple(weight[2:]) != (1, 1) or max(where[1]):
         reasons.append(f"the kernel is {weight[2]}x{weight[3]} with padding {tuple(where[1])}, expected 1x1 without")
-    if x.dtype is not torch.float32 and _has_16_bit_products(x.dtype):
-        reasons.append(f"this CPU multiplies {x.dtype} faster than float32")
-    return reasons
+    return reasons + _why_not_products(x)
+
+
+def why_not_direct(x: Tensor, where: tuple[Any, ...], act: str) -> list[str]:
+    """Refusals of direct products, for a kernel of any size, likewise."""
+    return _why_not(x, act, where) + _why_not_products(x)
+
+
+def _why_not_products(x: Tensor) -> list[str]:
+    slower = x.dtype is not torch.float32 and _has_16_bit_products(x.dtype)
+    return [f"this CPU multiplies {x.dtype} faster than float32"] if slower else []
 
 
 def _why_not(x: Tensor, act: str, where: tuple[Any, ...]) -> list[str]:
@@ -85,7 +99,8 @@ def _has_16_bit_products(dtype: torch.dtype) -> bool:
 def bytes_held(weight: Tensor) -> dict[str, int]:
     """The bytes of a weight, [K, C, R, S], made ready for each way: float32, panels of up to 32 output channels."""
     numbers = -(-weight.shape[0] // 32) * 32 * weight.shape[1]
-    return {PRODUCT: 4 * numbers} | {way: 4 * (m + 2) ** 2 * numbers for way, m in TILES.items()}
+    direct = 4 * numbers * weight.shape[2] * weight.shape[3]
+    return {PRODUCT: direct, DIRECT: direct} | {way: 4 * (m + 2) ** 2 * numbers for way, m in TILES.items()}
 
 
 def faster(n: int, c: int, k: int, p: int, q: int, dtype: torch.dtype) -> tuple[str, ...]:

@@ -9,8 +9,9 @@ from freeze_cases import compare, images, operators, written_over
 from freeze_nets import NETS, prepared
 
 CONVOLUTIONS = [f"mkldnn::_convolution_pointwise{end}" for end in ("", "_")]
-CONVOLUTIONS += [f"fastres::_conv_{kind}{into}_native" for kind in ("winograd", "1x1") for into in ("", "_into")]
+CONVOLUTIONS += [f"fastres::_conv_{kind}{into}_native" for kind in ("winograd", "1x1", "direct") for into in ("", "_into")]
 GONE = ("aten::batch_norm", "aten::native_batch_norm", "aten::add", "aten::add_", "aten::relu", "aten::relu_")
+GONE += ("aten::max_pool2d_with_indices",)  # the stem's
 NETWORKS = [("resnet18", 20, 8), ("resnet50", 53, 16)]
 
 
@@ -32,7 +33,7 @@ def test_one_fused_call_for_each_convolution(name, convs, residuals):
         assert fused(seen) == convs
         assert written_over(frozen, x) == residuals, "a residual that nobody reads later is written over"
         assert [gone for gone in GONE if gone in seen] == []
-        assert seen["aten::addmm"] == 1 and seen["aten::max_pool2d_with_indices"] == 1
+        assert seen["aten::addmm"] == 1
         assert not any("conv" in event and event.startswith(("aten::", "fastres::conv")) for event in seen)
 
 

@@ -36,7 +36,7 @@ def tensors(n, c, k, h, w, stride, dtype=torch.float32, draw=torch.randn):
 
 
 def run(x, weight, bias, residual, scale, stride, act):
-    return native.forward_1x1(x, native.pack_1x1(weight), bias, residual, scale, weight.shape[0], *stride, act)
+    return native.forward_1x1(x, native.pack_direct(weight), bias, residual, scale, weight.shape[0], *stride, act)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -91,7 +91,7 @@ def test_nothing_outside_its_tensors_is_read_or_written(dtype, shape):
     x, weight, bias, residual, scale = tensors(*shape, dtype=dtype)
     want = run(x, weight, bias, residual, scale, shape[-1], "relu")
     (x, _), (bias, _), (scale, _), (residual, memory) = map(guarded, (x, bias, scale, residual))
-    u = guarded(native.pack_1x1(weight))[0]
+    u = guarded(native.pack_direct(weight))[0]
     got = native.into_1x1(x, u, bias, residual, scale, shape[2], *shape[-1], "relu", residual)
     assert got.data_ptr() == residual.data_ptr() and torch.equal(got, want)
     assert memory[:128].isnan().all() and memory[128 + residual.numel() :].isnan().all()
@@ -111,7 +111,7 @@ def test_narrower_instruction_sets(isa):
 
 def test_refusals_and_arguments_that_do_not_fit():
     x, weight, bias, residual, scale = tensors(2, 16, 24, 8, 8, (1, 1))
-    u, whole = native.pack_1x1(weight), ((2, 2), (0, 0), (1, 1), 1)
+    u, whole = native.pack_direct(weight), ((2, 2), (0, 0), (1, 1), 1)
     assert native.why_not_1x1(x, (24, 16, 1, 1), whole, "relu") == []
     for shape, where, words in (
         ((24, 16, 3, 3), whole, "3x3"),
@@ -120,11 +120,12 @@ def test_refusals_and_arguments_that_do_not_fit():
     ):
         (reason,) = native.why_not_1x1(x, shape, where, "relu")
         assert words in reason
-    with pytest.raises(RuntimeError, match=r"weight: got shape \[4, 16, 3, 3\]"):
-        native.pack_1x1(torch.ones(4, 16, 3, 3))
+    with pytest.raises(RuntimeError, match=r"weight: got shape \[4, 16, 3\]"):
+        native.pack_direct(torch.ones(4, 16, 3))
     for changed, words in (
         ({0: x.contiguous()}, "channels_last"),
         ({1: u[:, :, :3]}, "u: got"),
+        ({1: native.pack_direct(torch.ones(24, 16, 3, 3))}, "u: got"),
         ({6: 0}, "stride: got 0"),
     ):
         arguments = [x, u, bias, residual, scale, 24, 1, 1, "relu"]

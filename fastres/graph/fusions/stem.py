@@ -1,0 +1,53 @@
+"""conv_act -> max_pool2d becomes one stem: the convolution's output is never written.
+
+Not for the convolutions that Winograd or a product runs, 3x3 and 1x1 of stride 1: they gain more by those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fastres.graph.fusions import Fusion, Weights
+from fastres.graph.normalize import aten, pair
+from fastres.graph.patterns import only_reader
+
+_CONV_ACT, _STEM = torch.ops.fastres.conv_act.default, torch.ops.fastres.stem.default
+
+
+def _match(node: fx.Node, weights: Weights) -> list[fx.Node] | None:
+    if node.target is not _CONV_ACT or not weights.folds or node not in weights.rows:
+        return None
+    pool, (_, weight, _, residual, scale, stride) = only_reader(node), node.args[:6]
+    if residual is not None or scale is not None or pool is None or pool.target is not aten.max_pool2d.default:
+        return None
+    kernel = weight.meta["shape"][2:]  # type: ignore[union-attr]
+    if max(kernel) <= 3 and max(pair(stride)) == 1:
+        return None
+    return [node, pool] if _window(pool) is not None else None
+
+
+def _window(pool: fx.Node) -> list[list[int]] | None:
+    """Its kernel, stride and padding, two numbers each; None where it is dilated, rounds up, or is not constant."""
+    if pool.kwargs or len(pool.args) > 4 and (pair(pool.args[4]) != [1, 1] or any(pool.args[5:])):
+        return None
+    kernel, stride, padding = (*pool.args[1:4], [], 0)[:3] if len(pool.args) < 3 else (*pool.args[1:4], 0)[:3]
+    window: list[Any] = [pair(kernel), pair(stride or kernel), pair(padding)]
+    return window if all(type(n) is int for part in window for n in part) else None
+
+
+def _write(found: list[fx.Node], weights: Weights) -> None:
+    conv, pool = found
+    x, weight, bias, _, _, *rest = conv.args
+    row = weights.rows.pop(conv)
+    with weights.graph.inserting_before(pool):
+        new = weights.graph.call_function(_STEM, (x, weight, bias, *rest, *(_window(pool) or ())))
+    became = f"{row.became} + max_pool"
+    weights.replace(found, new, replace(row, became=became, took=(*row.took, "max_pool")))
+    weights.rows[new] = replace(weights.rows[new], flops=row.flops)
+
+
+FUSION = Fusion("stem", 4, _match, _write)
