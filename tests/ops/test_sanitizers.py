@@ -15,13 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 CALLS = """
 import sys
 sys.path[:0] = {paths!r}
-import test_conv_1x1 as product, test_conv_act_winograd as own, test_conv_winograd as frozen
+import test_conv_1x1 as product, test_conv_act_winograd as own, test_conv_direct as direct, test_conv_winograd as frozen
 from fastres._extension import native_cpu
 assert {folder!r} in native_cpu().__file__
 for shape in frozen.SHAPES:
     frozen.test_integers_are_exact_so_that_no_index_is_off(shape)
 for shape in product.SHAPES:
     product.test_integers_are_exact_so_that_no_index_is_off(shape)
+for case in direct.CASES:
+    direct.test_integers_are_exact_so_that_no_index_is_off(*case)
 for last in (True, False):
     own.test_integer_gradients_are_exact(last)
 own.test_integers_are_exact_and_strides_are_eagers("channels_last")
