@@ -17,8 +17,8 @@ def convolutions(name):
     found = {}
 
     def note(conv, given, _):
-        where = conv.kernel_size, conv.stride, conv.padding
-        found[conv.in_channels, conv.out_channels, given[0].shape[-1], *where] = conv.groups
+        size = conv.in_channels, conv.out_channels, given[0].shape[-1]
+        found[(*size, conv.kernel_size, conv.stride, conv.padding)] = conv.groups
 
     with torch.device("meta"):
         net = getattr(torchvision.models, name)().eval()
