@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -263,23 +262,20 @@ def _time_ways(executor: Executor, inputs: list[Tensor], constants: tuple[Tensor
     """
     found = executor.find_choices(inputs, constants)
     allowed = {choices.key: choices.within(tile) for choices, _ in found}
-    ways = dict.fromkeys(way for known in allowed.values() for way in known if len(known) > 1)
     times: dict[str, Times] = {key: {way: [] for way in known} for key, known in allowed.items()}
-    begin, totals = time.perf_counter(), dict.fromkeys(ways, math.inf)
-    runs, views = {}, {}
-    for way in ways:
-        plan = Plan(winograd=tile, choices={key: way for key, known in allowed.items() if way in known})
+    runs = []  # as many as the most ways of a step: each has every step's first way, or its second, ...
+    for nth in range(max(map(len, allowed.values()), default=0)):
+        plan = Plan(winograd=tile, choices={key: known[nth] for key, known in allowed.items() if nth < len(known)})
         with torch.inference_mode(False), torch.no_grad():
-            runs[way] = lower(executor.graph, inputs, constants, plan, executor.exact)
-            views[way] = runs[way].places.views(torch.empty(runs[way].places.size, dtype=torch.uint8))
+            lowered = lower(executor.graph, inputs, constants, plan, executor.exact)
+            runs.append((lowered, lowered.places.views(torch.empty(lowered.places.size, dtype=torch.uint8))))
+    begin = time.perf_counter()
     for turn in range(ROUNDS):
         if turn >= 3 and time.perf_counter() - begin > SECONDS:
             break
-        for way, lowered in runs.items():
-            if turn and totals[way] > HOPELESS * min(totals.values()):
-                continue
+        for nth, (lowered, views) in enumerate(runs):
             spent: dict[str, float] = {}
-            values = [*inputs, *constants, *[None] * len(executor.graph.steps), *views[way]]
+            values = [*inputs, *constants, *[None] * len(executor.graph.steps), *views]
             with torch.no_grad():
                 for step in lowered.calls:
                     started = time.perf_counter()
@@ -289,11 +285,10 @@ def _time_ways(executor: Executor, inputs: list[Tensor], constants: tuple[Tensor
                         spent[key] = spent.get(key, 0.0) + (time.perf_counter() - started) * 1e3
                     for slot in step.frees:
                         values[slot] = None
-            totals[way] = min(totals[way], sum(spent.values()))
             for key, milliseconds in spent.items():
-                if way in times[key]:
-                    times[key][way].append(milliseconds)
-    return {key: {way: rounds for way, rounds in one.items() if rounds} for key, one in times.items()}
+                if nth < len(allowed[key]):
+                    times[key][allowed[key][nth]].append(milliseconds)
+    return times
 
 
 def tell_ways(frozen: FrozenModel, inputs: Any) -> None:

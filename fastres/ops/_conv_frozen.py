@@ -126,7 +126,7 @@ def bind(
         for way, tile in native.TILES.items():
             ways[way] = functools.partial(own, native.forward, native.into, tuple(padding), tile)
     elif not native.why_not_direct(x, asked[2], act):
-        at = [r, s, *stride, *padding, *dilation], []
+        at: tuple[list[int], list[int]] = [r, s, *stride, *padding, *dilation], []
         ways[native.DIRECT] = functools.partial(own, native.direct, native.direct_into, at, 1)
     order = [*first, *(way for way in ways if way not in first)]
     holds = {"packed": weight.numel() * weight.itemsize} | native.bytes_held(weight)

@@ -32,7 +32,8 @@ Maybe = Tensor | None
 
 def _apart(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Tensor:
     """The convolution with its activation, then the pool."""
-    return F.max_pool2d(convolve(x, weight, bias, None, None, *rest[:5]), *rest[5:])
+    y: Tensor = F.max_pool2d(convolve(x, weight, bias, None, None, *rest[:5]), *rest[5:])
+    return y
 
 
 def _forward(*arguments: Any) -> Tensor:
@@ -40,7 +41,8 @@ def _forward(*arguments: Any) -> Tensor:
 
 
 def _pooled(convolve: Callable[..., Tensor], window: tuple[Any, ...], *arguments: Any) -> Tensor:
-    return F.max_pool2d(convolve(*arguments), *window)
+    y: Tensor = F.max_pool2d(convolve(*arguments), *window)
+    return y
 
 
 def _bind(x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Choices | None:
