@@ -17,8 +17,8 @@ from swap_cases import scramble
 LAST = torch.channels_last
 pytestmark = pytest.mark.skipif(native_cpu() is None, reason="the C++ extension is not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# N, C, K, H, W; kernel, stride, padding, dilation; pool's kernel, stride, padding: few channels (rows of taps side by side)
-# and many, tails of everything, kernels that are not square, padding larger than a kernel reaches, more panels than rows
+# N, C, K, H, W; kernel, stride, padding, dilation; the pool's kernel, stride, padding. Few channels (a row of taps side by
+# side) and many, tails of everything, kernels not square, padding beyond a kernel's reach, more panels than rows
 CASES = [
     ((2, 3, 33, 21, 23), ((7, 7), (2, 2), (3, 3), (1, 1)), ()),
     ((2, 3, 64, 30, 30), ((7, 7), (2, 2), (3, 3), (1, 1)), (3, 2, 1)),
