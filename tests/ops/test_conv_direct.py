@@ -17,7 +17,7 @@ from swap_cases import scramble
 LAST = torch.channels_last
 pytestmark = pytest.mark.skipif(native_cpu() is None, reason="the C++ extension is not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# N, C, K, H, W; kernel, stride, padding, dilation; the pool's kernel, stride, padding. Few channels (a row of taps side by
+# N, C, K, H, W; kernel, stride, padding, dilation; the pool's kernel, stride, padding. Few channels (taps side by
 # side) and many, tails of everything, kernels not square, padding beyond a kernel's reach, more panels than rows
 CASES = [
     ((2, 3, 33, 21, 23), ((7, 7), (2, 2), (3, 3), (1, 1)), ()),
