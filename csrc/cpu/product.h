@@ -4,7 +4,7 @@
 //
 // An element's sum does not depend on R, nor on where its row stands: results are the same for any blocking and any
 // number of threads. R x 2 accumulators, 2 columns of U and a broadcast fill the registers: 14 rows on AVX-512
-// (32 registers), 6 on AVX2 (16). NEON has 32; it was not compiled yet.
+// (32 registers), 6 on AVX2 (16). NEON has 32; only an emulator has run it yet (tests/ops/test_arm.py).
 #pragma once
 
 #include <cstdint>
