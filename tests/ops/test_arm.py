@@ -36,7 +36,8 @@ void products() {
   for (size_t i = 0; i < u.size(); ++i) u[i] = static_cast<float>(i % 5) - 2;
   const int64_t taps[] = {0, kTapAt};
   for (int64_t rows : {1, 13, 14, 15, 31}) {
-    product<4, kByDepth>({v.data(), kStride, u.data(), kDepth, nullptr, 0, taps, kTaps}, rows, ToMemory{m.data(), false});
+    const Panel panel{v.data(), kStride, u.data(), kDepth, nullptr, 0, taps, kTaps};
+    product<4, kByDepth>(panel, rows, ToMemory{m.data(), false});
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < kPanel<4>; ++j) {
         float want = 0;
@@ -59,7 +60,9 @@ void roundtrips(const char* name) {  // numbers that T holds come back
     store<4>(stored, x);
     y = load<4>(stored);
     const bool exact = std::abs(i) <= 128;
-    for (int lane = 0; lane < 4; ++lane) expect(exact ? y[lane] == x[lane] : std::fabs(y[lane] - x[lane]) < 4, name, y[lane]);
+    for (int lane = 0; lane < 4; ++lane) {
+      expect(exact ? y[lane] == x[lane] : std::fabs(y[lane] - x[lane]) < 4, name, y[lane]);
+    }
   }
 }
 void epilogues() {
