@@ -26,6 +26,7 @@ LOWER = ("tests/freeze/test_lower.py",)
 EXECUTOR = ("tests/freeze/test_executor.py",)
 WINOGRAD = ("tests/ops/test_conv_winograd.py",)
 TRAINING = ("tests/ops/test_conv_act_winograd.py",)
+DIRECT = ("tests/ops/test_conv_direct.py",)
 PLANNED = ("tests/freeze/test_planned_memory.py",)
 PRODUCT = ("tests/ops/test_conv_1x1.py",)
 LARGE = ("tests/ops/test_large.py",)
@@ -151,6 +152,21 @@ BUGS = {
             "ToMemory{d + tap * kPanel<W> * kPanel<W>, false}",
         ),
         ("winograd-gradient-past-the-image", "below ? load<W>(from + row) : zero", "load<W>(from + row)"),
+    ],
+    ("csrc/cpu/conv_direct.cpp", DIRECT): [
+        ("direct-padding-left-as-it-was", "      std::memset(to, 0, before * pixel * sizeof(float));\n", ""),
+        ("direct-taps-not-dilated", "s * shape.across.dilation * shape.pixel()", "s * shape.pixel()"),
+        ("pool-loses-nan", "return b != b ? b : most;", "return most;"),
+        ("pool-keeps-rows-of-another-image", "if (n != image) image = n, done = low;", "image = n;"),
+        ("pool-past-the-image", "std::min(shape.rows, top + pool.size)", "top + pool.size"),
+    ],
+    ("csrc/cpu/conv_epilogue.h", DIRECT): [
+        (
+            "epilogue-bias-before-scale",
+            "    if (scale != nullptr) c *= load<W>(scale + k);\n    if (bias != nullptr) c += load<W>(bias + k);\n",
+            "    if (bias != nullptr) c += load<W>(bias + k);\n    if (scale != nullptr) c *= load<W>(scale + k);\n",
+        ),
+        ("epilogue-residual-of-another-pixel", "c += load<W>(residual + at);", "c += load<W>(residual + k);"),
     ],
     ("csrc/cpu/winograd_transforms.h", TRAINING): [
         ("winograd-gradient-coefficient", "g[2] = even + o[3];", "g[2] = even - o[3];")
@@ -346,8 +362,8 @@ def checkout(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "tests",
-    [OPERATORS, INTERPRETER, GEOMETRY, CONV, LARGE, EMULATED, NATIVE, LAUNCH],
-    ids=["ops", "lane", "geometry", "conv", "large", "emulated", "native", "launch"],
+    [OPERATORS, INTERPRETER, GEOMETRY, CONV, LARGE, EMULATED, NATIVE, LAUNCH, WINOGRAD, TRAINING, DIRECT],
+    ids=["ops", "lane", "geometry", "conv", "large", "emulated", "native", "launch", "winograd", "training", "direct"],
 )
 def test_the_sound_copy_passes(checkout, tests):
     done = run_tests(checkout, tests)
