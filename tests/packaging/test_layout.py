@@ -19,12 +19,13 @@ if not (ROOT / "setup.py").exists():
     pytest.skip("the tests lie outside a source tree", allow_module_level=True)
 
 # A module may import modules of a higher number and those of its own folder, nothing else of fastres:
-# cli -> lab, compile, inference, swap -> graph, models -> nn -> ops -> {kernels, _extension, _dispatch}
+# cli -> lab, compile, pipelines, inference, swap -> graph, models -> nn -> ops -> {kernels, _extension, _dispatch}
 RANK = {
     "__main__": 0,
     "cli": 1,
     "lab": 2,
     "compile": 2,
+    "pipelines": 2.5,
     "inference": 3,
     "swap": 4,
     "verify": 5,  # lab, inference and swap use it
