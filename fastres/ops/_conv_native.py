@@ -44,7 +44,9 @@ once = _ops._conv_winograd_once_native.default
 weight_gradient = _ops._conv_winograd_weight_native.default
 pack, forward, into = (getattr(_ops, f"_conv_winograd_{name}native").default for name in ("pack_", "", "into_"))
 forward_1x1, into_1x1 = _ops._conv_1x1_native.default, _ops._conv_1x1_into_native.default
-pack_direct, direct, direct_into = (getattr(_ops, f"_conv_direct_{name}native").default for name in ("pack_", "", "into_"))
+pack_direct, direct, direct_into = (
+    getattr(_ops, f"_conv_direct_{name}native").default for name in ("pack_", "", "into_")
+)
 
 
 def why_not(x: Tensor, weight: tuple[int, ...], where: tuple[Any, ...], act: str) -> list[str]:

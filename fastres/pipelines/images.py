@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastres._log import first_line
+
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB in 0..1
 Transform = Callable[[Any], Tensor]  # a PIL image in RGB -> [C, H, W], floating
 
@@ -77,11 +79,6 @@ def centered(images: Tensor) -> Tensor:
     """[n, 3, h, w] uint8 -> fp32, ImageNet's mean subtracted, unit deviation; the memory layout stays."""
     mean, deviation = (torch.tensor(t, device=images.device)[:, None, None] for t in (MEAN, DEVIATION))
     return images.float().div_(255).sub_(mean).div_(deviation)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from fastres._info import usable_cores
+from fastres._log import first_line
 from fastres.inference.file.values import FrozenFileError
 from fastres.inference.freeze import DTYPE_NAMES, freeze
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.load import load
-from fastres.pipelines.images import Decoded, Decoder, Item, Transform, first_line, start_worker
+from fastres.pipelines.images import Decoded, Decoder, Item, Transform, start_worker
 from fastres.pipelines.shards import Row, Shards
 from fastres.pipelines.sources import Images, Source
 
@@ -114,7 +115,9 @@ def predict(
         raise ValueError(f"workers: got {workers!r}, expected a number from 0 on, or None")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
-    wanted = DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
+        raise ValueError(f"dtype: got {dtype!r}, expected {', '.join(DTYPE_NAMES)}, or a torch.dtype")
+    wanted = DTYPE_NAMES[dtype] if isinstance(dtype, str) else dtype
     if isinstance(model, FrozenModel) and wanted not in (None, model.dtype):
         raise ValueError(f"dtype: got {dtype!r}, but the model is frozen in {model.dtype}")
     try:
@@ -126,7 +129,13 @@ def predict(
     shards = None
     if out is not None:
         about = {"fastres.predict": 1, "images": images.count, "names": images.digest(), "weights": _digest(model)}
-        about |= {"batch": batch, "dtype": str(wanted), "top_k": top_k, "image_size": image_size, "labels": _hash(labels)}
+        about |= {
+            "batch": batch,
+            "dtype": str(wanted),
+            "top_k": top_k,
+            "image_size": image_size,
+            "labels": _hash(labels),
+        }
         shards = Shards(out, about | {"transform": re.sub(" at 0x[0-9a-f]+", "", repr(transform))})
     done = shards.done if shards else 0
     try:
@@ -174,19 +183,18 @@ def _decoded(
     """The batches, decoded ahead by the workers. Only the images under way are in memory."""
     items = images.items(start)
     batches: Iterator[list[Item]] = iter(lambda: list(itertools.islice(items, batch)), [])
-    return iter(
-        torch.utils.data.DataLoader(
-            decoder,
-            batch_sampler=batches,  # type: ignore[arg-type]
-            num_workers=workers,
-            collate_fn=_same,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=start_worker,
-        )
+    loader: Any = torch.utils.data.DataLoader(
+        decoder,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_same,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker,
     )
+    return iter(loader)
 
 
-def _same(decoded: Decoded) -> Decoded:
+def _same(decoded: Any) -> Any:
     return decoded
 
 
@@ -261,9 +269,10 @@ def _device(network: FrozenModel) -> torch.device:
 def _digest(model: nn.Module) -> str:
     """A hash of the weights."""
     found = hashlib.sha256()
-    for name, t in model.state_dict().items():
+    tensors = {name: t for name, t in model.state_dict().items() if isinstance(t, Tensor)}
+    for name, t in tensors.items():
         found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 

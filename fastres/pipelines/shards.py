@@ -1,4 +1,4 @@
-"""Shards: the finished rows of a run, each few seconds in a file of their own, and the one file made of them in the end.
+"""Shards: the finished rows of a run, every few seconds in a new file, and the one file made of them.
 
     OUT.parts/run.json                what the run is: images, weights, batch, ...; another run is refused
     OUT.parts/000000000-000001024     rows 0 to 1023 as JSON lines, written whole or not at all

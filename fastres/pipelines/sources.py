@@ -1,4 +1,4 @@
-"""Sources: folders, globs, list files, parquet files and single images as one sequence of images, always in one order."""
+"""Sources: folders, globs, list files, parquet files and single images as one sequence of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastres.pipelines.images import Item, first_line
+from fastres._log import first_line
+from fastres.pipelines.images import Item
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
