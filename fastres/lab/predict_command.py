@@ -32,10 +32,11 @@ _OPTIONS = {"source": "IMAGES", "out": "--out", "labels": "--labels", "model": "
 class Request:
     """Run a frozen network over images: the likeliest classes of each, as a table in a file or as JSON lines.
 
-    fastres predict hf:resnet-50 photos/ --out predictions.csv
+    Example: fastres predict hf:resnet-50 photos/ --out predictions.csv
 
-    An image that cannot be decoded is a row with its error. A run with --out that was killed or interrupted is resumed
-    by the same command. Nothing is downloaded: weights are random unless --weights or the folder of hf: provides them.
+    An image that cannot be decoded is a row with its error. The same command resumes a run with --out that was killed.
+
+    Nothing is downloaded: weights are random unless --weights or the folder of hf: provides them.
     """
 
     model: Annotated[

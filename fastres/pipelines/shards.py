@@ -61,8 +61,11 @@ class Shards:
             self._clear()
         if self.out.exists() and not about.exists():
             raise ValueError(f"out: {self.out} exists, expected a new file: delete it or choose another name")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / "lock", "w")  # noqa: SIM115
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / "lock", "w")  # noqa: SIM115
+        except OSError as error:
+            raise OSError(f"out: {self.folder} cannot be written: {error.strerror}") from error
         self._rows: list[Row] = []
         try:
             self._take(about, run)

@@ -123,7 +123,9 @@ def _entries(name: str, column: str | None) -> list[str | Table]:
         return [entry for entry in _listed(name, column)]
     if glob.has_magic(name) and (found := sorted(glob.glob(name, recursive=True))):
         return [entry for one in found for entry in (_files(one) if os.path.isdir(one) else _listed(one, column))]
-    raise FileNotFoundError(f"source: got {name!r}, expected a folder, an image, a .txt or .parquet file, or a glob")
+    raise FileNotFoundError(
+        f"source: found nothing at {name!r}, expected a folder, an image, a .txt or .parquet file, or a glob"
+    )
 
 
 def _listed(name: str, column: str | None) -> list[str | Table]:

@@ -9,7 +9,9 @@ from freeze_cases import compare, images, operators, written_over
 from freeze_nets import NETS, prepared
 
 CONVOLUTIONS = [f"mkldnn::_convolution_pointwise{end}" for end in ("", "_")]
-CONVOLUTIONS += [f"fastres::_conv_{kind}{into}_native" for kind in ("winograd", "1x1", "direct") for into in ("", "_into")]
+CONVOLUTIONS += [
+    f"fastres::_conv_{kind}{into}_native" for kind in ("winograd", "1x1", "direct") for into in ("", "_into")
+]
 GONE = ("aten::batch_norm", "aten::native_batch_norm", "aten::add", "aten::add_", "aten::relu", "aten::relu_")
 GONE += ("aten::max_pool2d_with_indices",)  # the stem's
 NETWORKS = [("resnet18", 20, 8), ("resnet50", 53, 16)]
