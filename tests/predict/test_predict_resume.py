@@ -286,10 +286,9 @@ def test_memory_is_flat_over_100_000_images(tmp_path):
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in paths) * 2000)
 
     def resident():
-        """Megabytes that no other process shares, of each process."""
+        """Megabytes of each process, with what it shares: that moves from shared to private as it is written."""
         pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
-        texts = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids]
-        return [sum(int(line.split()[1]) for line in text.splitlines() if "Private" in line) / 1e3 for text in texts]
+        return [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 / 1e6 for pid in pids]
 
     rows = predictions(tmp_path / "list.txt", out=tmp_path / "out.jsonl", workers=2, batch=64, image_size=8)
     samples = {}
@@ -298,6 +297,5 @@ def test_memory_is_flat_over_100_000_images(tmp_path):
             samples[count] = resident()
     assert count == 100_000 and sum(1 for _ in open(tmp_path / "out.jsonl", "rb")) == count
     first, last = samples[20_000], samples[90_000]
-    print(samples)
     assert len(first) == len(last) == 3
-    assert all(after - before < 8 for before, after in zip(first, last, strict=True)), samples
+    assert all(after - before < 4 for before, after in zip(first, last, strict=True)), samples
