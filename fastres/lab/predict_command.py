@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -99,7 +99,7 @@ def run(console: Console, request: Request, command: str) -> None:
         errors.print(f"resuming: {rows.resumed} rows are there", soft_wrap=True, markup=False)
     count = failed = 0
     rate, start = recent_rate(), time.perf_counter()
-    with _one_line(), progress(errors, "predicting") as report:
+    with _one_line(), closing(rows), progress(errors, "predicting") as report:
         try:
             for count, row in enumerate(rows, 1):
                 failed += row["error"] is not None
@@ -108,7 +108,6 @@ def run(console: Console, request: Request, command: str) -> None:
                 if count >= rows.resumed and (count % request.batch == 0 or count == rows.total):
                     report(count, rows.total, rate(count, time.perf_counter()))
         except KeyboardInterrupt:
-            rows.close()
             if request.out is not None:
                 errors.print("interrupted; run the same command again to resume", soft_wrap=True, markup=False)
             raise

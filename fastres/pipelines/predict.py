@@ -204,7 +204,8 @@ def _answers(
     """The rows of a batch."""
     answers: Iterator[tuple[list[int], list[float]]] = iter(())
     if decoded.images is not None:
-        logits = _logits(network, decoder.given(decoded.images.to(_device(network), non_blocking=True)))
+        images = decoder.given(decoded.images.to(_device(network), non_blocking=True))
+        logits = _logits(network(images), len(images))
         scores, classes = logits.softmax(1).topk(top_k)  # [n, top_k] each; NaN where an answer is not finite
         answers = iter(zip(classes.tolist(), scores.tolist(), strict=True))
     rows = []
@@ -219,13 +220,12 @@ def _answers(
     return rows
 
 
-def _logits(network: FrozenModel, images: Tensor) -> Tensor:
-    """[n, classes], fp32. Raises ValueError where the network gives something else."""
-    made = network(images)
+def _logits(made: Any, count: int) -> Tensor:
+    """The network's answer to `count` images as logits [count, classes], fp32. Raises ValueError for another answer."""
     logits = made if isinstance(made, Tensor) else getattr(made, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count:
         got = list(logits.shape) if isinstance(logits, Tensor) else type(made).__name__
-        raise ValueError(f"model: gave {got} for {len(images)} images, expected logits [{len(images)}, classes]")
+        raise ValueError(f"model: gave {got} for {count} images, expected logits [{count}, classes]")
     return logits.float()
 
 
@@ -243,7 +243,10 @@ def _network(
         return model
     if shards and shards.model.exists():
         return load(shards.model, device=device)
-    frozen = freeze(model, decoder.example(batch), dtype=dtype, device=device, tune="auto" if tune else False)
+    try:
+        frozen = freeze(model, decoder.example(batch), dtype=dtype, device=device, tune="auto" if tune else False)
+    except ValueError as error:
+        raise ValueError(str(error).replace("example_inputs: the model", "model:")) from error
     if shards:
         with contextlib.suppress(FrozenFileError):  # without a graph: no file holds it
             frozen.save(shards.model)
@@ -254,9 +257,10 @@ def _classes(network: FrozenModel, decoder: Decoder, labels: Sequence[str] | Non
     """The number of classes. Raises ValueError where the network or the labels do not fit."""
     example = decoder.example(1).to(_device(network))
     try:
-        classes = _logits(network, example).shape[1]
-    except RuntimeError as error:
+        made = network(example)
+    except (RuntimeError, ValueError) as error:  # frozen for other images
         raise ValueError(f"model: does not run on images of {list(example.shape)}: {first_line(error)}") from error
+    classes = _logits(made, 1).shape[1]
     if labels is not None and len(labels) != classes:
         raise ValueError(f"labels: got {len(labels)}, expected {classes}, one for each class of the model")
     return classes

@@ -109,6 +109,17 @@ def test_only_what_is_missing_is_run(tmp_path, each_batch):
     assert calls == [1, 6]  # the check of the number of classes, and the last batch
 
 
+def test_a_frozen_model_of_other_images(tmp_path):
+    write_images(tmp_path / "a", 1)
+    flat = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten(), torch.nn.Linear(2 * 36, 7)).eval()
+    frozen = fastres.freeze(flat, torch.randn(2, 3, 8, 8), tune=False)
+    assert len(run(tmp_path / "a", model=frozen, image_size=8)) == 1
+    with pytest.raises(ValueError, match=r"model: does not run on images of \[1, 3, 16, 16\]: "):
+        run(tmp_path / "a", model=frozen)
+    with pytest.raises(ValueError, match="dtype: got 'bf16', but the model is frozen in torch.float32"):
+        run(tmp_path / "a", model=frozen, dtype="bf16")
+
+
 def test_an_error_on_the_way_keeps_the_batches(tmp_path):
     paths = write_images(tmp_path / "a", 24)
 
@@ -214,6 +225,11 @@ def test_no_such_kind_of_file(tmp_path, out, text):
             ValueError,
             r"model: gave \[1, 4, 14, 14\] for 1 images, expected logits \[1, cl",
         ),
+        (
+            {"model": torch.nn.Conv2d(2, 3, 3)},
+            ValueError,
+            r"model: does not run on float32 \[8, 3, 16, 16\]: RuntimeError: Given",
+        ),
         ({"model": "resnet50"}, TypeError, "model: got str, expected an nn.Module"),
     ],
 )
@@ -274,6 +290,22 @@ def test_ctrl_c_leaves_the_batches(tmp_path):
         assert process.wait(60) != 0
     stopped = predictions(tmp_path / "a", out=tmp_path / "out.jsonl")
     assert stopped.resumed >= 16 and stopped.resumed % 8 == 0 and len(list(stopped)) == 200
+
+
+@own_process
+def test_a_worker_that_dies_ends_the_run_and_the_batches_stay(tmp_path):
+    import multiprocessing
+
+    write_images(tmp_path / "a", 200)
+    rows = predictions(tmp_path / "a", out=tmp_path / "out.jsonl", workers=1)
+    for _ in range(20):
+        next(rows)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):  # a signal handler's, wherever this process is
+        list(rows)
+    rows.close()
+    again = predictions(tmp_path / "a", out=tmp_path / "out.jsonl", workers=1)
+    assert 24 <= again.resumed < 200 and len(list(again)) == 200
 
 
 @pytest.mark.full
