@@ -74,7 +74,7 @@ def main() -> None:
     device = pick_device(options.device)
     model = getattr(torchvision.models, options.network)(weights=None).eval().to(device)
     example = Decoder(None, 224).example(options.batch).to(device)
-    network = fastres.freeze(model, example, dtype=options.dtype)
+    network = fastres.freeze(model, example[:16], dtype=options.dtype)
     about = environment(device, shlex.join(["python", *sys.argv]))
     where = about["gpu"]["name"] if about["gpu"] else about["cpu"]["model"]
     print(f"{where}, {about['threads']} threads, torch {torch.__version__}, commit {about['commit']}")

@@ -243,8 +243,10 @@ def _network(
         return model
     if shards and shards.model.exists():
         return load(shards.model, device=device)
+    where = torch.device(device) if device is not None else _device(model)
+    count = min(batch, 16) if where.type == "cpu" else batch  # a CPU runs larger ones in parts; a GPU records them
     try:
-        frozen = freeze(model, decoder.example(batch), dtype=dtype, device=device, tune="auto" if tune else False)
+        frozen = freeze(model, decoder.example(count), dtype=dtype, device=device, tune="auto" if tune else False)
     except ValueError as error:
         raise ValueError(str(error).replace("example_inputs: the model", "model:")) from error
     if shards:
@@ -266,8 +268,8 @@ def _classes(network: FrozenModel, decoder: Decoder, labels: Sequence[str] | Non
     return classes
 
 
-def _device(network: FrozenModel) -> torch.device:
-    return next((t.device for t in itertools.chain(network.parameters(), network.buffers())), torch.device("cpu"))
+def _device(model: nn.Module) -> torch.device:
+    return next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def _digest(model: nn.Module) -> str:
