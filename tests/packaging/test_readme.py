@@ -1,4 +1,5 @@
-"""The Python of the README, of docs/training.md and of docs/predict.md runs as it stands: every block, in order, in one namespace."""
+"""The Python of the README, of docs/training.md and of docs/predict.md runs as it stands: every block, in
+order, in one namespace."""
 
 from __future__ import annotations
 
