@@ -137,11 +137,11 @@ def predict(
             "labels": _hash(labels),
         }
         shards = Shards(out, about | {"transform": re.sub(" at 0x[0-9a-f]+", "", repr(transform))})
-    done = shards.done if shards else 0
+    done, batch = shards.done if shards else 0, min(batch, images.count)
     try:
         network = _network(model, decoder, batch, wanted, device, tune, shards) if done < images.count else None
         if network is not None:
-            top_k = min(top_k, _classes(network, decoder, labels))
+            top_k = min(top_k, _classes(network, decoder, batch, labels))
     except BaseException:
         if shards:
             shards.close()
@@ -166,7 +166,7 @@ def _rows(
             yield from shards.rows()
         if network is not None:
             for decoded in _decoded(images, shards.done if shards else 0, decoder, batch, workers, _device(network)):
-                made = _answers(network, decoder, decoded, top_k, labels)
+                made = _answers(network, decoder, decoded, batch, top_k, labels)
                 if shards:
                     shards.add(made)
                 yield from made
@@ -199,13 +199,16 @@ def _same(decoded: Any) -> Any:
 
 
 def _answers(
-    network: FrozenModel, decoder: Decoder, decoded: Decoded, top_k: int, labels: Sequence[str] | None
+    network: FrozenModel, decoder: Decoder, decoded: Decoded, batch: int, top_k: int, labels: Sequence[str] | None
 ) -> list[Row]:
-    """The rows of a batch."""
+    """The rows of a batch. The network always has `batch` images, so that it is prepared for one number of them."""
     answers: Iterator[tuple[list[int], list[float]]] = iter(())
     if decoded.images is not None:
-        images = decoder.given(decoded.images.to(_device(network), non_blocking=True))
-        logits = _logits(network(images), len(images))
+        given = decoded.images.to(_device(network), non_blocking=True)
+        count = len(given)
+        if count < batch:  # the last one, or one with damaged images
+            given = torch.cat((given, given[:1].expand(batch - count, -1, -1, -1)))
+        logits = _logits(network(decoder.given(given)), batch)[:count]
         scores, classes = logits.softmax(1).topk(top_k)  # [n, top_k] each; NaN where an answer is not finite
         answers = iter(zip(classes.tolist(), scores.tolist(), strict=True))
     rows = []
@@ -255,14 +258,14 @@ def _network(
     return frozen
 
 
-def _classes(network: FrozenModel, decoder: Decoder, labels: Sequence[str] | None) -> int:
+def _classes(network: FrozenModel, decoder: Decoder, batch: int, labels: Sequence[str] | None) -> int:
     """The number of classes. Raises ValueError where the network or the labels do not fit."""
-    example = decoder.example(1).to(_device(network))
+    example = decoder.example(batch).to(_device(network))
     try:
         made = network(example)
     except (RuntimeError, ValueError) as error:  # frozen for other images
         raise ValueError(f"model: does not run on images of {list(example.shape)}: {first_line(error)}") from error
-    classes = _logits(made, 1).shape[1]
+    classes = _logits(made, batch).shape[1]
     if labels is not None and len(labels) != classes:
         raise ValueError(f"labels: got {len(labels)}, expected {classes}, one for each class of the model")
     return classes

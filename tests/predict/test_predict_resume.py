@@ -106,7 +106,7 @@ def test_only_what_is_missing_is_run(tmp_path, each_batch):
     with pytest.MonkeyPatch.context() as patch:  # nothing public counts the images of a call
         patch.setattr(type(model), "_forward", lambda self, x: calls.append(len(x)) or forward(self, x))
         assert len(run(tmp_path / "a", model=model, out=tmp_path / "out.jsonl")) == 30
-    assert calls == [1, 6]  # the check of the number of classes, and the last batch
+    assert calls == [8, 8]  # the check of the number of classes, and the last batch, filled up
 
 
 def test_a_frozen_model_of_other_images(tmp_path):
@@ -228,7 +228,7 @@ def test_no_such_kind_of_file(tmp_path, out, text):
         (
             {"model": torch.nn.Conv2d(2, 3, 3)},
             ValueError,
-            r"model: does not run on float32 \[8, 3, 16, 16\]: RuntimeError: Given",
+            r"model: does not run on float32 \[1, 3, 16, 16\]: RuntimeError: Given",
         ),
         ({"model": "resnet50"}, TypeError, "model: got str, expected an nn.Module"),
     ],
