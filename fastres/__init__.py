@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fastres.inference.freeze import freeze
     from fastres.inference.frozen import FrozenModel
     from fastres.inference.load import load
+    from fastres.pipelines.predict import predict
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "models",
     "nn",
+    "predict",
     "register_block",
     "swap",
     "swapped",
@@ -44,7 +46,7 @@ __all__ = [
 # Loaded on first use: `import fastres` adds little to `import torch`. (Not swap and verify: their modules have their
 # names, and importing one of them later would hide the function.)
 _ON_USE = dict.fromkeys(("FrozenFileError", "FrozenModel", "freeze", "load"), "fastres.inference")
-_ON_USE["info"] = "fastres._info"
+_ON_USE |= {"info": "fastres._info", "predict": "fastres.pipelines"}
 
 
 def __getattr__(name: str) -> Any:

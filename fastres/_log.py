@@ -19,3 +19,8 @@ def configure_from_environment() -> None:
     handler.setFormatter(logging.Formatter("fastres %(levelname)s: %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(level.upper())
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none: messages of ours are one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

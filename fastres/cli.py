@@ -1,5 +1,6 @@
-"""The command line: fastres demo | train | freeze | paper | info | bench. Needs typer and rich; `main` says so if not.
+"""The command line: fastres demo | train | freeze | predict | paper | info | bench.
 
+It needs typer and rich; `main` says so if not.
 Exit codes: 0 done, 1 a result that falls short, 2 bad input, 130 interrupted.
 """
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if arguments is None:
         arguments = sys.argv[1:]
-        if arguments[:1] in (["demo"], ["train"], ["paper"], ["freeze"]):
+        if arguments[:1] in (["demo"], ["train"], ["paper"], ["freeze"], ["predict"]):
             _wait_passively_when_busy()
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     from fastres.lab.errors import AccuracyError, LabError, RefereeError
 
     problem = environment_problem() or isa_problem()
-    if problem is not None and arguments[:1] in (["demo"], ["train"], ["paper"], ["freeze"], ["bench"]):
+    if problem is not None and arguments[:1] in (["demo"], ["train"], ["paper"], ["freeze"], ["predict"], ["bench"]):
         return _fail(problem, 2)
     usage_error: type[Exception] = next(
         base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException"
@@ -94,7 +95,7 @@ def _fail(message: str, code: int) -> int:
 def _app(arguments: list[str]) -> "Typer":
     import typer
 
-    from fastres.lab import demo, freeze_command, paper_command, train_command
+    from fastres.lab import demo, freeze_command, paper_command, predict_command, train_command
 
     app = typer.Typer(
         help="fastres: residual networks at the speed of the hardware, with the answers proven the same.",
@@ -118,7 +119,8 @@ def _app(arguments: list[str]) -> "Typer":
     ) -> None:
         pass
 
-    commands = {"demo": demo, "train": train_command, "freeze": freeze_command, "paper": paper_command}
+    commands = {"demo": demo, "train": train_command, "freeze": freeze_command, "predict": predict_command}
+    commands["paper"] = paper_command
     for name, module in commands.items():
         app.command(name)(_command(module, shlex.join(["fastres", *arguments])))
 

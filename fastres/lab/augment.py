@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.lab.recipes import Augment
+from fastres.pipelines.images import DEVIATION
 
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's RGB in 0..1
 SCALES = (224, 256, 384, 480, 640)  # shorter sides of multi-scale testing
 
 # Square roots of the eigenvalues, and the eigenvectors, of ImageNet's RGB covariance in 0..1 (as in fb.resnet.torch).

@@ -7,6 +7,8 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from fastres._log import first_line as first_line
+
 
 class LabError(Exception):
     """An input that the lab cannot use; the message is one line that says what it got and what it expected."""
@@ -50,11 +52,6 @@ class RunError(LabError, ValueError):
 
 class DivergedError(LabError, RuntimeError):
     """The training loss is no longer a number."""
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none: messages of ours are one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def did_you_mean(name: str, names: Sequence[str]) -> str:

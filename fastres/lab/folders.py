@@ -10,7 +10,6 @@ number per channel, over ImageNet. The crop is a function of (seed, iteration, r
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor
 
 from fastres._info import usable_cores
-from fastres.lab.augment import DEVIATION, MEAN, SCALES, multi_scale, ten_crops
+from fastres.lab.augment import SCALES, multi_scale, ten_crops
 from fastres.lab.batches import Batches, DataSet, Part, order, stream
 from fastres.lab.errors import DataError, first_line, require
 from fastres.lab.recipes import TrainRecipe
+from fastres.pipelines.images import centered, cut, ignore_interrupts, opened
 
 SIZE, TEST_SIDE = 224, 256
 TRAIN_SIDES = (256, 480)
@@ -112,19 +112,13 @@ class Folders(DataSet):
             num_workers=self.workers,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
-            worker_init_fn=_ignore_interrupts,
+            worker_init_fn=ignore_interrupts,
         )
         for indices, images in loader:
             if isinstance(images, str):
                 raise DataError(f"data file {samples[indices[0]][0]}: cannot be decoded: {images}; expected an image")
             labels = torch.tensor([samples[index][1] for index in indices])
-            yield _centered(images.to(device, non_blocking=True)), labels.to(device)
-
-
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the loop, which needs the workers to finish its iteration and ends them with SIGTERM."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            yield centered(images.to(device, non_blocking=True)), labels.to(device)
 
 
 def _collate(batch: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | str]:
@@ -149,28 +143,11 @@ class _Decoder(torch.utils.data.Dataset[Any]):
 
 def _cut(path: str, request: _Request) -> Tensor:
     """Decode the file and cut the requested view out of it: [3, h, w] uint8."""
-    import numpy
-    from PIL import Image
-
     side, across, down, flip = float(request.whole or TEST_SIDE), 0.5, 0.5, False
     if request.key is not None:
         drawn = torch.rand(4, generator=torch.Generator().manual_seed(stream(*request.key))).tolist()
         side = TRAIN_SIDES[0] + drawn[0] * (TRAIN_SIDES[1] - TRAIN_SIDES[0])
         across, down, flip = drawn[1], drawn[2], drawn[3] < 0.5
-    with Image.open(path) as file:
-        file.draft("RGB", (int(side), int(side)))  # a JPEG decoder can scale to 1/8, 1/4 or 1/2
-        image = file.convert("RGB")
-    width, height = image.size
-    scale = min(width, height) / side
-    size, box = (round(width / scale), round(height / scale)), None
-    if request.whole is None:
-        x, y = across * (width - SIZE * scale), down * (height - SIZE * scale)
-        size, box = (SIZE, SIZE), (x, y, x + SIZE * scale, y + SIZE * scale)
-    pixels = torch.from_numpy(numpy.array(image.resize(size, Image.Resampling.BILINEAR, box=box))).permute(2, 0, 1)
+    size = SIZE if request.whole is None else None
+    pixels = cut(opened(path, int(side), upright=False), side, size, across, down).permute(2, 0, 1)
     return (pixels.flip(2) if flip else pixels).contiguous()  # [3, h, w]
-
-
-def _centered(images: Tensor) -> Tensor:
-    """[n, 3, h, w] uint8 -> fp32, the mean subtracted, unit deviation."""
-    mean, deviation = (torch.tensor(t, device=images.device)[:, None, None] for t in (MEAN, DEVIATION))
-    return (images.float() / 255 - mean) / deviation

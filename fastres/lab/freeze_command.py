@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from rich.console import Console
-from rich.text import Text
 from torch import Tensor, nn
 from typer import Argument, Option
 
@@ -23,7 +20,7 @@ from fastres.lab.devices import pick_device
 from fastres.lab.errors import LabError, RefereeError, first_line
 from fastres.lab.named_models import ModelError, build
 from fastres.lab.results import environment, prepare_folder, write_json
-from fastres.lab.terminal import Device
+from fastres.lab.terminal import Device, activity, said
 
 SCHEMA = "fastres.freeze/1"
 _LARGEST = 1 << 14  # pixels a side
@@ -71,7 +68,7 @@ def run(console: Console, request: Request, command: str) -> FrozenModel:
     shape, dtype, device = _checked(request)
     logging.getLogger("fastres").addHandler(logging.NullHandler())  # its warnings are in the report
     start = time.perf_counter()
-    with _activity() as say:
+    with activity() as say:
         say(f"building {request.model}")
         named = build(request.model, request.weights, request.channels)
         images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).sub_(0.45).div_(0.225).to(device)
@@ -79,7 +76,7 @@ def run(console: Console, request: Request, command: str) -> FrozenModel:
         say(f"running {request.model} once")
         _run_once(request.model, model, images)
         say(f"freezing {request.model}" + (" and measuring it" if request.tune else ""))
-        with _said(lambda text: say(f"freezing {request.model}: {text}")):
+        with said(lambda text: say(f"freezing {request.model}: {text}")):
             frozen = _freeze(model, images, dtype, request)
     seconds = time.perf_counter() - start
 
@@ -147,29 +144,3 @@ def _save(frozen: FrozenModel, path: Path) -> None:
         raise LabError(f"--save: {error}") from error
     except OSError as error:
         raise LabError(f"--save {path}: cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _said(say: Any) -> Iterator[None]:
-    """Show what freeze logs about its progress as the current activity."""
-    log, handler = logging.getLogger("fastres"), logging.Handler(logging.INFO)
-    handler.emit = lambda record: say(record.getMessage().split(": ", 2)[-1])  # type: ignore[method-assign]
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(min(log.getEffectiveLevel(), logging.INFO))
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-
-
-@contextmanager
-def _activity() -> Iterator[Any]:
-    """Show the current activity on a terminal; nothing elsewhere."""
-    console = Console(stderr=True, highlight=False)
-    if not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("", spinner="dots") as status:
-        yield lambda text: status.update(Text(f"{text} ..."))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Annotated
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from typer import Option
 
 from fastres.lab.loop_state import Step
@@ -57,12 +59,48 @@ def progress(console: Console, title: str, every_s: float = 5.0, remaining: bool
 
 def on_step(report: Report) -> Callable[[Step], None]:
     """An `on_step` for the training loop that reports epoch, loss and the images/s of the last fifty steps."""
-    last: deque[tuple[int, float]] = deque(maxlen=50)
+    rate = recent_rate()
 
     def show(step: Step) -> None:
-        last.append((step.images, step.seconds))
-        (images, seconds), (images0, seconds0) = last[-1], last[0]
-        rate = f"{(images - images0) / (seconds - seconds0):.0f} images/s" if seconds > seconds0 else ""
-        report(step.step, step.steps, f"epoch {step.epoch}/{step.epochs}  loss {step.loss:.3f}  {rate}".rstrip())
+        text = f"epoch {step.epoch}/{step.epochs}  loss {step.loss:.3f}  {rate(step.images, step.seconds)}"
+        report(step.step, step.steps, text.rstrip())
 
     return show
+
+
+def recent_rate() -> Callable[[int, float], str]:
+    """A function of (images so far, seconds) that gives the images/s of its last fifty calls, empty in the first."""
+    last: deque[tuple[int, float]] = deque(maxlen=50)
+
+    def rate(images: int, seconds: float) -> str:
+        last.append((images, seconds))
+        (images0, seconds0) = last[0]
+        return f"{(images - images0) / (seconds - seconds0):.0f} images/s" if seconds > seconds0 else ""
+
+    return rate
+
+
+@contextmanager
+def said(say: Callable[[str], None]) -> Iterator[None]:
+    """Show what freeze logs about its progress as the current activity."""
+    log, handler = logging.getLogger("fastres"), logging.Handler(logging.INFO)
+    handler.emit = lambda record: say(record.getMessage().split(": ", 2)[-1])  # type: ignore[method-assign]
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(min(log.getEffectiveLevel(), logging.INFO))
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+
+
+@contextmanager
+def activity() -> Iterator[Callable[[str], None]]:
+    """Show the current activity on a terminal; nothing elsewhere."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("", spinner="dots") as status:
+        yield lambda text: status.update(Text(f"{text} ..."))

@@ -189,9 +189,10 @@ def test_info_as_text_and_as_json(capsys):
 
 
 HELP = {
-    (): "demo train paper info bench freeze",
+    (): "demo train paper info bench freeze predict",
     ("demo",): "--out --weights --quick --device --threads",
     ("freeze",): "--report --image-size --batch --dtype --channels --weights --device --no-tune --save --json",
+    ("predict",): "--weights --dtype --out --batch --workers --top-k --labels --image-size --column --device --no-tune",
     ("train",): "--recipe --bn-batch --no-swap --nchw --data-root torchrun",
 }
 
@@ -257,7 +258,7 @@ def test_interrupt_is_one_line_and_130(tmp_path):
     ("load", "env", "again"),
     [(9, {}, True), (1.5, {}, False), (9, {"OMP_WAIT_POLICY": "ACTIVE"}, False), (9, {"GOMP_SPINCOUNT": "9"}, False)],
 )
-@pytest.mark.parametrize("command", ["demo", "train", "freeze"])
+@pytest.mark.parametrize("command", ["demo", "train", "freeze", "predict"])
 def test_on_busy_cores_it_starts_over_with_waiting_threads(monkeypatch, load, env, again, command):
     from fastres import _info
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from fastres.lab import recipes
-from fastres.lab.augment import DEVIATION, MEAN, augmented, draw, multi_scale, ten_crops
+from fastres.lab.augment import augmented, draw, multi_scale, ten_crops
 from fastres.lab.datasets import InMemory, Part, load, order, stream
 from fastres.lab.errors import DataError, LabError, RecipeError
+from fastres.pipelines.images import DEVIATION, MEAN
 from own_process import own_process
 from train_runs import write_images
 

@@ -19,29 +19,30 @@ if not (ROOT / "setup.py").exists():
     pytest.skip("the tests lie outside a source tree", allow_module_level=True)
 
 # A module may import modules of a higher number and those of its own folder, nothing else of fastres:
-# cli -> lab, compile, inference, swap -> graph, models -> nn -> ops -> {kernels, _extension, _dispatch}
+# cli -> lab, compile, pipelines, inference, swap -> graph, models -> nn -> ops -> {kernels, _extension, _dispatch}
 RANK = {
     "__main__": 0,
     "cli": 1,
     "lab": 2,
     "compile": 2,
-    "inference": 3,
-    "swap": 4,
-    "verify": 5,  # lab, inference and swap use it
-    "graph": 6,
-    "models": 6,
-    "nn": 7,
-    "functional": 8,
-    "ops": 9,
-    "_info": 9,
-    "kernels": 10,
-    "_extension": 10,
-    "_C": 10,
-    "_dispatch": 10,
-    "_copies": 11,
-    "_files": 11,
-    "_log": 11,
-    "_stamp": 11,
+    "pipelines": 3,
+    "inference": 4,
+    "swap": 5,
+    "verify": 6,  # lab, inference and swap use it
+    "graph": 7,
+    "models": 7,
+    "nn": 8,
+    "functional": 9,
+    "ops": 10,
+    "_info": 10,
+    "kernels": 11,
+    "_extension": 11,
+    "_C": 11,
+    "_dispatch": 11,
+    "_copies": 12,
+    "_files": 12,
+    "_log": 12,
+    "_stamp": 12,
 }
 NEVER_AT_IMPORT = ("triton", "torchvision", "timm", "transformers", "sklearn", "matplotlib", "rich", "typer")
 OPERATORS = sorted(path.stem for path in (ROOT / "fastres/ops").glob("[!_]*.py"))

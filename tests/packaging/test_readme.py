@@ -1,4 +1,5 @@
-"""The Python of the README and of docs/training.md runs as it stands: every block, in order, in one namespace."""
+"""The Python of the README, of docs/training.md and of docs/predict.md runs as it stands: every block, in
+order, in one namespace."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import pytest
 README = Path(__file__).resolve().parents[2] / "README.md"
 if not README.exists():
     pytest.skip("the tests lie outside a source tree", allow_module_level=True)
-TRAINING = README.parent / "docs" / "training.md"
+TRAINING, PREDICT = (README.parent / "docs" / name for name in ("training.md", "predict.md"))
 
 
 def python(page):
@@ -61,9 +62,14 @@ def test_training(monkeypatch, tmp_path):
     assert (tmp_path / "weights.pt").is_file()
 
 
+def test_predicting(capsys):
+    scope = run(python(PREDICT))
+    assert len(capsys.readouterr().out.splitlines()) == scope["rows"].total == 2
+
+
 def test_links():
     """Files that the pages name are there."""
-    for page in (README, TRAINING):
+    for page in (README, TRAINING, PREDICT):
         for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", page.read_text()):
             path = page.parent / link
             assert path.exists() or "benchmarks/results" in link, f"{page.name}: {link}"  # no results in an sdist
