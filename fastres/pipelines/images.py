@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -83,9 +84,13 @@ def centered(images: Tensor) -> Tensor:
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the loop, which needs the workers to finish its iteration and ends them with SIGTERM."""
+    """Leave Ctrl-C to the loop, which needs the workers to finish its iteration and ends them with SIGTERM.
+
+    A loop that ends while a worker hands it a tensor is no error either.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, ConnectionError) else sys.__excepthook__(kind, *rest)
 
 
 def start_worker(worker: int) -> None:
