@@ -146,6 +146,9 @@ class Shards:
         """Write what is held, and let go of the file."""
         try:
             self.flush()
+        except RuntimeError:  # the signal that a worker died interrupts this process anywhere, here too
+            self.flush()
+            raise
         finally:
             self._lock.close()
 
