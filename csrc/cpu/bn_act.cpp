@@ -12,6 +12,9 @@
 // Sums: fp32 over at most some thousand elements, then fp64. Variance: squared deviations from a shift taken inside the
 // same task. A shift that is the mean of k of n values multiplies the rounding error by at most 1 + n / k, whatever the
 // data.
+// With -O2 alone gcc fuses products and sums in one pass and not in another: a ReLU's sign computed again may differ.
+#pragma GCC optimize("O3")
+
 #include <algorithm>
 #include <cstdint>
 #include <limits>
