@@ -48,7 +48,7 @@ class FreezeReport:
             "convs": len(kinds["conv"]),
             "folded": sum("bn" in row.took for row in kinds["conv"]),
             "adds": sum("add" in row.took for row in kinds["conv"]),
-            "acts": sum(not set(ACTS).isdisjoint(row.took) for row in kinds["conv"]),
+            "acts": sum(bool(row.took) and row.took[-1] in ACTS for row in kinds["conv"]),
             "norms_left": len(kinds["norm"]),
             "bn_act": sum("relu" in row.took for row in kinds["norm"]),
             "add_relu": len(kinds["add"]),

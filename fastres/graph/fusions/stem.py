@@ -45,8 +45,7 @@ def _write(found: list[fx.Node], weights: Weights) -> None:
     row = weights.rows.pop(conv)
     with weights.graph.inserting_before(pool):
         new = weights.graph.call_function(_STEM, (x, weight, bias, *rest, *(_window(pool) or ())))
-    became = f"{row.became} + max_pool"
-    weights.replace(found, new, replace(row, became=became, took=(*row.took, "max_pool")))
+    weights.replace(found, new, replace(row, became=f"{row.became} + max_pool"))
     weights.rows[new] = replace(weights.rows[new], flops=row.flops)
 
 
