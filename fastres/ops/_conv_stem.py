@@ -30,19 +30,18 @@ FUSED = "fused"
 Maybe = Tensor | None
 
 
-def _apart(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Tensor:
-    """The convolution with its activation, then the pool."""
-    y: Tensor = F.max_pool2d(convolve(x, weight, bias, None, None, *rest[:5]), *rest[5:])
+def _pooled(convolve: Callable[..., Tensor], window: tuple[Any, ...], *arguments: Any) -> Tensor:
+    """The convolution with its activation, then PyTorch's pool."""
+    y: Tensor = F.max_pool2d(convolve(*arguments), *window)
     return y
+
+
+def _apart(convolve: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Tensor:
+    return _pooled(convolve, rest[5:], x, weight, bias, None, None, *rest[:5])
 
 
 def _forward(*arguments: Any) -> Tensor:
     return _apart(torch.ops.fastres.conv_act.default, *arguments)
-
-
-def _pooled(convolve: Callable[..., Tensor], window: tuple[Any, ...], *arguments: Any) -> Tensor:
-    y: Tensor = F.max_pool2d(convolve(*arguments), *window)
-    return y
 
 
 def _bind(x: Tensor, weight: Tensor, bias: Maybe, *rest: Any) -> Choices | None:
