@@ -62,6 +62,7 @@ py::dict build_info() {
   info["cutlass"] = FASTRES_CUTLASS;
 #else
   info["isa_runtime"] = fastres::isa_name(fastres::runtime_isa());
+  info["has_pairs"] = fastres::has_pairs();
 #endif
   return info;
 }

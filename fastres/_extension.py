@@ -31,9 +31,9 @@ REBUILD = "pip install --no-build-isolation ."
 def isa_problem() -> str | None:
     """Say what is wrong with FASTRES_ISA; None when nothing is."""
     isa = os.environ.get("FASTRES_ISA", "")
-    if isa in ("", "avx512", "avx2", "baseline"):
+    if isa in ("", "amx", "avx512", "avx2", "baseline"):
         return None
-    return f"FASTRES_ISA: got {isa!r}, expected 'avx512', 'avx2' or 'baseline'"
+    return f"FASTRES_ISA: got {isa!r}, expected 'amx', 'avx512', 'avx2' or 'baseline'"
 
 
 class _Native:

@@ -17,7 +17,7 @@ constexpr int64_t kStreamedBytes = 1 << 20;  // of a weight: more does not stay 
 
 inline int64_t panel_width() {
   const Isa isa = runtime_isa();
-  return isa == Isa::kAvx512 ? kPanel<16> : isa == Isa::kAvx2 ? kPanel<8> : kPanel<4>;
+  return isa >= Isa::kAvx512 ? kPanel<16> : isa == Isa::kAvx2 ? kPanel<8> : kPanel<4>;
 }
 
 // An odd number of lines: rows and taps a power of two apart would share a few sets of the cache.
@@ -159,6 +159,7 @@ namespace {  // what it instantiates is emitted for the instruction sets that ca
 // Takes the sums of a panel of channels from k on to y.
 template <class T>
 struct ToImage {
+  static constexpr bool kBlocks = false;
   Epilogue<T> epilogue;
   int64_t first, outputs, k;
 

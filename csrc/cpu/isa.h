@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <string>
 #include <type_traits>
 
 #include "element.h"
@@ -17,6 +18,12 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(FASTRES_BASELINE_ONLY)
 #define FASTRES_X86_TARGETS 1
 #include <immintrin.h>  // declares the conversion builtins used below
+#if defined(__linux__)
+#define FASTRES_AMX 1
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace fastres {
@@ -206,20 +213,34 @@ FASTRES_HD float sum_lanes(Float<W> value) {
   return lanes[0];
 }
 
-// ---- The instruction set of this machine; FASTRES_ISA=avx2 or baseline asks for a narrower one.
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+// ---- The instruction set of this machine; FASTRES_ISA=avx512, avx2 or baseline asks for a narrower one. AMX is AVX-512
+// with AMX's tiles of bf16 and int8, which the system must let this process use.
+enum class Isa { kBaseline, kAvx2, kAvx512, kAmx };
+
+#if FASTRES_AMX
+inline bool find_amx() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
+  constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kAll) != kAll) return false;
+  return syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+}
+#else
+inline bool find_amx() { return false; }
+#endif
 
 inline Isa runtime_isa() {
 #if FASTRES_X86_TARGETS
   static const Isa isa = [] {
     __builtin_cpu_init();
+    const char* const name = std::getenv("FASTRES_ISA");
+    const std::string asked = name == nullptr ? "" : name;
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const char* const asked = std::getenv("FASTRES_ISA");
-    const bool narrow = asked != nullptr && std::strcmp(asked, "avx2") == 0;
-    if (!avx2 || (asked != nullptr && std::strcmp(asked, "baseline") == 0)) return Isa::kBaseline;
-    return avx512 && !narrow ? Isa::kAvx512 : Isa::kAvx2;
+    if (!avx2 || asked == "baseline") return Isa::kBaseline;
+    if (!avx512 || asked == "avx2") return Isa::kAvx2;
+    return asked != "avx512" && __builtin_cpu_supports("avx512bf16") && find_amx() ? Isa::kAmx : Isa::kAvx512;
   }();
   return isa;
 #else
@@ -227,8 +248,19 @@ inline Isa runtime_isa() {
 #endif
 }
 
+// Whether it multiplies pairs of bf16 numbers.
+inline bool has_pairs() {
+#if FASTRES_X86_TARGETS
+  static const bool found = runtime_isa() >= Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
 inline const char* isa_name(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "baseline";
+  const char* const names[] = {"baseline", "avx2", "avx512", "amx"};
+  return names[static_cast<int>(isa)];
 }
 
 // Whether a tensor of so many bytes, and the handful that a pass reads and writes with it, stay in the last-level cache.
@@ -258,7 +290,7 @@ template <class Kernel>
 void run_kernel(const Kernel& kernel, int64_t begin, int64_t end) {
 #if FASTRES_X86_TARGETS
   const Isa isa = runtime_isa();
-  if (isa == Isa::kAvx512) return run_avx512(kernel, begin, end);
+  if (isa >= Isa::kAvx512) return run_avx512(kernel, begin, end);
   if (isa == Isa::kAvx2) return run_avx2(kernel, begin, end);
 #endif
   kernel.template run<4>(begin, end);

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "cpu/isa.h"
+#include "cpu/amx.h"
 
 namespace fastres {
 
@@ -34,10 +34,34 @@ FASTRES_HD void call(const Kernel& kernel, int64_t begin = 0, int64_t end = 0) {
   kernel.template run<W>(begin, end);
 }
 
+// ---- What a word of V and of U holds, 32 bits: a number, or two bf16 numbers of neighboring channels, whose products are
+// summed in fp32. Pairs need AVX512-BF16: vdpbf16ps takes subnormals for zeros, as AMX's tiles do.
+struct Floats {
+  using Element = float;
+  static constexpr int64_t kGroup = 1;  // elements of a word
+  static constexpr int64_t kStep = 1;   // words: the depth of a tap is a multiple
+};
+struct Pairs {
+  using Element = BFloat16;
+  static constexpr int64_t kGroup = 2;
+  static constexpr int64_t kStep = 16;  // a tile's row
+};
+
+template <class Operands, int W>
+FASTRES_HD Float<W> plus_product(Float<W> sum, Float<W> a, Float<W> b) {
+#if FASTRES_X86_TARGETS
+  if constexpr (std::is_same_v<Operands, Pairs> && W == 16) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+  }
+#endif
+  return sum + a * b;
+}
+
 inline constexpr int64_t kOneTap = 0;
 
 struct Panel {
-  const float* v;  // [rows, depth], with a stride
+  const float* v;  // [rows, depth], with a stride; words
   int64_t v_stride;
   const float* u;  // [depth, 2 W]
   int64_t depth;
@@ -49,6 +73,7 @@ struct Panel {
 
 // Takes the sums of W columns of a row: writes them to m, or adds them to what is there.
 struct ToMemory {
+  static constexpr bool kBlocks = false;
   float* m;  // [rows, 2 W]
   bool add;
 
@@ -59,8 +84,8 @@ struct ToMemory {
   }
 };
 
-// kByDepth: v is [depth, rows], with a stride.
-template <int R, bool kByDepth, class To>
+// kByDepth: v is [depth, rows], with a stride. A To with kBlocks takes all rows at once, from memory.
+template <int R, bool kByDepth, class Operands, class To>
 struct Product {
   Panel panel;
   To to;
@@ -86,33 +111,43 @@ struct Product {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
           const auto value = load_broadcast<W>(kByDepth ? v + c * stride + r : v + r * stride + c);
-          left[r] += value * u0;
-          right[r] += value * u1;
+          left[r] = plus_product<Operands, W>(left[r], value, u0);
+          right[r] = plus_product<Operands, W>(right[r], value, u1);
         }
       }
     }
+    if constexpr (To::kBlocks) {
+      alignas(64) float m[R * kPanel<W>];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      to.template put<W>(left[r], row + r, 0);
-      to.template put<W>(right[r], row + r, W);
+      for (int r = 0; r < R; ++r) {
+        store<W>(m + r * kPanel<W>, left[r]);
+        store<W>(m + r * kPanel<W> + W, right[r]);
+      }
+      to.template put_rows<W>(m, row, R);
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        to.template put<W>(left[r], row + r, 0);
+        to.template put<W>(right[r], row + r, W);
+      }
     }
   }
 };
 
-template <int W, int R, bool kByDepth, class To>
+template <int W, int R, bool kByDepth, class Operands, class To>
 FASTRES_HD void product_of(const Panel& panel, const To& to, int64_t row, int64_t rows) {
-  if (rows == R) return call<W>(Product<R, kByDepth, To>{panel, to, row});
-  if constexpr (R > 1) product_of<W, R - 1, kByDepth>(panel, to, row, rows);
+  if (rows == R) return call<W>(Product<R, kByDepth, Operands, To>{panel, to, row});
+  if constexpr (R > 1) product_of<W, R - 1, kByDepth, Operands>(panel, to, row, rows);
 }
 
 // Any number of rows: blocks of nearly equal size, so that none is too small to hide the latency of an addition.
-template <int W, bool kByDepth = false, class To>
+template <int W, bool kByDepth = false, class Operands = Floats, class To>
 FASTRES_HD void product(Panel panel, int64_t rows, const To& to) {
   constexpr int64_t kMost = kByDepth ? kPanel<W> / 4 : kRows<W>;  // a row of a panel is whole blocks
   const int64_t blocks = (rows + kMost - 1) / kMost;
   for (int64_t block = 0, row = 0; block < blocks; ++block) {
     const int64_t count = rows / blocks + (block < rows % blocks ? 1 : 0);
-    product_of<W, kMost, kByDepth>(panel, to, row, count);
+    product_of<W, kMost, kByDepth, Operands>(panel, to, row, count);
     panel.v += kByDepth ? count : count * panel.v_stride;
     panel.next = nullptr;  // the first rows have fetched it
     row += count;

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres._extension import build_info
 from fastres.ops._tensors import why_not_cpu
 
 PRODUCT, DIRECT = "product", "direct"
@@ -69,17 +70,25 @@ def why_not_1x1(x: Tensor, weight: tuple[int, ...], where: tuple[Any, ...], act:
     reasons = _why_not(x, act, where)
     if tuple(weight[2:]) != (1, 1) or max(where[1]):
         reasons.append(f"the kernel is {weight[2]}x{weight[3]} with padding {tuple(where[1])}, expected 1x1 without")
-    return reasons + _why_not_products(x)
+    if x.dtype is not torch.float32 and _has_16_bit_products(x.dtype):
+        reasons.append(f"this CPU multiplies {x.dtype} faster than float32")
+    return reasons
 
 
 def why_not_direct(x: Tensor, where: tuple[Any, ...], act: str) -> list[str]:
     """Refusals of direct products, for a kernel of any size, likewise."""
-    return _why_not(x, act, where) + _why_not_products(x)
+    reasons = _why_not(x, act, where)
+    if has_pairs(x.dtype):
+        if where[2][1] > 1 and x.shape[1] < _FEWEST:
+            reasons.append(f"dilation {where[2][1]} with {x.shape[1]} channels, expected 1 below {_FEWEST}")
+    elif x.dtype is not torch.float32 and _has_16_bit_products(x.dtype):
+        reasons.append(f"this CPU multiplies {x.dtype} faster than float32")
+    return reasons
 
 
-def _why_not_products(x: Tensor) -> list[str]:
-    slower = x.dtype is not torch.float32 and _has_16_bit_products(x.dtype)
-    return [f"this CPU multiplies {x.dtype} faster than float32"] if slower else []
+def has_pairs(dtype: torch.dtype) -> bool:
+    """Tell whether direct products multiply pairs of numbers of this dtype, by AMX or AVX512-BF16."""
+    return dtype is torch.bfloat16 and bool(build_info().get("has_pairs"))
 
 
 def _why_not(x: Tensor, act: str, where: tuple[Any, ...]) -> list[str]:

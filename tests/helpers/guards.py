@@ -13,6 +13,9 @@ from fastres._extension import build_info
 
 def guarded(t):
     """The tensor in the middle of NaN, and the memory around it."""
+    if t.dtype is torch.int32:  # a packed weight, of pairs of bf16 numbers
+        view, memory = guarded(t.view(torch.float32))
+        return view.view(torch.int32), memory
     memory = torch.full((t.numel() + 256,), float("nan"), dtype=t.dtype)
     view = memory.as_strided(t.shape, t.stride(), 128)
     view.copy_(t)
