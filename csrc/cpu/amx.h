@@ -47,6 +47,7 @@ FASTRES_HD void multiply_tiles(const char* v, int64_t v_stride, const char* u, i
     FASTRES_TILE_ZERO(2);
     FASTRES_TILE_ZERO(3);
   }
+  const char* after = v + 64 * v_stride;
   for (int64_t tap = 0; tap < tap_count; ++tap) {
     const char* at = v + taps[tap] * 4;
     for (int64_t step = 0; step < steps; ++step, at += 64, u += 16 * kRow) {
@@ -60,9 +61,10 @@ FASTRES_HD void multiply_tiles(const char* v, int64_t v_stride, const char* u, i
         FASTRES_TILE_PRODUCT("tdpbf16ps", 2, 5, 6);
         FASTRES_TILE_PRODUCT("tdpbf16ps", 3, 5, 7);
       }
-      if (ahead) {  // the rows that follow
+      if (ahead) {  // rows that follow
 #pragma GCC unroll 32
-        for (int row = 0; row < 16 * kTall; ++row) __builtin_prefetch(at + (16 * kTall + row) * v_stride);
+        for (int line = 0; line < 16 * kTall; ++line) __builtin_prefetch(after + line * 64, 0, 2);
+        after += 16 * kTall * 64;
       }
       for (int64_t line = 0; line < next_lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
     }

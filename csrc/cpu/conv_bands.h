@@ -215,40 +215,54 @@ struct Multiply {
   }
 
 #if FASTRES_AMX
-  // Sums of one block are on their way to y while the tiles of the next are multiplied. Rows past a piece's last are read,
-  // up to a multiple of 16, and left.
+  // Products by tiles, a block of rows and a panel at a time. Sums of one are on their way to y while the tiles of the next
+  // are multiplied. Rows past a piece's last are read, up to a multiple of 16, and left.
+  struct Blocks {
+    const Multiply& of;
+    int64_t size, steps;
+    ToRows<Operands, T> to;
+    const char* next = nullptr;
+    int64_t row = 0, rows = 0, side = 0;  // row, rows: of the block before
+    alignas(64) float m[2][32 * 32];
+
+    FASTRES_HD void multiply(int64_t panel, const Piece& piece, int64_t p, int64_t at, int64_t lines, bool ahead) {
+      const char* const u = reinterpret_cast<const char*>(of.u + panel * size);
+      const char* const v = reinterpret_cast<const char*>(piece.v + p * piece.line + at * of.step);
+      if (piece.count - at > 16) {
+        multiply_tiles<2>(v, of.step * 4, u, steps, of.taps, of.tap_count, next, lines, ahead, m[side]);
+      } else {
+        multiply_tiles<1>(v, of.step * 4, u, steps, of.taps, of.tap_count, next, lines, ahead, m[side]);
+      }
+      next += of.tap_count * steps * lines * 64;
+      side ^= 1;
+      if (rows > 0) to.template put_rows<16>(m[side], row, rows);
+      to = {of.epilogue, piece.at + p * piece.columns, piece.pitch, piece.columns, of.outputs, panel * kPanel<16>};
+      row = at;
+      rows = piece.count - at < 32 ? piece.count - at : 32;
+    }
+  };
+
+  // A weight that stays in L2 is read for each block of rows, a larger one a panel at a time for all rows.
   FASTRES_HD void by_tiles(int64_t begin, int64_t end, int64_t size, bool streamed) const {
     const Tiles tiles;
-    alignas(64) float m[2][32 * 32];
-    ToRows<Operands, T> to{epilogue, 0, 1, 1, outputs, 0};
-    int64_t blocks = 0, row = 0, rows = 0, side = 0;  // row, rows: of the block before
-    for (const Piece& piece : pieces) blocks += piece.lines * ((piece.count + 31) / 32);
-    const int64_t steps = depth / Operands::kStep;
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const char* const own = reinterpret_cast<const char*>(u + panel * size);
-      const char* next = own + size * 4;
-      const int64_t lines = streamed && panel + 1 < end ? (32 + blocks - 1) / blocks : 0;  // of the next panel's, a step
+    Blocks blocks{*this, size, depth / Operands::kStep, {epilogue, 0, 1, 1, outputs, 0}};
+    int64_t count = 0;
+    for (const Piece& piece : pieces) count += piece.lines * ((piece.count + 31) / 32);
+    const int64_t together = streamed ? 1 : end - begin;  // panels
+    for (int64_t first = begin; first < end; first += together) {
+      const int64_t lines = streamed && first + 1 < end ? (32 + count - 1) / count : 0;  // of the next panel's, a step
+      blocks.next = reinterpret_cast<const char*>(u + (first + 1) * size);
       for (const Piece& piece : pieces) {
-        const bool ahead = piece.fresh && panel == begin;
         for (int64_t p = 0; p < piece.lines; ++p) {
           for (int64_t at = 0; at < piece.count; at += 32) {
-            const char* const v = reinterpret_cast<const char*>(piece.v + p * piece.line + at * step);
-            if (piece.count - at > 16) {
-              multiply_tiles<2>(v, step * 4, own, steps, taps, tap_count, next, lines, ahead, m[side]);
-            } else {
-              multiply_tiles<1>(v, step * 4, own, steps, taps, tap_count, next, lines, ahead, m[side]);
+            for (int64_t panel = first; panel < first + together; ++panel) {
+              blocks.multiply(panel, piece, p, at, lines, piece.fresh && panel == begin);
             }
-            next += tap_count * steps * lines * 64;
-            side ^= 1;
-            if (rows > 0) to.template put_rows<16>(m[side], row, rows);
-            to = {epilogue, piece.at + p * piece.columns, piece.pitch, piece.columns, outputs, panel * kPanel<16>};
-            row = at;
-            rows = std::min<int64_t>(32, piece.count - at);
           }
         }
       }
     }
-    if (rows > 0) to.template put_rows<16>(m[side ^ 1], row, rows);
+    if (blocks.rows > 0) blocks.to.template put_rows<16>(blocks.m[blocks.side ^ 1], blocks.row, blocks.rows);
   }
 #endif
 };
@@ -463,11 +477,11 @@ class Bands {
     const int64_t size = step_ * 4 + shape_.outputs * static_cast<int64_t>(sizeof(T));
     const int64_t fit = std::max<int64_t>(64, std::clamp<int64_t>(8 * weight, 1 << 17, 2 * kBandBytes) / size);
     const int64_t parts = (share + fit - 1) / fit;
-    const int64_t band = ((share + parts - 1) / parts + 31) / 32 * 32, bands = (pixels + band - 1) / band;
+    const bool whole = has_tiles<Operands>();
+    const int64_t even = (share + parts - 1) / parts, band = whole ? (even + 31) / 32 * 32 : even, bands = (pixels + band - 1) / band;
     const int64_t chunks = by_panels || bands < workers ? std::min(panels(), (workers + bands - 1) / bands) : 1;
     const int64_t room = 32 * step_;
     const std::vector<int64_t> taps{0};
-    const bool whole = has_tiles<Operands>();
     const Scratch scratch(whole ? workers * room : 0, like);
     const float* const v = reinterpret_cast<const float*>(x_);
     parallel_workers(workers, chunks * bands, [&](int64_t worker, int64_t begin, int64_t end) {

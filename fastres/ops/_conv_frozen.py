@@ -125,10 +125,9 @@ def bind(
         first = native.faster(n, c, k, p, q, x.dtype)
         for way, tile in native.TILES.items():
             ways[way] = functools.partial(own, native.forward, native.into, tuple(padding), tile)
-    if len(ways) == 2 or native.has_pairs(x.dtype):
-      if not native.why_not_direct(x, asked[2], act):
+    if (len(ways) == 2 or native.has_pairs(x.dtype)) and not native.why_not_direct(x, asked[2], act):
         at: tuple[list[int], list[int]] = [r, s, *stride, *padding, *dilation], []
-        if native.has_pairs(x.dtype): first = (native.DIRECT, *first)
+        first = (native.DIRECT, *first) if native.has_pairs(x.dtype) else first
         ways[native.DIRECT] = functools.partial(own, native.direct, native.direct_into, at, 1)
     order = [*first, *(way for way in ways if way not in first)]
     holds = {"packed": weight.numel() * weight.itemsize} | native.bytes_held(weight)

@@ -3,9 +3,10 @@
 "winograd2" and "winograd4" run 3x3 convolutions of stride 1 by F(2x2, 3x3), with 2.25 times fewer products than a
 direct one and at least as exact, and F(4x4, 3x3), with 4 times fewer and 1.2 to 1.4 times the error; docs/winograd.md
 says why. "product" runs a 1x1 convolution of any stride as a product of matrices, "direct" one of any kernel size,
-stride and dilation by direct products, and a max-pool in the same pass (stem.py). Frozen networks call them on weights
-that were made ready once. The backend "winograd" of conv_act is F(2x2, 3x3) on the weight as it is, with the gradient
-of x by the same kernel and that of the weight by F(3x3, 2x2).
+stride and dilation by direct products, and a max-pool in the same pass (stem.py). In bf16 direct products are those of
+AMX or AVX512-BF16 where the CPU has them: two at a time, summed in fp32, subnormal numbers taken for zeros. Frozen
+networks call them on weights that were made ready once. The backend "winograd" of conv_act is F(2x2, 3x3) on the weight
+as it is, with the gradient of x by the same kernel and that of the weight by F(3x3, 2x2).
 """
 
 from __future__ import annotations
@@ -108,9 +109,17 @@ def _has_16_bit_products(dtype: torch.dtype) -> bool:
 
 
 def bytes_held(weight: Tensor) -> dict[str, int]:
-    """The bytes of a weight, [K, C, R, S], made ready for each way: float32, panels of up to 32 output channels."""
-    numbers = -(-weight.shape[0] // 32) * 32 * weight.shape[1]
+    """The bytes of a weight, [K, C, R, S], made ready for each way: float32, panels of up to 32 output channels.
+
+    Or pairs of bf16, up to a multiple of 16 of these.
+    """
+    outputs = -(-weight.shape[0] // 32) * 32
+    numbers = outputs * weight.shape[1]
     direct = 4 * numbers * weight.shape[2] * weight.shape[3]
+    if has_pairs(weight.dtype):
+        dense = weight.shape[1] < _FEWEST and weight.shape[3] > 1
+        pairs = -(-weight.shape[1] // 2) * (weight.shape[3] if dense else 1)
+        direct = 64 * -(-pairs // 16) * outputs * weight.shape[2] * (1 if dense else weight.shape[3])
     return {PRODUCT: direct, DIRECT: direct} | {way: 4 * (m + 2) ** 2 * numbers for way, m in TILES.items()}
 
 

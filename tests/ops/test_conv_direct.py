@@ -31,6 +31,15 @@ CASES = [
     ((1, 300, 300, 3, 3), ((3, 3), (2, 2), (1, 1), (1, 1)), ()),
     ((1, 16, 16, 8, 8), ((8, 1), (1, 5), (0, 9), (1, 1)), ()),
     ((1, 1, 1, 1, 1), ((1, 1), (1, 1), (0, 0), (1, 1)), ()),
+    ((1, 20, 24, 17, 15), ((3, 3), (3, 3), (2, 2), (2, 2)), ()),
+    # for tiles of bf16: x as it is, with some last pixels; several images a band; output rows that run on; blocks of 32
+    # pixels and less; a weight beyond an L2 cache, of which panels are shared out
+    ((3, 64, 100, 5, 7), ((1, 1), (1, 1), (0, 0), (1, 1)), ()),
+    ((1, 96, 40, 12, 13), ((1, 1), (2, 2), (0, 0), (1, 1)), ()),
+    ((5, 32, 48, 7, 7), ((3, 3), (1, 1), (1, 1), (1, 1)), ()),
+    ((1, 48, 33, 20, 64), ((3, 3), (1, 1), (1, 1), (1, 1)), ()),
+    ((1, 256, 512, 5, 5), ((3, 3), (1, 1), (1, 1), (1, 1)), ()),
+    ((2, 512, 1100, 3, 3), ((1, 1), (1, 1), (0, 0), (1, 1)), ()),
 ]
 IDS = ["x".join(map(str, size)) + ("-pool" if pool else "") for size, _, pool in CASES]
 case = pytest.mark.parametrize(("size", "where", "pool"), CASES, ids=IDS)
@@ -82,6 +91,16 @@ def test_integers_are_exact_so_that_no_index_is_off(size, where, pool):
 
 
 @case
+def test_pairs_of_integers_are_exact_until_they_are_rounded(size, where, pool):
+    x, weight, bias, residual, _ = tensors(size, where, pool, draw=lambda shape: torch.randint(-5, 6, shape).float())
+    want = eager(x, weight, bias, residual, None, where, pool, "relu").bfloat16()
+    given = [None if t is None else t.bfloat16() for t in (x, weight, bias, residual)]
+    junk = [torch.full((1 << n,), float("nan")) for n in range(8, 20)]  # what scratch memory may hold before
+    del junk
+    assert torch.equal(run(*given, None, where, pool, "relu"), want)
+
+
+@case
 def test_nan_and_infinity_pass_as_eager_s(size, where, pool):
     x, weight, bias, residual, _ = tensors(size, where, pool)
     for value in (float("nan"), float("inf"), -float("inf")):
@@ -92,9 +111,10 @@ def test_nan_and_infinity_pass_as_eager_s(size, where, pool):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2])
 @case
-def test_threads_change_no_bit(size, where, pool):
-    given, before = tensors(size, where, pool), torch.get_num_threads()
+def test_threads_change_no_bit(size, where, pool, dtype):
+    given, before = tensors(size, where, pool, dtype), torch.get_num_threads()
     try:
         found = []
         for threads in (1, 2, 4):
@@ -118,16 +138,29 @@ def test_nothing_outside_its_tensors_is_read_or_written(size, where, pool, dtype
     assert memory[:128].isnan().all() and memory[128 + y.numel() :].isnan().all()
 
 
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_narrower_instruction_sets(isa):
     calls = """
     for case in tests.CASES:
+        tests.test_pairs_of_integers_are_exact_until_they_are_rounded(*case)
         tests.test_integers_are_exact_so_that_no_index_is_off(*case)
         for dtype in tests.DTYPES:
             tests.test_against_float64_within_twice_eager_s_error(*case, dtype)
             tests.test_nothing_outside_its_tensors_is_read_or_written(*case, dtype)
     """
     run_on(isa, "test_conv_direct", calls)
+
+
+@pytest.mark.skipif(not native.has_pairs(torch.bfloat16), reason="no products of bf16 pairs")
+def test_a_weight_of_pairs_needs_bf16_images_and_no_dilation_across_few_channels():
+    x, weight, bias, _, _ = tensors(*CASES[0])
+    u, rest = native.pack_direct(weight.bfloat16()), (bias, None, None, 33)
+    assert u.dtype is torch.int32
+    with pytest.raises(RuntimeError, match="u: got"):
+        native.direct(x, u, *rest, numbers(CASES[0][1]), [], "relu")
+    with pytest.raises(RuntimeError, match="got dilation 2 with 3 channels"):
+        native.direct(x.bfloat16(), u, bias.bfloat16(), *rest[1:], [7, 7, 2, 2, 3, 3, 1, 2], [], "relu")
+    assert native.why_not_direct(x.bfloat16(), ((2, 2), (3, 3), (1, 2), 1), "relu")
 
 
 def test_arguments_that_do_not_fit():

@@ -153,12 +153,39 @@ BUGS = {
         ),
         ("winograd-gradient-past-the-image", "below ? load<W>(from + row) : zero", "load<W>(from + row)"),
     ],
-    ("csrc/cpu/conv_direct.cpp", DIRECT): [
-        ("direct-padding-left-as-it-was", "      std::memset(to, 0, before * pixel * sizeof(float));\n", ""),
-        ("direct-taps-not-dilated", "s * shape.across.dilation * shape.pixel()", "s * shape.pixel()"),
-        ("pool-loses-nan", "return b != b ? b : most;", "return most;"),
+    ("csrc/cpu/conv_bands.h", DIRECT): [
+        ("direct-padding-left-as-it-was", "        std::memset(to, 0, low * pixel_ * 4);\n", ""),
+        (
+            "direct-taps-not-dilated",
+            "offset.push_back(tap * w.dilation / w.stride);",
+            "offset.push_back(tap / w.stride);",
+        ),
+        ("direct-plane-of-another-tap", "remainder = tap * w.dilation % w.stride", "remainder = tap % w.stride"),
+        ("direct-row-between-lines-kept", "if (q < columns) {", "if (q <= columns) {"),
+        ("direct-block-starts-behind-a-line", "(q < columns ? q : columns)", "q"),
+        ("direct-behind-a-dense-row-left", "(count + down_.extent) * row(), 0, kSlack * 4);", "0, 0, 0);"),
+        ("direct-last-pixels-not-copied", "const int64_t rest = whole && ", "const int64_t rest = false && "),
+        ("pairs-fourth-channel-kept", "load_bytes<uint64_t>(pixel) & 0xffffffffffffull", "load_bytes<uint64_t>(pixel)"),
+        (
+            "tiles-of-the-block-before",
+            "put_rows<16>(m[side], row, rows);\n      to",
+            "put_rows<16>(m[side ^ 1], row, rows);\n      to",
+        ),
+        ("tiles-of-another-panel", "panel * kPanel<16>};", "panel * kPanel<8>};"),
+        ("pool-loses-nan", "(bit_cast<Int<W>>(b) & nan) |", "(bit_cast<Int<W>>(most) & nan) |"),
         ("pool-keeps-rows-of-another-image", "if (n != image) image = n, done = low;", "image = n;"),
         ("pool-past-the-image", "std::min(shape.rows, top + pool.size)", "top + pool.size"),
+    ],
+    ("csrc/cpu/amx.h", DIRECT): [
+        ("tiles-right-columns-from-the-left", "FASTRES_TILE_LOAD(7, u + 64, kRow);", "FASTRES_TILE_LOAD(7, u, kRow);"),
+        ("tiles-one-tap", "const char* at = v + taps[tap] * 4;", "const char* at = v;"),
+    ],
+    ("csrc/cpu/conv_direct.cpp", DIRECT): [
+        (
+            "pairs-packed-the-other-way-round",
+            "* width) * group + i % group;",
+            "* width) * group + group - 1 - i % group;",
+        ),
     ],
     ("csrc/cpu/conv_epilogue.h", DIRECT): [
         (
@@ -190,9 +217,11 @@ BUGS = {
         ),
         ("conv-residual-of-another-pixel", "c += load<W>(residual + at);", "c += load<W>(residual + k);"),
     ],
+    ("csrc/cpu/conv.h", PRODUCT): [
+        ("product-panel-tail-dropped", "channel + j < outputs; ++j)", "channel + j + 1 < outputs; ++j)")
+    ],
     ("csrc/cpu/conv_1x1.cpp", PRODUCT): [
         ("product-row-of-another-pixel", "+ q * shape.stride_w;", "+ q;"),
-        ("product-panel-tail-dropped", "channel + j < outputs; ++j)", "channel + j + 1 < outputs; ++j)"),
     ],
     ("csrc/cpu/bn_act_terms.h", NATIVE): [("cpu-tail-written-over-twice", "return x == y;", "return false;")],
     ("csrc/cpu/add_relu.cpp", LARGE): [

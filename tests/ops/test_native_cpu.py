@@ -76,5 +76,8 @@ def test_build_info_says_how_it_was_built():
         and info["torch_target"] == "2.11"
         and info["cxx_std"] >= 201703
     )
-    assert info["isa_runtime"] in ("baseline", "avx2", "avx512", "amx") and info["compiler"].split()[0] in ("gcc", "clang")
+    assert info["isa_runtime"] in ("baseline", "avx2", "avx512", "amx") and info["compiler"].split()[0] in (
+        "gcc",
+        "clang",
+    )
     assert module.kernel_attributes() == {}
