@@ -13,6 +13,9 @@ LOCK := requirements/dev.lock
 BENCH_LOCK := requirements/bench.lock
 LOOPS_LOCK := requirements/loops.lock
 CUTLASS_LOCK := requirements/cutlass.lock
+DOCS_LOCK := requirements/docs.lock
+VENV_DOCS ?= .venv-docs
+DOCS_PY := $(VENV_DOCS)/bin/python
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check -q
 
@@ -26,6 +29,7 @@ STAMP_PYTHON := $(VENV)/.stamp-python
 STAMP_LOCK := $(VENV)/.stamp-lock
 STAMP_BENCH := $(VENV)/.stamp-bench
 STAMP_LOOPS := $(VENV)/.stamp-loops
+STAMP_DOCS := $(VENV_DOCS)/.stamp
 STAMP_PACKAGE := $(VENV)/.stamp-package
 STAMP_EXTENSION := $(VENV)/.stamp-extension
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -79,9 +83,10 @@ wheel: $(STAMP_LOCK)  ## a wheel for this Python in dist/
 	@$(PIP) wheel --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
-docs:  ## where the documentation is
-	@echo 'fastres: nothing to build: the documentation of this release is Markdown; a later one brings a site built from it.'
-	@ls README.md docs/*.md
+docs: $(STAMP_DOCS)  ## the site, in build/docs/site (an environment of its own; no network once it is installed)
+	@$(DOCS_PY) docs/_site.py
+	@cd build/docs && NO_COLOR=1 $(abspath $(VENV_DOCS))/bin/zensical build --strict --clean -f site.yml
+	@echo 'fastres: build/docs/site/index.html'
 
 clean:  ## remove what was built (not .venv)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fastres/*.so
@@ -119,6 +124,12 @@ $(STAMP_LOOPS): $(LOOPS_LOCK) $(STAMP_LOCK)
 	$(call say,installing $(LOOPS_LOCK) (Accelerate and Lightning))
 	@if ! $(PIP) install -r $(LOCK) -r $(LOOPS_LOCK) >$(LOCK_LOG) 2>&1; then \
 	  tail -n 40 $(LOCK_LOG) >&2; echo 'fastres: $(LOOPS_LOCK) was not installed ($(LOCK_LOG))' >&2; exit 1; fi
+	@touch $@
+
+$(STAMP_DOCS): $(DOCS_LOCK)
+	$(call say,installing $(DOCS_LOCK) in $(VENV_DOCS))
+	@$(PYTHON) -m venv $(VENV_DOCS)
+	@$(DOCS_PY) -m pip --disable-pip-version-check -q install -r $(DOCS_LOCK)
 	@touch $@
 
 # The package is mapped in place; the extension is built apart, so that an edit recompiles only what it touches.
