@@ -102,8 +102,8 @@ class _Native:
         built = module.build_info().get("cuda")
         if built and torch.version.cuda and built.split(".")[0] != torch.version.cuda.split(".")[0]:
             return None, (
-                f"{self.name} was built for CUDA {built}, this torch for CUDA {torch.version.cuda}: install a fastres and "
-                f"a torch of one major release of CUDA, or build it here: {REBUILD}; until then Triton runs on GPUs"
+                f"{self.name} was built for CUDA {built}, this torch for CUDA {torch.version.cuda}: install a fastres "
+                f"and a torch of one major release of CUDA, or build it here: {REBUILD}; until then Triton runs on GPUs"
             )
         return module, None
 

@@ -287,7 +287,7 @@ class TestPure:
 @needs_compiler
 @pytest.mark.timeout(3600)
 def test_a_wheel_in_an_empty_environment_runs_the_demo(tree, tmp_path):
-    """`python -m build`, then pip alone, with the newest torch that it finds: the demo, a swap, the operators' tests."""
+    """`python -m build`, then pip alone, with the newest torch that it finds: demo, swap, operators' tests."""
     pytest.importorskip("build")
     build = [sys.executable, "-m", "build", "--no-isolation", "-o", tmp_path / "dist", tree]
     run(*build, cwd=tmp_path, FASTRES_BUILD_EXT="cpu")
