@@ -13,6 +13,7 @@ LOCK := requirements/dev.lock
 BENCH_LOCK := requirements/bench.lock
 LOOPS_LOCK := requirements/loops.lock
 CUTLASS_LOCK := requirements/cutlass.lock
+SERVE_LOCK := requirements/serve.lock
 DOCS_LOCK := requirements/docs.lock
 VENV_DOCS ?= .venv-docs
 DOCS_PY := $(VENV_DOCS)/bin/python
@@ -31,6 +32,7 @@ STAMP_PYTHON := $(VENV)/.stamp-python
 STAMP_LOCK := $(VENV)/.stamp-lock
 STAMP_BENCH := $(VENV)/.stamp-bench
 STAMP_LOOPS := $(VENV)/.stamp-loops
+STAMP_SERVE := $(VENV)/.stamp-serve
 STAMP_DOCS := $(VENV_DOCS)/.stamp
 STAMP_PACKAGE := $(VENV)/.stamp-package
 STAMP_EXTENSION := $(VENV)/.stamp-extension
@@ -47,7 +49,7 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 GPU_RUN := PYTHONPATH=benchmarks PYTHONSAFEPATH=1
 DIR ?= build/gpu/results
 
-.PHONY: help setup demo test test-full bench gpu gpu-dry-run gpu-import lint wheel sdist wheels docs clean
+.PHONY: help setup demo test test-full test-newest bench gpu gpu-dry-run gpu-import lint wheel sdist wheels docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -60,8 +62,11 @@ demo: $(STAMP_EXTENSION)  ## train on real digits, freeze, and compare ResNet-50
 test: $(STAMP_EXTENSION)  ## the default tests (ARGS="tests/ops/test_bn_act.py" to choose)
 	$(PYTEST) $(ARGS)
 
-test-full: $(STAMP_EXTENSION) $(STAMP_LOOPS)  ## every test, also those that take minutes or build and install packages
+test-full: $(STAMP_EXTENSION) $(STAMP_LOOPS) $(STAMP_SERVE) $(STAMP_DOCS)  ## every test, also those that take minutes or build and install packages
 	$(PYTEST) -m "full or not full" $(ARGS)
+
+test-newest:  ## the default tests on the newest torch, torchvision and triton, in .venv-newest (requirements/newest.lock)
+	@$(MAKE) --no-print-directory VENV=.venv-newest LOCK=requirements/newest.lock test
 
 bench: $(STAMP_EXTENSION) $(STAMP_BENCH)  ## the benchmarks against every engine (15 to 20 minutes; ARGS="-k networks")
 	$(VPY) -m pytest benchmarks/ $(ARGS)
@@ -143,6 +148,12 @@ $(STAMP_DOCS): $(DOCS_LOCK)
 	$(call say,installing $(DOCS_LOCK) in $(VENV_DOCS))
 	@$(PYTHON) -m venv $(VENV_DOCS)
 	@$(DOCS_PY) -m pip --disable-pip-version-check -q install -r $(DOCS_LOCK)
+	@touch $@
+
+$(STAMP_SERVE): $(SERVE_LOCK) $(STAMP_LOOPS)
+	$(call say,installing $(SERVE_LOCK) (Ray and FastAPI))
+	@if ! $(PIP) install -r $(LOCK) -r $(LOOPS_LOCK) -r $(SERVE_LOCK) >$(LOCK_LOG) 2>&1; then \
+	  tail -n 40 $(LOCK_LOG) >&2; echo 'fastres: $(SERVE_LOCK) was not installed ($(LOCK_LOG))' >&2; exit 1; fi
 	@touch $@
 
 # The package is mapped in place; the extension is built apart, so that an edit recompiles only what it touches.

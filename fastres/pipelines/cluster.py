@@ -43,7 +43,7 @@ class Predictor:
         model: a file that ``FrozenModel.save`` wrote, or a function that gives a frozen model.
         column: holds the images: a file's bytes, as ``ray.data.read_binary_files`` gives them, or pixels [h, w, 3]
             uint8 as ``ray.data.read_images`` does.
-        batch: images a call of the network; smaller ones are filled up, larger ones cut.
+        batch: images a call of the network at most; fewer are filled up to a power of two, more are cut.
         top_k, labels, image_size, transform: as for ``fastres.predict``.
         device: None keeps that of the file.
 
@@ -88,8 +88,9 @@ class Predictor:
         items = [Item("", place, _value(one)) for place, one in enumerate(images)]
         rows: list[Row] = []
         for start in range(0, len(items), self.batch):
-            decoded = self.decoder.batch(items[start : start + self.batch])
-            rows += answers_to(self.network, self.decoder, decoded, self.batch, self.top_k, self.labels)
+            decoded = self.decoder.batch(part := items[start : start + self.batch])
+            size = min(self.batch, 1 << (len(part) - 1).bit_length())  # the network is prepared for few sizes
+            rows += answers_to(self.network, self.decoder, decoded, size, self.top_k, self.labels)
         made = {name: values for name, values in batch.items() if name != self.column}
 
         def filled(name: str, nothing: Any, kind: Any) -> Any:
