@@ -1,7 +1,7 @@
 """The README and the site: every block of Python runs as it stands, in order, in one namespace a page; links lead
 somewhere, tables are those of the result files, every reason code has its line.
 
-Blocks that a page only shows are marked `py`. The site itself is built by the last test, where `make docs` has its
+Programs, which other tests run, are shown as `py`. The site itself is built by the last test, where `make docs` has its
 environment.
 """
 
