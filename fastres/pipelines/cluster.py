@@ -199,11 +199,16 @@ class _Part:
             self.network = load(Path(folder, "network"), device=device)
         self.images, self.decoder, self.batch, self.start = images, decoder, batch, start
         self.how = batch, top_k, labels
+        self.items: Iterator[Item] = iter(())  # of batch number `following` and on
+        self.following = -1
         torch.set_grad_enabled(False)
 
     def __call__(self, numbers: dict[str, Any]) -> dict[str, list[str]]:
         made = []
         for number in numbers["item"].tolist():
-            items = itertools.islice(self.images.items(self.start + number * self.batch), self.batch)
-            made.append(answers_to(self.network, self.decoder, self.decoder.batch(list(items)), *self.how))
+            if number != self.following:  # a table's rows are found by reading their group from its first one
+                self.items = self.images.items(self.start + number * self.batch)
+            self.following = number + 1
+            decoded = self.decoder.batch(list(itertools.islice(self.items, self.batch)))
+            made.append(answers_to(self.network, self.decoder, decoded, *self.how))
         return {"rows": [json.dumps(rows) for rows in made]}
