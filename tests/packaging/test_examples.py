@@ -1,4 +1,7 @@
-"""The training loops of examples/: blocks are swapped, the loss falls, the state_dict is a stock model's."""
+"""The training loops of examples/: blocks are swapped, the loss falls, the state_dict is a stock model's.
+
+Its services: tests/predict/test_serving.py.
+"""
 
 import importlib
 import math
@@ -18,7 +21,7 @@ if not EXAMPLES.is_dir():
     pytest.skip("examples/ is not here", allow_module_level=True)
 torchvision = pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
-FILES = sorted(EXAMPLES.glob("*.py"))
+FILES = sorted(EXAMPLES.glob("train_*.py"))
 
 
 @pytest.fixture

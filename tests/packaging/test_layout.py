@@ -25,6 +25,7 @@ RANK = {
     "cli": 1,
     "lab": 2,
     "compile": 2,
+    "ray": 2,
     "pipelines": 3,
     "inference": 4,
     "swap": 5,

@@ -122,6 +122,14 @@ class TestLoader:
         assert probe.module() is None and probe.build_info() == {}
         assert all(text in probe.why_not() for text in words)
 
+    @pytest.mark.parametrize(
+        ("built", "words"), [("12.8", "was built for CUDA 12.8, this torch for CUDA 13.0"), ("13.1", "")]
+    )
+    def test_built_for_another_cuda(self, native, monkeypatch, built, words):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        probe = native(FRESH.replace("}", f", 'cuda': '{built}'}}"), "cuda")
+        assert words in (probe.why_not() or "") and (probe.module() is None) == bool(words)
+
     @pytest.mark.parametrize("setting", ["ext", "cpu", "all", "triton, cpu"])
     def test_disabled(self, native, monkeypatch, setting):
         probe = native(FRESH)
@@ -272,6 +280,24 @@ class TestPure:
 
 
 # Other releases of torch, other Pythons
+
+
+@full
+@needs_tree
+@needs_compiler
+@pytest.mark.timeout(3600)
+def test_a_wheel_in_an_empty_environment_runs_the_demo(tree, tmp_path):
+    """`python -m build`, then pip alone, with the newest torch that it finds: demo, swap, operators' tests."""
+    pytest.importorskip("build")
+    build = [sys.executable, "-m", "build", "--no-isolation", "-o", tmp_path / "dist", tree]
+    run(*build, cwd=tmp_path, FASTRES_BUILD_EXT="cpu")
+    (wheel,), (_,) = (tmp_path / "dist").glob("*.whl"), (tmp_path / "dist").glob("*.tar.gz")
+    python = make_venv(tmp_path / "venv", share_packages=False)
+    install(python, f"{wheel}[cli,train,viz]", "pytest", "hypothesis", "expecttest", cwd=tmp_path)
+    smoke(python, tmp_path)
+    demo = run(python.parent / "fastres", "demo", "--quick", cwd=tmp_path / "away").output
+    assert "frozen fp32" in demo and "swapped" in demo
+    assert " passed" in run_operator_tests(python, tree, tmp_path)
 
 
 def run_operator_tests(python, tree, tmp_path):
