@@ -1,6 +1,8 @@
 """The suite's own test: each planted bug must make it fail. Works on a copy of the sources; C++ mutants are compiled.
 
 `python tests/ops/test_mutations.py` runs them with a line each; `make test-full` runs them as tests.
+
+Longer than 400 lines: one table of bugs.
 """
 
 import os
@@ -161,10 +163,15 @@ BUGS = {
             "offset.push_back(tap / w.stride);",
         ),
         ("direct-plane-of-another-tap", "remainder = tap * w.dilation % w.stride", "remainder = tap % w.stride"),
-        ("direct-row-between-lines-kept", "if (q < columns) {", "if (q <= columns) {"),
-        ("direct-block-starts-behind-a-line", "(q < columns ? q : columns)", "q"),
         ("direct-behind-a-dense-row-left", "(count + down_.extent) * row(), 0, kSlack * 4);", "0, 0, 0);"),
         ("direct-last-pixels-not-copied", "const int64_t rest = whole && ", "const int64_t rest = false && "),
+        ("pool-loses-nan", "(bit_cast<Int<W>>(b) & nan) |", "(bit_cast<Int<W>>(most) & nan) |"),
+        ("pool-keeps-rows-of-another-image", "if (n != image) image = n, done = low;", "image = n;"),
+        ("pool-past-the-image", "std::min(shape.rows, top + pool.size)", "top + pool.size"),
+    ],
+    ("csrc/cpu/conv_panels.h", DIRECT): [
+        ("direct-row-between-lines-kept", "if (q < columns) {", "if (q <= columns) {"),
+        ("direct-block-starts-behind-a-line", "(q < columns ? q : columns)", "q"),
         ("pairs-fourth-channel-kept", "load_bytes<uint64_t>(pixel) & 0xffffffffffffull", "load_bytes<uint64_t>(pixel)"),
         (
             "tiles-of-the-block-before",
@@ -172,9 +179,6 @@ BUGS = {
             "put_rows<16>(m[side ^ 1], row, rows);\n      to",
         ),
         ("tiles-of-another-panel", "panel * kPanel<16>};", "panel * kPanel<8>};"),
-        ("pool-loses-nan", "(bit_cast<Int<W>>(b) & nan) |", "(bit_cast<Int<W>>(most) & nan) |"),
-        ("pool-keeps-rows-of-another-image", "if (n != image) image = n, done = low;", "image = n;"),
-        ("pool-past-the-image", "std::min(shape.rows, top + pool.size)", "top + pool.size"),
     ],
     ("csrc/cpu/amx.h", DIRECT): [
         ("tiles-right-columns-from-the-left", "FASTRES_TILE_LOAD(7, u + 64, kRow);", "FASTRES_TILE_LOAD(7, u, kRow);"),
