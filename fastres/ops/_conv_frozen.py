@@ -105,7 +105,7 @@ def bind(
     dtype = str(x.dtype).removeprefix("torch.")
     key = f"conv_act {size} by {kernel} {geometry} g{groups} {after} {dtype}"
     ways: dict[str, Callable[[], Prepared]] = {
-        "packed": lambda: on(_shared(weight, pack(weight.detach()))),
+        "packed": lambda: on(shared_pack(weight, pack(weight.detach()))),
         "plain": lambda: on(weight.detach()),
     }
 
@@ -152,7 +152,7 @@ def _is_nhwc(t: Tensor) -> bool:
 _packs: Any = WeakIdKeyDictionary()  # weight -> its packs, weakly, each with the weight's version
 
 
-def _shared(weight: Tensor, pack: Tensor) -> Tensor:
+def shared_pack(weight: Tensor, pack: Tensor) -> Tensor:
     """This pack or an equal one that is there already: those for two image sizes are equal as a rule."""
     kept = [(other, at) for other, at in _packs.get(weight, ()) if other() is not None and at == version(weight)]
     for other, _ in kept:
