@@ -36,6 +36,7 @@ _VIEWS = {
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.contiguous.default, aten.clone.default),
     *(aten.channel_shuffle.default, aten.pixel_shuffle.default, aten.cat.default, getitem),
 }
+_SPLITS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
 _SIZES = {aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default}
 FLOAT, BFLOAT16, INT8, IMAGE = "float32", "bfloat16", "int8", "image"  # forms; IMAGE: uint8 [N, C, 1, 1] of [N, C]
 _LEAST = 1e-30  # a channel whose weights are smaller is dead
@@ -57,6 +58,7 @@ class Recipe:
         ranges: of each slot that may be quantized; slots that movers join have the same.
         means: [C] of the inputs of layers: the mean of each channel.
         floating: the slots that hold float32 tensors, or lists of them.
+        vectors: those that hold [N, C].
         kept: the layers, by place, that stay in "float32" or "bfloat16".
         limit: the largest weight; 127, or 64 on a CPU without VNNI.
     """
@@ -65,6 +67,7 @@ class Recipe:
     ranges: dict[int, Range]
     means: dict[int, Tensor]
     floating: frozenset[int]
+    vectors: frozenset[int]
     kept: dict[int, str] = field(default_factory=dict)
     limit: int = 127
 
@@ -126,9 +129,20 @@ def is_mean(step: Step) -> bool:
     return isinstance(dims, tuple | list) and sorted(d % 4 if isinstance(d, int) else -1 for d in dims) == [2, 3]
 
 
-def is_mover(step: Step) -> bool:
-    """Tell whether a step only moves numbers: its output has its inputs' scale."""
-    return step.operator is _POOL or step.operator in _VIEWS
+def movers(graph: Graph) -> frozenset[int]:
+    """The places of the steps that only move numbers: their outputs have their inputs' scale."""
+    found: set[int] = set()
+    lists: set[int] = set()  # slots that hold the parts of one tensor
+    for place, step in enumerate(graph.steps):
+        if step.operator is getitem:
+            if not lists.intersection(step.reads):
+                continue
+        elif step.operator is not _POOL and step.operator not in _VIEWS:
+            continue
+        if step.operator in _SPLITS:
+            lists.add(step.writes)
+        found.add(place)
+    return frozenset(found)
 
 
 def joined(graph: Graph, floating: frozenset[int]) -> dict[int, int]:
@@ -140,8 +154,9 @@ def joined(graph: Graph, floating: frozenset[int]) -> dict[int, int]:
             slot = root[slot]
         return slot
 
-    for step in graph.steps:
-        if is_mover(step) and step.writes in floating:
+    for place in movers(graph):
+        step = graph.steps[place]
+        if step.writes in floating:
             for slot in step.reads:
                 if slot in floating:
                     root[find(slot)] = find(step.writes)
@@ -228,10 +243,13 @@ class _Writer:
         self.made_of: dict[str, str] = {}
         self.forms: dict[int, dict[str, Slot]] = {slot: {FLOAT: Slot(slot)} for slot in range(self.old.inputs)}
         self.taken = {p for p in layers(self.old) if recipe.kept.get(p, "") == "" and self._has_ranges(p)}
+        self.movers = movers(self.old)
         self.wants = self._wants()
 
     def _has_ranges(self, place: int) -> bool:
         step, ranges = self.old.steps[place], self.recipe.ranges
+        if step.operator is _LINEAR and step.args[0].index not in self.recipe.vectors:
+            return False  # a product along the last of more dimensions
         needed = [step.args[0].index] + ([step.args[3].index] if self._residual(step) is not None else [])
         return all(slot in ranges for slot in needed) and (
             step.writes in ranges or step.operator is _LINEAR
@@ -250,7 +268,7 @@ class _Writer:
                 wanted.add(step.args[0].index)
                 residual = self._residual(step)
                 wanted |= set() if residual is None else {residual.index}
-            elif is_mover(step) and step.writes in wanted:
+            elif place in self.movers and step.writes in wanted:
                 wanted |= {slot for slot in step.reads if slot in self.recipe.floating}
             elif self._mean_on_integers(step, producer):
                 wanted.add(step.args[0].index)
@@ -261,7 +279,7 @@ class _Writer:
         if not is_mean(step) or not isinstance(step.args[0], Slot):
             return False
         at = producer.get(step.args[0].index)
-        while at is not None and is_mover(self.old.steps[at]):
+        while at is not None and at in self.movers:
             reads = [slot for slot in self.old.steps[at].reads if slot in self.recipe.floating]
             at = producer.get(reads[0]) if reads else None
         return at is not None and at in self.taken and step.args[0].index in self.recipe.ranges
@@ -271,7 +289,7 @@ class _Writer:
         for place, step in enumerate(self.old.steps):
             if place in self.taken:
                 self._layer(step)
-            elif is_mover(step) and step.writes in self.wants and step.writes in self.recipe.ranges:
+            elif place in self.movers and self._moves_integers(step):
                 self._move(step)
             elif self._mean_on_integers(step, producer):
                 self._mean(step)
@@ -281,6 +299,11 @@ class _Writer:
                 self._as_it_is(step)
         outputs = self._spelled(self.old.outputs)
         return self._finished(outputs)
+
+    def _moves_integers(self, step: Step) -> bool:
+        if step.operator is getitem:  # as its parts are
+            return INT8 in self.forms.get(step.args[0].index, {})
+        return step.writes in self.wants and step.writes in self.recipe.ranges
 
     # ---- forms of a slot
 

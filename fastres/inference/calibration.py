@@ -120,14 +120,14 @@ def observe(graph: Graph, constants: Sequence[Tensor], batches: Sequence[Sequenc
         observer: see observers.py.
     """
     runs = Runs(graph, constants)
-    kinds = {slot: isinstance(value, Tensor) for slot, value in runs.each(batches[0]) if _is_floating(value)}
-    floating = frozenset(kinds)
+    kinds = {slot: getattr(value, "ndim", 0) for slot, value in runs.each(batches[0]) if _is_floating(value)}
+    floating, vectors = frozenset(kinds), frozenset(slot for slot, dims in kinds.items() if dims == 2)
     root = joined(graph, floating)
     wanted = _wanted(graph, root)
-    watched = {slot for slot in floating if root[slot] in wanted and kinds[slot]}
+    watched = {slot for slot in floating if root[slot] in wanted and kinds[slot] > 0}
     ends: dict[int, list[float]] = {root[slot]: [math.inf, -math.inf] for slot in watched}
     sources = {place: graph.steps[place].args[0].index for place in layers(graph)}
-    inputs = set(sources.values())
+    inputs = {slot for slot in sources.values() if kinds.get(slot, 0) in (2, 4)}
     sums: dict[int, Tensor] = {}
     counts: dict[int, int] = {}
     for batch in batches:
@@ -152,7 +152,7 @@ def observe(graph: Graph, constants: Sequence[Tensor], batches: Sequence[Sequenc
     found = {at: find_range(histograms[at], *usable[at], observer) for at in usable}
     ranges = {slot: found[root[slot]] for slot in sorted(floating) if root[slot] in found}
     means = {slot: (sums[slot] / max(counts[slot], 1)).float() for slot in sums}
-    return Recipe(steps_of(graph), ranges, means, floating, {}, weight_limit())
+    return Recipe(steps_of(graph), ranges, means, floating, vectors, {}, weight_limit())
 
 
 def _wanted(graph: Graph, root: Mapping[int, int]) -> set[int]:

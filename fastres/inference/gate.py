@@ -2,7 +2,8 @@
 
     logits     one output [N, classes]: the images whose likeliest class is the same, of those whose float32 margin
                exceeds noise, must be 99 %, and the signal 10 dB above the error
-    other      maps, lists, several tensors: the signal must be 20 dB above the error in each
+    other      maps, lists, several tensors, and logits without a margin above noise: the signal must be 20 dB above the
+               error in each
     metric     a function of the network, given by the caller: it may drop by max_drop at the most, and nothing else counts
 
     SNR        10 log10(variance of the float32 output / mean square error), over all images
@@ -126,7 +127,7 @@ class Gate:
             drop = (self.baseline or 0.0) - value
             fault = "" if drop <= self.max_drop else f"the metric drops by {drop:.4g}, more than {self.max_drop:g}"
             return Score(worst, agreement, counted, value, fault)
-        least = LEAST_SNR if self.is_logits else LEAST_SNR_OTHER
+        least = LEAST_SNR_OTHER if agreement is None else LEAST_SNR
         fault = "" if worst >= least else f"SNR {worst:.3g} dB, below {least:g}"
         if agreement is not None and agreement < AGREEMENT:
             fault = f"top-1 agreement {agreement:.2%} on {counted} images, below {AGREEMENT:.0%}"

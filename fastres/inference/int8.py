@@ -32,6 +32,7 @@ from fastres.inference.tune import choose_layout
 from fastres.verify.runs import call, map_tensors, named_tensors
 
 logger = logging.getLogger("fastres")
+_TRIED = 4  # images that the damage of a single layer is measured on
 Metric = Callable[[nn.Module], float]
 
 
@@ -175,12 +176,13 @@ class _Work:
         """The example's call with these images."""
         return map_tensors(example, lambda _, t: images, "")
 
-    def network(self, recipe: Recipe) -> tuple[FrozenModel, Quantized]:
-        """A network of this recipe."""
+    def network(self, recipe: Recipe, max_weights: int | None = None) -> tuple[FrozenModel, Quantized]:
+        """A network of this recipe; `max_weights` as for freeze: 0 packs nothing for a network that runs once."""
         quantized, frozen = quantize(self.made, recipe), self.frozen
         own = frozen._network
         assert own is not None
-        how = frozen._signature, frozen.report, torch.float32, own.captured, replace(frozen.plan, winograd=2)
+        plan = replace(frozen.plan, winograd=2, max_weights=max_weights)
+        how = frozen._signature, frozen.report, torch.float32, own.captured, plan
         made = FrozenModel(quantized.made, self.source, *how, recipe)
         made.use_channels_last()
         return made, quantized
@@ -192,8 +194,8 @@ class _Work:
 
     def alone(self, recipe: Recipe, place: int, candidates: Sequence[int]) -> float:
         """The SNR at the output, of the first images, with one layer alone quantized."""
-        network, _ = self.network(recipe.keeping({other: FLOAT for other in candidates if other != place}))
-        images = self.batches[0]
+        network, _ = self.network(recipe.keeping({other: FLOAT for other in candidates if other != place}), 0)
+        images = self.batches[0][:_TRIED]
         pairs = zip(self.answer(self.frozen, images), self.answer(network, images), strict=True)
         return min(snr(w, g) for w, g in pairs if isinstance(w, Tensor) and w.is_floating_point())
 
@@ -245,7 +247,7 @@ def _report(
             reason = "it was moved back, the gate did not pass with it on integers"
             reason = reason if settled.network is not None else "the gate takes no int8 network"
         elif not reason and place not in settled.damage and place not in found:
-            reason = "its numbers on the calibration images are not finite"
+            reason = "no range: its numbers on the calibration images are not finite, or its input is no batch of images"
         precision = back.get(place, FLOAT if reason else "int8")
         rows.append(LayerPrecision(step.name, precision, found.get(place), alone, reason))
     weak = gate.weakness()

@@ -257,7 +257,7 @@ def bind(
     geometry = " ".join(f"{name}{a}x{b}" for name, (a, b) in zip("spd", where[:3], strict=True))
     after = act if residual is None else f"add {act}"
     key = f"conv_int8 {shapes} {geometry} g{where[3]} {after} {'float32' if rest[-2] is None else 'uint8'}"
-    return Choices(key, {ONEDNN: prepare}, holds={ONEDNN: weight.numel()})
+    return Choices(key, {ONEDNN: prepare})  # holds a pack as large as the weight, always: there is no other way
 
 
 def _on_channels_last(function: Any) -> Any:
