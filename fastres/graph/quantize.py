@@ -137,12 +137,20 @@ def movers(graph: Graph) -> frozenset[int]:
         if step.operator is getitem:
             if not lists.intersection(step.reads):
                 continue
-        elif step.operator is not _POOL and step.operator not in _VIEWS:
+        elif step.operator is not _POOL and step.operator not in _VIEWS and not _pads_with_zero(step):
             continue
         if step.operator in _SPLITS:
             lists.add(step.writes)
         found.add(place)
     return frozenset(found)
+
+
+def _pads_with_zero(step: Step) -> bool:
+    """Tell whether a step pads with zeros, which the zero point stands for: a projection-free shortcut does."""
+    if step.operator is not aten.pad.default:
+        return False
+    mode, value = (*step.args[2:], *("constant", None)[len(step.args[2:]) :])[:2]
+    return not step.kwargs and mode == "constant" and value in (None, 0)
 
 
 def joined(graph: Graph, floating: frozenset[int]) -> dict[int, int]:
@@ -424,6 +432,9 @@ class _Writer:
             window = [kernel, given.get("stride") or kernel, given.get("padding", 0), given.get("dilation", 1)]
             pairs = [list(_pair(part)) for part in window]
             y = self._call(_ours.max_pool_int8.default, (args[0], *pairs, bool(given.get("ceil_mode"))), step.name)
+        elif step.operator is aten.pad.default:
+            zero = float(self.recipe.ranges[step.writes].zero_point)
+            y = self._call(step.operator, (*args[:2], "constant", zero), step.name)
         else:
             y = self._call(step.operator, args, step.name, **kwargs)
         self.forms[step.writes] = {INT8: y}
