@@ -1,6 +1,7 @@
 // quantize, dequantize, max_pool_int8 and mean_int8: what stands between int8 convolutions, on uint8 in channels_last.
 //
 // All are bound by memory: one pass, a byte for each number. An input in NCHW is transposed on its way to channels_last.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -118,6 +119,70 @@ struct QuantizeRows {
       int64_t i = 0;
       for (; i + W <= width; i += W) pixels<W>(from + i, to + i * channels);
       for (; i < width; ++i) pixels<1>(from + i, to + i * channels);
+    }
+  }
+};
+
+// Images of up to 4 channels as blocks of 2x2 pixels, padded: y[n, i, j, (dy, dx, c)], c padded to 4 with the zero point.
+// A pixel is a word of 4 bytes; two of a row lie side by side, at every 16th byte.
+struct QuantizeBlocks {
+  Scale scale;
+  const float* x;
+  uint8_t* y;  // [N, rows, columns, 16]
+  int64_t channels, height, width, rows, columns, top, left;
+  bool channels_last;
+
+  int64_t at(int64_t image, int64_t row) const { return (image * (channels_last ? 1 : channels) * height + row) * width; }
+
+  template <int W>
+  FASTRES_HD void words(const float* from, uint32_t* to) const {  // W pixels of NCHW
+    Int<W> word = Int<W>{} + (channels < 4 ? scale.zero_point << 24 : 0);
+    for (int64_t c = 0; c < 4; ++c) {
+      if (c < channels) {
+        word |= scale.quantized<W>(load<W>(from + c * height * width)) << static_cast<int>(8 * c);
+      } else if (c < 3) {
+        word |= (Int<W>{} + scale.zero_point) << static_cast<int>(8 * c);
+      }
+    }
+    std::memcpy(to, &word, sizeof word);
+  }
+
+  // A row of pixels, as words behind the padding.
+  template <int W>
+  FASTRES_HD void line(int64_t image, int64_t row, uint32_t* to) const {
+    if (channels_last) {
+      const float* from = x + at(image, row) * channels;
+      for (int64_t i = 0; i < width; ++i) {
+        uint8_t bytes[4];
+        for (int64_t c = 0; c < 4; ++c) {
+          bytes[c] = c < channels ? static_cast<uint8_t>(scale.quantized<1>(*from++)) : static_cast<uint8_t>(scale.zero_point);
+        }
+        std::memcpy(to + i, bytes, 4);
+      }
+      return;
+    }
+    const float* const from = x + at(image, row);
+    int64_t i = 0;
+    for (; i + W <= width; i += W) words<W>(from + i, to + i);
+    for (; i < width; ++i) words<1>(from + i, to + i);
+  }
+
+  template <int W>
+  FASTRES_HD void run(int64_t begin, int64_t end) const {
+    const uint32_t zero = static_cast<uint32_t>(scale.zero_point) * 0x01010101u;
+    std::vector<uint32_t> buffer(std::max(2 * columns, left + width), zero);
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t image = block / rows, i = block % rows;
+      for (int64_t dy = 0; dy < 2; ++dy) {
+        const int64_t row = 2 * i + dy - top;
+        uint8_t* const to = y + block * columns * 16 + dy * 8;
+        if (row < 0 || row >= height) {
+          for (int64_t j = 0; j < columns; ++j) std::memset(to + j * 16, scale.zero_point, 8);
+          continue;
+        }
+        line<W>(image, row, buffer.data() + left);
+        for (int64_t j = 0; j < columns; ++j) std::memcpy(to + j * 16, buffer.data() + 2 * j, 8);
+      }
     }
   }
 };
@@ -258,6 +323,20 @@ OptionalTensor quantize(Tensor x, double scale, int64_t zero_point) {
   return y;
 }
 
+OptionalTensor quantize_blocks(Tensor x, double scale, int64_t zero_point, std::vector<int64_t> padding, int64_t rows,
+                               int64_t columns) {
+  const auto layout = channels_last_of(x);
+  const bool one = x.dim() == 4 && x.is_contiguous();
+  if (!x.is_cpu() || x.scalar_type() != ScalarType::Float || x.numel() == 0 || padding.size() != 2) return std::nullopt;
+  if (!(layout.has_value() || one) || x.size(1) > 4) return std::nullopt;
+  const Scale how{static_cast<float>(1.0 / scale), static_cast<int32_t>(zero_point)};
+  const Tensor y = empty_images(x.size(0), 16, rows, columns, aoti_torch_dtype_uint8(), x);
+  const QuantizeBlocks kernel{how, input<float>(x), output<uint8_t>(y), x.size(1), x.size(2), x.size(3), rows, columns,
+                              padding[0], padding[1], layout.value_or(false)};
+  launch(kernel, x.size(0) * rows, x.size(0) * rows * columns * 16);
+  return y;
+}
+
 OptionalTensor dequantize(Tensor x, double scale, int64_t zero_point) {
   if (!is_bytes(x) || !has_lasting_strides(x)) return std::nullopt;
   const Tensor y = empty_strided(x.sizes(), x.strides(), aoti_torch_dtype_float32(), x);
@@ -307,6 +386,7 @@ OptionalTensor mean(Tensor x, double scale, int64_t zero_point, double y_scale, 
 
 STABLE_TORCH_LIBRARY_IMPL(fastres, CPU, m) {
   m.impl("_quantize_native", TORCH_BOX(&fastres::quantize));
+  m.impl("_quantize_blocks_native", TORCH_BOX(&fastres::quantize_blocks));
   m.impl("_dequantize_native", TORCH_BOX(&fastres::dequantize));
   m.impl("_max_pool_int8_native", TORCH_BOX(&fastres::max_pool));
   m.impl("_mean_int8_native", TORCH_BOX(&fastres::mean));

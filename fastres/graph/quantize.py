@@ -387,7 +387,8 @@ class _Writer:
             where, act = (step.args[3:7], step.args[7]) if stem else (step.args[5:9], step.args[9])
         ranges = self.recipe.ranges
         wide = step.writes not in self.wants and residual is None and not stem
-        source = self._image(x.index) if linear else self._int8(x.index)
+        first = self._alone_reads_an_input(step) and residual is None
+        source = self._image(x.index) if linear else self._float(x.index) if first else self._int8(x.index)
         other = None if residual is None else self._int8(residual.index)
         out = (None, None) if wide else ranges[step.writes]
         args = (
@@ -396,12 +397,21 @@ class _Writer:
             *where,
             *(act, *out),
         )
-        y = self._call(_ours.conv_int8.default, args, step.name)
+        if first:
+            args = (*args[:4], *args[5:7], *args[9:])  # no residual
+        y = self._call(_ours.quantize_conv_int8.default if first else _ours.conv_int8.default, args, step.name)
         if stem:
             y = self._call(_ours.max_pool_int8.default, (y, *step.args[8:11], [1, 1], False))
         if linear and wide:
             y = self._call(aten.flatten.using_ints, (y, 1))
         self.forms[step.writes] = {FLOAT if wide else IMAGE if linear else INT8: y}
+
+    def _alone_reads_an_input(self, step: Step) -> bool:
+        """Tell whether nothing but this convolution reads an input of the network."""
+        slot = step.args[0].index
+        readers = [s for s in self.old.steps if slot in s.reads]
+        outputs = {s.index for s in slots_in(self.old.outputs)}
+        return step.operator is not _LINEAR and slot < self.old.inputs and len(readers) == 1 and slot not in outputs
 
     def _weights(self, step: Step, weight: Slot, bias: Slot | None, groups: int) -> tuple[Slot, Slot, Slot]:
         """The constants of a layer: int8 weight, scales, bias."""
@@ -508,11 +518,12 @@ class _Writer:
 
 def is_quantized(graph: Graph) -> bool:
     """Tell whether a graph has a layer on integers."""
-    return any(step.operator is _ours.conv_int8.default for step in graph.steps)
+    return any(step.operator in (_ours.conv_int8.default, _ours.quantize_conv_int8.default) for step in graph.steps)
 
 
 def quantizes_inputs(graph: Graph) -> bool:
     """Tell whether its inputs are quantized, and nothing else reads them: they may come in any layout."""
     readers = [step for step in graph.steps if any(slot < graph.inputs for slot in step.reads)]
     whole = not any(slot.index < graph.inputs for slot in slots_in(graph.outputs))
-    return whole and bool(readers) and all(step.operator is _ours.quantize.default for step in readers)
+    quantizing = (_ours.quantize.default, _ours.quantize_conv_int8.default)
+    return whole and bool(readers) and all(step.operator in quantizing for step in readers)

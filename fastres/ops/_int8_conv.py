@@ -224,6 +224,9 @@ def why_not(x: Tensor, weight: Tensor, residual: Maybe, rest: tuple[Any, ...]) -
     limit = weight_limit()
     if limit < 127 and int(weight.abs().max()) > limit:
         return "weights of 8 bits saturate on this CPU"
+    spans = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], where[2], strict=True)]
+    if x_zero and any(pad >= span for pad, span in zip(where[1], spans, strict=True)):
+        return "windows of padding alone, which it computes wrong with a zero point"  # oneDNN 3.10
     groups = where[3]
     unusual = groups > 1 or max(where[2]) > 1 or weight.shape[1] < 16 or weight.shape[0] < 16
     frozen = tuple(map(tuple, where[:3])), groups
@@ -239,30 +242,62 @@ def bind(
     """oneDNN's way to run the call on tensors alike; None where it refuses."""
     if why_not(x, weight, residual, rest):
         return None
+    return Choices(
+        f"conv_int8 {described(x, weight, rest)}{'' if residual is None else ' add'}",
+        {ONEDNN: lambda: prepared(x, weight, weight_scale, bias, residual, rest)},
+    )  # it holds a pack as large as the weight, always: there is no other way
+
+
+def described(x: Tensor, weight: Tensor, rest: tuple[Any, ...]) -> str:
+    """A line that is equal for calls alike."""
     *where, act = rest[4:9]
-
-    def prepare() -> Prepared:
-        pack = shared_pack(weight, _pack(weight, weight_scale, rest[0], rest[1], where, x.shape))
-        function, args = _calls(pack, weight_scale, bias, residual is not None, rest)
-        into_layout = not x.is_contiguous(memory_format=_CL)
-        if residual is None:
-            return Prepared(_on_channels_last(function) if into_layout else function, args)
-        place = next(i for i, a in enumerate(args) if isinstance(a, Argument) and a.place == 4)
-        over = None
-        if not into_layout and residual.is_contiguous(memory_format=_CL):
-            over = Prepared(function, args)
-        return Prepared(_on_a_copy(function, place), args, None if over is None else 4, over)
-
     shapes = f"{'x'.join(map(str, x.shape))} by {'x'.join(map(str, weight.shape))}"
     geometry = " ".join(f"{name}{a}x{b}" for name, (a, b) in zip("spd", where[:3], strict=True))
-    after = act if residual is None else f"add {act}"
-    key = f"conv_int8 {shapes} {geometry} g{where[3]} {after} {'float32' if rest[-2] is None else 'uint8'}"
-    return Choices(key, {ONEDNN: prepare})  # holds a pack as large as the weight, always: there is no other way
+    return f"{shapes} {geometry} g{where[3]} {act} {'float32' if rest[-2] is None else 'uint8'}"
+
+
+def prepared(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residual: Maybe, rest: tuple[Any, ...]
+) -> Prepared:
+    """oneDNN's call on a weight packed for x.
+
+    Without padding a zero point of x goes into the bias: oneDNN takes up to a third longer with one. Images of one pixel
+    become one image, with the batch for its width: oneDNN multiplies each image by itself.
+    """
+    x_zero, padding = rest[1], rest[5]
+    if x_zero and not any(padding):
+        shift = x_zero * rest[0] * weight_scale.double() * weight.flatten(1).sum(1, dtype=torch.int64)  # [K]
+        bias = ((0.0 if bias is None else bias.double()) - shift).float()
+        rest = (rest[0], 0, *rest[2:])
+    row = residual is None and tuple(x.shape[2:]) == (1, 1) and tuple(weight.shape[2:]) == (1, 1) and not any(padding)
+    shape = (1, x.shape[1], 1, x.shape[0]) if row else x.shape
+    pack = shared_pack(weight, _pack(weight, weight_scale, rest[0], rest[1], rest[4:8], shape))
+    function, args = _calls(pack, weight_scale, bias, residual is not None, rest)
+    into_layout = not x.is_contiguous(memory_format=_CL)
+    if row:
+        return Prepared(_on_a_row(function), args)
+    if residual is None:
+        return Prepared(_on_channels_last(function) if into_layout else function, args)
+    place = next(i for i, a in enumerate(args) if isinstance(a, Argument) and a.place == 4)
+    over = None
+    if not into_layout and residual.is_contiguous(memory_format=_CL):
+        over = Prepared(function, args)
+    return Prepared(_on_a_copy(function, place), args, None if over is None else 4, over)
 
 
 def _on_channels_last(function: Any) -> Any:
     def run(x: Tensor, *args: Any) -> Tensor:
         return function(x.contiguous(memory_format=_CL), *args)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _on_a_row(function: Any) -> Any:
+    def run(x: Tensor, *args: Any) -> Tensor:
+        n, c = x.shape[:2]
+        row = x.reshape(1, 1, n, c).permute(0, 3, 1, 2)  # [1, C, 1, N]
+        y = function(row, *args)  # [1, K, 1, N]
+        return y.permute(0, 2, 3, 1).reshape(n, -1, 1, 1)  # type: ignore[no-any-return]
 
     return run
 

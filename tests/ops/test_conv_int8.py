@@ -118,9 +118,17 @@ def test_the_reference_and_onednn_are_the_integer_model(case, epilogue):
         args = arguments(case, epilogue, batch)
         a, scales = integers(*args), args[-2:]
         assert_rounds(OPS.conv_int8.default(*args), a, *scales)
-        if conv.weight_limit() == 127:
+        refused = case == "padding beyond the kernel" and EPILOGUES[epilogue][0]
+        if conv.weight_limit() == 127 and not refused:
             for y in bound(args):
                 assert_rounds(y, a, *scales)
+
+
+def test_windows_of_padding_alone_are_not_onednns():
+    """With a zero point its border is wrong there (oneDNN 3.10): the reference runs them."""
+    args = arguments("padding beyond the kernel", "zero points")
+    assert OPERATORS["conv_int8"].bind(*args) is None
+    assert OPERATORS["conv_int8"].bind(*args[:6], 0, *args[7:]) is not None
 
 
 def test_a_residual_is_written_over_only_where_that_is_asked_for():
@@ -225,6 +233,31 @@ def test_other_instruction_sets(isa):
     run_on(isa, "test_conv_int8", calls)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_the_first_convolution_with_its_quantizing(channels, layout):
+    """In blocks of 2x2 pixels and apart: kernels of odd and even size, padding on every side."""
+    for kernel, padding, size in ((7, 3, (20, 23)), (3, 1, (9, 8)), (6, 2, (40, 21)), (5, 0, (7, 5)), (4, 5, (3, 3))):
+        x = torch.randn(3, channels, *size).contiguous(memory_format=layout)
+        weight = drawn((16, channels, kernel, kernel), -64, 65, torch.int8)
+        scale, bias = torch.rand(16) * 1e-3 + 1e-4, torch.randn(16)
+        where = [2, 2], [padding] * 2, [1, 1], 1
+        for act, y_scale, y_zero in (("relu", 0.05, 0), ("none", 0.05, 120), ("none", None, None)):
+            args = x, weight, scale, bias, 0.03, 119, *where, act, y_scale, y_zero
+            want = OPS.quantize_conv_int8.default(*args)
+            q = OPS.quantize.default(x, 0.03, 119)
+            a = integers(q, weight, scale, bias, None, 0.03, 119, 1.0, 0, *where, act, y_scale, y_zero)
+            assert_rounds(want, a, y_scale, y_zero)
+            choices = OPERATORS["quantize_conv_int8"].bind(*args)
+            if choices is None:
+                assert channels > 4 and padding > kernel  # a window of padding alone, below
+                continue
+            apart = {"apart"} if padding < kernel else set()
+            assert set(choices.ways) == apart | ({"blocks"} if channels <= 4 else set())
+            for prepare in choices.ways.values():
+                assert_rounds(prepare().function(x), a, y_scale, y_zero)
+
+
 # ---- opcheck, stock operators ----------------------------------------------------------------------------------------
 
 
@@ -236,6 +269,9 @@ def test_opcheck():
     opcheck(OPS.dequantize.default, (q, 0.02, 100, torch.float32), test_utils=checks)
     opcheck(OPS.max_pool_int8.default, (q, [3, 3], [2, 2], [1, 1], [1, 1], False), test_utils=checks)
     opcheck(OPS.mean_int8.default, (q, 0.02, 100, 0.01, 3), test_utils=checks)
+    stem = torch.randn(2, 3, 9, 9), torch.ones(4, 3, 3, 3, dtype=torch.int8), torch.ones(4), torch.zeros(4), 0.02, 100
+    rest = [2, 2], [1, 1], [1, 1], 1, "relu", 0.5, 0
+    opcheck(OPS.quantize_conv_int8.default, (*stem, *rest), test_utils=checks)
     for epilogue in ("zero points", "residual", "float32"):
         opcheck(OPS.conv_int8.default, arguments("3x3 stride", epilogue), test_utils=checks)
 
