@@ -27,6 +27,7 @@ from fastres.graph.steps import Graph, filled
 from fastres.inference.arena import Arenas, Places
 from fastres.inference.lower import Call, lower
 from fastres.inference.plan import Plan
+from fastres.ops._int8_quantize import load_stock_operators
 
 logger = logging.getLogger("fastres")
 
@@ -82,6 +83,8 @@ class Executor:
         self._clock = itertools.count(1)
         self._warned = False
         self.quantized = is_quantized(graph)
+        if self.quantized:
+            load_stock_operators()
         self._stock = [(stock_of(step.operator), step.args, step.kwargs, step.writes) for step in graph.steps]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Executor:

@@ -108,7 +108,7 @@ def quantized(
             if not network.captured.takes(frozen._signature.take(args, kwargs)):
                 raise ValueError(f"the network is captured for {network.captured.describe()}")
             run_once(source, given)
-    return quantize_frozen(frozen, source, inputs, batches, observer, metric, max_drop)
+    return quantize_frozen(frozen, inputs, batches, observer, metric, max_drop)
 
 
 # ---- the network -----------------------------------------------------------------------------------------------------
@@ -116,7 +116,6 @@ def quantized(
 
 def quantize_frozen(
     frozen: FrozenModel,
-    source: nn.Module,
     example: Any,
     batches: Sequence[Tensor],
     observer: str,
@@ -131,7 +130,7 @@ def quantize_frozen(
         batches: calibration images.
         metric: the caller's gate.
     """
-    work = _Work(frozen, source, example, batches)
+    work = _Work(frozen, example, batches)
     say = functools.partial(logger.info, "freeze: %s: %s", frozen.report.model)
     say(f"finding ranges on {sum(map(len, batches))} images")
     recipe = observe(work.made.graph, tuple(work.made.constants.values()), work.inputs, observer)
@@ -161,13 +160,13 @@ def quantize_frozen(
 class _Work:
     """The float32 network, and what quantized ones are made of and judged on."""
 
-    def __init__(self, frozen: FrozenModel, source: nn.Module, example: Any, batches: Sequence[Tensor]) -> None:
+    def __init__(self, frozen: FrozenModel, example: Any, batches: Sequence[Tensor]) -> None:
         found = frozen.prepared(self._given(example, batches[0]))
         network = frozen._network
         assert found is not None and network is not None
         executor, _, constants = found
         names = executor.graph.constants
-        self.frozen, self.source, self.example, self.batches = frozen, source, example, batches
+        self.frozen, self.example, self.batches = frozen, example, batches
         self.made = Rewritten(executor.graph, dict(zip(names, constants, strict=True)), frozen.report.rows)
         self.inputs = [[frozen._prepare("", images)] for images in batches]
 
@@ -183,7 +182,7 @@ class _Work:
         assert own is not None
         plan = replace(frozen.plan, winograd=2, max_weights=max_weights)
         how = frozen._signature, frozen.report, torch.float32, own.captured, plan
-        made = FrozenModel(quantized.made, self.source, *how, recipe)
+        made = FrozenModel(quantized.made, frozen._source.model, *how, recipe)
         made.use_channels_last()
         return made, quantized
 

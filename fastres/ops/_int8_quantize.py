@@ -9,7 +9,6 @@ layout come out in channels_last, which the int8 convolutions read.
 
 from __future__ import annotations
 
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -92,40 +91,40 @@ torch.library.register_fake("fastres::dequantize", _fake_dequantize, lib=_LIB)
 # ---- stock operators: what exporters read as QuantizeLinear and DequantizeLinear -------------------------------------
 
 
-@cache
-def _decomposed() -> Any:
-    """PyTorch's namespace of quantizing operators, which this module registers; None in a torch without it."""
+_namespace: Any = None  # PyTorch's quantizing operators, once they are registered
+
+
+def load_stock_operators() -> None:
+    """Register PyTorch's quantizing operators, which an import does: before anything is traced."""
+    global _namespace
     try:
         import_module("torch.ao.quantization.fx._decomposed")
-    except ImportError:
-        return None
-    return torch.ops.quantized_decomposed
+    except ImportError:  # a torch without them: arithmetic does
+        return
+    _namespace = torch.ops.quantized_decomposed
 
 
 def stock_quantize(x: Tensor, scale: float, zero_point: int) -> Tensor:
     """uint8 by PyTorch's operators."""
-    known = _decomposed()
-    if known is None:
+    if _namespace is None:
         return torch.clamp(torch.round(x.float() * (1.0 / scale)) + zero_point, 0, 255).to(torch.uint8)
-    return known.quantize_per_tensor.default(x.float(), scale, zero_point, 0, 255, torch.uint8)  # type: ignore[no-any-return]
+    return _namespace.quantize_per_tensor.default(x.float(), scale, zero_point, 0, 255, torch.uint8)  # type: ignore[no-any-return]
 
 
 def stock_dequantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers by PyTorch's operators."""
-    known = _decomposed()
-    if known is None:
+    if _namespace is None:
         return ((x.float() - zero_point) * scale).to(dtype)
-    y = known.dequantize_per_tensor.default(x, scale, zero_point, 0, 255, torch.uint8)
+    y = _namespace.dequantize_per_tensor.default(x, scale, zero_point, 0, 255, torch.uint8)
     return y if dtype is torch.float32 else y.to(dtype)  # type: ignore[no-any-return]
 
 
 def stock_weight(weight: Tensor, scale: Tensor) -> Tensor:
     """A weight of int8, [K, ...], as numbers, with a scale for each output channel."""
-    known = _decomposed()
-    if known is None:
+    if _namespace is None:
         return weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
     zero_points = torch.zeros_like(scale, dtype=torch.int64)
-    return known.dequantize_per_channel.default(  # type: ignore[no-any-return]
+    return _namespace.dequantize_per_channel.default(  # type: ignore[no-any-return]
         weight, scale, zero_points, 0, -128, 127, torch.int8
     )
 
