@@ -2,8 +2,8 @@
 
     python benchmarks/bench_int8.py [--networks resnet50,resnet18] [--batches 1,8,32] [--seconds 6] [--json FILE]
 
-The networks have random weights and batch norms calibrated on smooth noise (`images`). Every engine quantizes the same 32
-images by its own means: fastres with its default observer and no gate, so that every layer is int8 as the others' are;
+The networks have random weights and batch norms calibrated on smooth noise (`images`). Every engine quantizes the same
+32 images by its own means: fastres with its defaults but the gate, so that every layer is int8 as the others' are;
 ONNX Runtime by `quantize_static` (QDQ, uint8 activations, int8 weights per channel, entropy: minmax); OpenVINO by NNCF,
 preset mixed. Times are medians of rounds in which each engine takes a turn; the ratio is to the best of the others.
 
@@ -42,7 +42,9 @@ def images(count: int, seed: int, size: int = 224) -> Tensor:
     """Smooth noise of three scales: [count, 3, size, size]."""
     rng = torch.Generator().manual_seed(seed)
     scales = ((8, 1.0), (32, 0.5), (size, 0.1))
-    parts = [F.interpolate(torch.randn(count, 3, n, n, generator=rng), size=size, mode="bilinear") * s for n, s in scales]
+    parts = [
+        F.interpolate(torch.randn(count, 3, n, n, generator=rng), size=size, mode="bilinear") * s for n, s in scales
+    ]
     return sum(parts[1:], parts[0])
 
 
@@ -53,7 +55,7 @@ def network(name: str) -> nn.Module:
     return net
 
 
-# ---- engines: each returns a function that gives, for images, a call that returns logits ------------------------------
+# ---- engines: each returns a function that gives, for images, a call that returns logits -----------------------------
 
 Engine = Callable[[Tensor], Callable[[], Any]]
 
@@ -205,8 +207,10 @@ def run(name: str, batches: list[int], seconds: float, engines: list[str]) -> li
             best = f"{min(others) / median:5.2f}x the best other" if others and engine == "fastres int8" else ""
             if engine == "fastres int8" and "fastres bf16" in medians:
                 best += f", {medians['fastres bf16'] / median:.2f}x bf16"
-            spread = f"{min(times[engine]) * 1e3:.2f}..{max(times[engine]) * 1e3:.2f}"
-            print(f"  {engine:<13} {rate:8.1f} img/s {median * 1e3:8.2f} ms ({spread}) SNR {ratios[engine]:6.1f} dB {best}")
+            span = f"{min(times[engine]) * 1e3:.2f}..{max(times[engine]) * 1e3:.2f}"
+            print(
+                f"  {engine:<13} {rate:8.1f} img/s {median * 1e3:8.2f} ms ({span}) SNR {ratios[engine]:6.1f} dB {best}"
+            )
             rows.append({"network": name, "batch": batch, "engine": engine, "ms": median * 1e3, "snr": ratios[engine]})
     return rows
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.graph.quantize import Recipe, is_mean, joined, layers, steps_of
+from fastres.graph.recipe import Recipe, is_mean, joined, layers, steps_of
 from fastres.graph.steps import Graph, Slot
 from fastres.inference.lower import Lowered, lower, run
 from fastres.inference.observers import BINS, find_range

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastres._dispatch import Choices, operator_of
 from fastres._stamp import Stamp
 from fastres.graph import export
-from fastres.graph.quantize import is_quantized
+from fastres.graph.recipe import is_quantized
 from fastres.graph.steps import Graph, filled
 from fastres.inference.arena import Arenas, Places
 from fastres.inference.lower import Call, lower

@@ -126,8 +126,8 @@ def freeze(
     Raises:
         TypeError: an argument of the wrong kind, a model that cannot be copied or is frozen already.
         ValueError: no tensor in ``example_inputs``, a model on the meta device, ``cuda_graph=True`` without a GPU,
-            ``capture="graph"`` for a network that has none; calibration images that are missing, empty, not finite or of
-            another size, or given without ``dtype="int8"``; int8 for a model that has no graph or several inputs.
+            ``capture="graph"`` for a network that has none; calibration images that are missing, empty, not finite or
+            of another size, or given without ``dtype="int8"``; int8 for a model without a graph or with several inputs.
         RuntimeError: the referee rejects the result; the message holds its table.
 
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from fastres.graph.captured import Captured
-from fastres.graph.quantize import Recipe, quantizes_inputs
+from fastres.graph.recipe import Recipe, quantizes_inputs
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.rows import FreezeRow
 from fastres.graph.signature import Call, Signature
@@ -185,7 +185,12 @@ class FrozenModel(nn.Module):
     def _prepare(self, _: str, t: Tensor) -> Tensor:
         if t.is_floating_point() and t.dtype != self.dtype:
             t = t.to(self.dtype)
-        if self.plan.channels_last and t.ndim == 4 and not self._quantizes_inputs and not torch._C._are_functorch_transforms_active():
+        if (
+            self.plan.channels_last
+            and t.ndim == 4
+            and not self._quantizes_inputs
+            and not torch._C._are_functorch_transforms_active()
+        ):
             t = t.contiguous(memory_format=torch.channels_last)
         return t
 
@@ -349,7 +354,9 @@ class FrozenModel(nn.Module):
         made, _ = self._refold(source)
         captured = None if self._network is None else self._network.captured
         recipe = None if self._network is None else self._network.recipe
-        model = FrozenModel(made, source, self._signature, self.report, self.dtype, captured, replace(self.plan), recipe)
+        model = FrozenModel(
+            made, source, self._signature, self.report, self.dtype, captured, replace(self.plan), recipe
+        )
         if self.plan.channels_last:
             model.use_channels_last()
         return model
@@ -370,8 +377,8 @@ class FrozenModel(nn.Module):
     def refresh(self) -> None:
         """Fold the source's current weights and statistics again, into the same tensors.
 
-        An int8 network is quantized again with the ranges that its calibration found; the gate is not asked again, since
-        the calibration images are not kept: the report says so.
+        An int8 network is quantized again with the ranges that its calibration found; the gate is not asked again,
+        since the calibration images are not kept: the report says so.
 
         Raises:
             RuntimeError: the source is gone, its structure has changed, or a BN that was folded no longer can be (or
@@ -448,7 +455,9 @@ class FrozenModel(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
         probe = fn(torch.empty(0, dtype=self.dtype))
         if self.is_quantized and probe.dtype is not self.dtype:
-            raise TypeError(f"a network in int8 has scales in {self.dtype}, got {probe.dtype}: freeze it again for that")
+            raise TypeError(
+                f"a network in int8 has scales in {self.dtype}, got {probe.dtype}: freeze it again for that"
+            )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.forget()
         if probe.is_floating_point():
@@ -456,7 +465,9 @@ class FrozenModel(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"dtype={self.report.dtype if self.is_quantized else self.dtype}, channels_last={self.plan.channels_last}"
+        return (
+            f"dtype={self.report.dtype if self.is_quantized else self.dtype}, channels_last={self.plan.channels_last}"
+        )
 
 
 def _forget(frozen: FrozenModel, _: Any) -> None:

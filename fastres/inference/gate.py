@@ -4,11 +4,11 @@
                exceeds noise, must be 99 %, and the signal 10 dB above the error
     other      maps, lists, several tensors, and logits without a margin above noise: the signal must be 20 dB above the
                error in each
-    metric     a function of the network, given by the caller: it may drop by max_drop at the most, and nothing else counts
+    metric     a function of the network, given by the caller: it may drop by max_drop at the most, nothing else counts
 
     SNR        10 log10(variance of the float32 output / mean square error), over all images
-    margin     the distance of the two largest logits. Noise is that of an error 30 dB below the logits' deviation within
-               an image, twice: a margin below it is no decision of the network's
+    margin     the distance of the two largest logits. Noise is that of an error 30 dB below the logits' deviation
+               within an image, twice: a margin below it is no decision of the network's
 
 Where a network does not pass, its layers go back to floating point, the most damaging first, until it does. The damage
 is the error at the network's output when that layer alone is quantized. The number of layers that go back is found by
@@ -96,7 +96,9 @@ class Gate:
     def describe(self) -> str:
         """What it asks for, in a line."""
         if self.metric is not None:
-            return f"the gate is the caller's metric, {_number(self.baseline)} in float32: at most {self.max_drop:g} less"
+            return (
+                f"the gate is the caller's metric, {_number(self.baseline)} in float32: at most {self.max_drop:g} less"
+            )
         if self.is_logits:
             return f"the gate: {AGREEMENT:.0%} top-1 agreement where the margin exceeds noise, SNR {LEAST_SNR:g} dB"
         return f"the gate: SNR {LEAST_SNR_OTHER:g} dB in every output: they are no logits, nothing is counted"

@@ -1,4 +1,4 @@
-"""freeze's way to int8: calibrate the float32 network, quantize it, ask the gate, and move layers back until it passes."""
+"""freeze in int8: calibrate the float32 network, quantize it, ask the gate, move layers back until it passes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from fastres.graph.quantize import (
-    BFLOAT16,
-    FLOAT,
-    Quantized,
-    Recipe,
-    layers,
-    quantize,
-    why_not_layer,
-)
+from fastres.graph.quantize import Quantized, quantize
+from fastres.graph.recipe import BFLOAT16, FLOAT, Recipe, layers, why_not_layer
 from fastres.graph.rewrite import Rewritten
 from fastres.inference.calibration import Runs, observe, read_images
 from fastres.inference.checks import names_the_example, run_once, shapes
@@ -52,7 +45,9 @@ def check_int8(dtype: Any, calibrate: Any, gate: Any, max_drop: Any, observer: A
                 raise ValueError(f"{name}: got {type(value).__name__} with dtype={dtype!r}, expected dtype='int8'")
         return
     if gate is not None and not callable(gate):
-        raise TypeError(f"gate: got {type(gate).__name__}, expected None or a function of the network that gives a number")
+        raise TypeError(
+            f"gate: got {type(gate).__name__}, expected None or a function of the network that gives a number"
+        )
     if isinstance(max_drop, bool) or not isinstance(max_drop, int | float):
         raise TypeError(f"max_drop: got {type(max_drop).__name__}, expected a number")
     if not max_drop >= 0:
@@ -102,12 +97,12 @@ def quantized(
     for images in {t.shape[1:]: t for t in batches}.values():
         with names_the_example(images, "calibrate"):
             network = frozen._network
-            given = map_tensors(inputs, lambda _, t, images=images: images, "")
+            given = _with(inputs, images)
             args, kwargs = call(lambda *args, **kwargs: (args, kwargs), given)
             assert network is not None
             if not network.captured.takes(frozen._signature.take(args, kwargs)):
                 raise ValueError(f"the network is captured for {network.captured.describe()}")
-            run_once(source, given)
+            run_once(frozen, given)
     return quantize_frozen(frozen, inputs, batches, observer, metric, max_drop)
 
 
@@ -157,11 +152,16 @@ def quantize_frozen(
     return settled.network
 
 
+def _with(example: Any, images: Tensor) -> Any:
+    """The example's call with these images."""
+    return map_tensors(example, lambda _, t: images, "")
+
+
 class _Work:
     """The float32 network, and what quantized ones are made of and judged on."""
 
     def __init__(self, frozen: FrozenModel, example: Any, batches: Sequence[Tensor]) -> None:
-        found = frozen.prepared(self._given(example, batches[0]))
+        found = frozen.prepared(_with(example, batches[0]))
         network = frozen._network
         assert found is not None and network is not None
         executor, _, constants = found
@@ -169,11 +169,6 @@ class _Work:
         self.frozen, self.example, self.batches = frozen, example, batches
         self.made = Rewritten(executor.graph, dict(zip(names, constants, strict=True)), frozen.report.rows)
         self.inputs = [[frozen._prepare("", images)] for images in batches]
-
-    @staticmethod
-    def _given(example: Any, images: Tensor) -> Any:
-        """The example's call with these images."""
-        return map_tensors(example, lambda _, t: images, "")
 
     def network(self, recipe: Recipe, max_weights: int | None = None) -> tuple[FrozenModel, Quantized]:
         """A network of this recipe; `max_weights` as for freeze: 0 packs nothing for a network that runs once."""
@@ -188,7 +183,7 @@ class _Work:
 
     def answer(self, network: FrozenModel, images: Tensor) -> list[Any]:
         """The leaves of its output."""
-        leaves: list[Any] = tree_flatten(call(network, self._given(self.example, images)))[0]
+        leaves: list[Any] = tree_flatten(call(network, _with(self.example, images)))[0]
         return leaves
 
     def alone(self, recipe: Recipe, place: int, candidates: Sequence[int]) -> float:
@@ -246,7 +241,9 @@ def _report(
             reason = "it was moved back, the gate did not pass with it on integers"
             reason = reason if settled.network is not None else "the gate takes no int8 network"
         elif not reason and place not in settled.damage and place not in found:
-            reason = "no range: its numbers on the calibration images are not finite, or its input is no batch of images"
+            reason = (
+                "no range: its numbers on the calibration images are not finite, or its input is no batch of images"
+            )
         precision = back.get(place, FLOAT if reason else "int8")
         rows.append(LayerPrecision(step.name, precision, found.get(place), alone, reason))
     weak = gate.weakness()
@@ -271,7 +268,7 @@ def _report(
 def layer_snr(work: _Work, recipe: Recipe) -> dict[int, float]:
     """The SNR of each layer's output against the float32 network's on the first images, by the layer's place."""
     network, quantized = work.network(recipe)
-    found = network.prepared(work._given(work.example, work.batches[0]))
+    found = network.prepared(_with(work.example, work.batches[0]))
     assert found is not None
     executor, inputs, constants = found
     own = {slot: (place, bits) for place, (slot, bits) in quantized.written.items() if place in layers(work.made.graph)}

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fastres.graph import export
 from fastres.graph.captured import Captured
 from fastres.graph.export import CaptureError, capture_for, sharing_copy
-from fastres.graph.quantize import Recipe, quantize
+from fastres.graph.quantize import quantize
+from fastres.graph.recipe import Recipe
 from fastres.graph.rewrite import Rewritten, rewrite
 from fastres.graph.signature import Call
 from fastres.inference.executor import Executor, is_traced

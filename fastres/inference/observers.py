@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastres.graph.quantize import Range
+from fastres.graph.recipe import Range
 
 OBSERVERS = ("minmax", "percentile", "mse")
 BINS = 2048

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 class LayerPrecision:
     """One layer: what it computes in, the SNR in dB at its output and why it is not int8.
 
-    ``snr`` compares the layer's output with the float32 network's, errors of the layers before it included. ``alone`` is
-    the SNR at the network's output with this layer alone quantized; None where the gate needed no such measurement.
+    ``snr`` compares the layer's output with the float32 network's, errors of the layers before it included. ``alone``
+    is the SNR at the network's output with this layer alone quantized; None where the gate did not need to know.
     """
 
     name: str

@@ -30,7 +30,6 @@ from fastres.ops._conv_frozen import shared_pack
 from fastres.ops._int8_quantize import (
     check_quantized,
     check_scale,
-    layout_of,
     rounded,
     stock_dequantize,
     stock_quantize,
@@ -56,7 +55,9 @@ def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residua
     x_scale, x_zero, r_scale, r_zero, stride, padding, dilation, groups, act, y_scale, y_zero = rest
     check_quantized("conv_int8", "x", x)
     if weight.dtype is not torch.int8 or weight.ndim != 4:
-        raise TypeError(f"conv_int8: weight: got {weight.dtype} {list(weight.shape)}, expected int8 [K, C / groups, R, S]")
+        raise TypeError(
+            f"conv_int8: weight: got {weight.dtype} {list(weight.shape)}, expected int8 [K, C / groups, R, S]"
+        )
     if x.ndim != 4 or groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         want = f"[N, {weight.shape[1] * groups}, H, W]"
         raise ValueError(f"conv_int8: x: got shape {list(x.shape)}, expected {want} for {groups} groups")
@@ -81,9 +82,7 @@ def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residua
     return shape
 
 
-def _reference(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residual: Maybe, *rest: Any
-) -> Tensor:
+def _reference(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residual: Maybe, *rest: Any) -> Tensor:
     _check(x, weight, weight_scale, bias, residual, rest)
     x_scale, x_zero, r_scale, r_zero, *where, act, y_scale, y_zero = rest
     z = conv2d(x.double() - x_zero, weight.double(), None, *where)  # [N, K, P, Q], exact
@@ -174,9 +173,7 @@ def _calls(
     return _onednn.qconv2d_pointwise.binary, (*head, Argument(4), bias, *where, *out, *after)
 
 
-def _convolve(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residual: Maybe, *rest: Any
-) -> Tensor:
+def _convolve(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residual: Maybe, *rest: Any) -> Tensor:
     """One call of oneDNN on a weight packed for it; writes over the residual."""
     pack = _pack(weight, weight_scale, rest[0], rest[1], rest[4:8], x.shape)
     function, args = _calls(pack, weight_scale, bias, residual is not None, rest)
@@ -231,14 +228,14 @@ def why_not(x: Tensor, weight: Tensor, residual: Maybe, rest: tuple[Any, ...]) -
     unusual = groups > 1 or max(where[2]) > 1 or weight.shape[1] < 16 or weight.shape[0] < 16
     frozen = tuple(map(tuple, where[:3])), groups
     zeros = x_zero, y_zero or 0
-    if unusual and not _is_right(x.shape[1], tuple(weight.shape), (*frozen[0], groups), zeros, residual is not None, act):
+    if unusual and not _is_right(
+        x.shape[1], tuple(weight.shape), (*frozen[0], groups), zeros, residual is not None, act
+    ):
         return "oneDNN computes it wrong"
     return ""
 
 
-def bind(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residual: Maybe, *rest: Any
-) -> Choices | None:
+def bind(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residual: Maybe, *rest: Any) -> Choices | None:
     """oneDNN's way to run the call on tensors alike; None where it refuses."""
     if why_not(x, weight, residual, rest):
         return None
@@ -261,8 +258,8 @@ def prepared(
 ) -> Prepared:
     """oneDNN's call on a weight packed for x.
 
-    Without padding a zero point of x goes into the bias: oneDNN takes up to a third longer with one. Images of one pixel
-    become one image, with the batch for its width: oneDNN multiplies each image by itself.
+    Without padding a zero point of x goes into the bias: oneDNN takes up to a third longer with one. Images of one
+    pixel become one image, with the batch for its width: oneDNN multiplies each image by itself.
     """
     x_zero, padding = rest[1], rest[5]
     if x_zero and not any(padding):

@@ -45,11 +45,13 @@ Pair = Sequence[int]
 def _max_pool(x: Tensor, *window: Any) -> Tensor:
     """PyTorch's pool of floats, which hold 0..255 exactly."""
     check_quantized("max_pool_int8", "x", x)
-    return F.max_pool2d(x.float(), *window).to(torch.uint8)
+    y: Tensor = F.max_pool2d(x.float(), *window)
+    return y.to(torch.uint8)
 
 
 def _fake_max_pool(x: Tensor, *window: Any) -> Tensor:
-    return F.max_pool2d(x.float(), *window).to(torch.uint8)
+    y: Tensor = F.max_pool2d(x.float(), *window)
+    return y.to(torch.uint8)
 
 
 def _mean(x: Tensor, scale: float, zero_point: int, y_scale: float | None, y_zero_point: int | None) -> Tensor:
@@ -109,9 +111,7 @@ def _bind_mean(x: Tensor, *scales: Any) -> Choices | None:
     scale, zero_point, y_scale, y_zero_point = scales
     given = scale, zero_point, y_scale or 0.0, y_zero_point or 0
     run = native_or(lambda x, *_: _mean_native(x, *given), _mean)
-    return Choices(
-        f"mean_int8 {'x'.join(map(str, x.shape))}", {NATIVE: lambda: Prepared(run, (Argument(0), *scales))}
-    )
+    return Choices(f"mean_int8 {'x'.join(map(str, x.shape))}", {NATIVE: lambda: Prepared(run, (Argument(0), *scales))})
 
 
 MAX_POOL = register(Operator("max_pool_int8", order={}))

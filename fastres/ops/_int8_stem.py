@@ -2,14 +2,14 @@
 
     formula    y = conv_int8(quantize(x, x_scale, x_zero), weight, ...)
 
-The input of a ResNet has three channels, of which no 8-bit product is full, and a zero point, which costs oneDNN a third
+The input of a ResNet has three channels, which fill no product of 8 bits, and a zero point, which costs oneDNN a third
 more. A convolution of stride 2 is one of stride 1 over blocks of 2x2 pixels:
 
     b[n, (dy, dx, c), i, j] = q[n, c, 2 i + dy - padding, 2 j + dx - padding]      c padded to 4: 16 channels
     w'[k, (dy, dx, c), i, j] = w[k, c, 2 i + dy, 2 j + dx]                         0 beyond the kernel
 
-One pass over the images writes b with its padding, so that the zero point goes into the bias: a 7x7 becomes a 4x4 without
-padding or zero point, at half the time.
+One pass over the images writes b with its padding, so that the zero point goes into the bias: a 7x7 becomes a 4x4
+without padding or zero point, at half the time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ BLOCKS, APART = "blocks", "apart"
 def _around(quantize: Any, convolve: Any) -> Any:
     """The operator by these two."""
 
-    def run(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, x_scale: float, x_zero: int, *rest: Any) -> Any:
+    def run(
+        x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, x_scale: float, x_zero: int, *rest: Any
+    ) -> Any:
         q = quantize(x, x_scale, x_zero)
         return convolve(q, weight, scale, bias, None, x_scale, x_zero, 1.0, 0, *rest)
 
