@@ -167,6 +167,7 @@ class _Work:
         executor, _, constants = found
         names = executor.graph.constants
         self.frozen, self.example, self.batches = frozen, example, batches
+        self._tried: list[Any] | None = None  # the float32 network's answer to the first images
         self.made = Rewritten(executor.graph, dict(zip(names, constants, strict=True)), frozen.report.rows)
         self.inputs = [[frozen._prepare("", images)] for images in batches]
 
@@ -190,7 +191,9 @@ class _Work:
         """The SNR at the output, of the first images, with one layer alone quantized."""
         network, _ = self.network(recipe.keeping({other: FLOAT for other in candidates if other != place}), 0)
         images = self.batches[0][:_TRIED]
-        pairs = zip(self.answer(self.frozen, images), self.answer(network, images), strict=True)
+        if self._tried is None:
+            self._tried = self.answer(self.frozen, images)
+        pairs = zip(self._tried, self.answer(network, images), strict=True)
         return min(snr(w, g) for w, g in pairs if isinstance(w, Tensor) and w.is_floating_point())
 
 

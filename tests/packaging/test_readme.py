@@ -1,4 +1,4 @@
-"""The Python of the README, of docs/training.md and of docs/predict.md runs as it stands: every block, in
+"""The Python of the README and of the pages on training, predicting and int8 runs as it stands: every block, in
 order, in one namespace."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 README = Path(__file__).resolve().parents[2] / "README.md"
 if not README.exists():
     pytest.skip("the tests lie outside a source tree", allow_module_level=True)
-TRAINING, PREDICT = (README.parent / "docs" / name for name in ("training.md", "predict.md"))
+TRAINING, PREDICT, INT8 = (README.parent / "docs" / f"{name}.md" for name in ("training", "predict", "quantization"))
 
 
 def python(page):
@@ -81,3 +81,14 @@ def test_all_of_it(capsys, monkeypatch, tmp_path):
     scope = run(BLOCKS)
     assert scope["logits"].shape == (8, 1000) and scope["fast"].report.verification
     assert "verify: passed" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_int8(capsys):
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    scope = run(python(INT8))
+    found = scope["moved"].report.quantization
+    assert scope["fast"].report.quantization.counts == {"int8": 20} and found.counts["int8"] >= 17
+    assert [layer.name for layer in found.layers if layer.precision != "int8"][0] == "layer2.1.conv2"
+    assert "passed: SNR" in capsys.readouterr().out

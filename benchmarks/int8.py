@@ -1,6 +1,6 @@
 """int8 networks beside the int8 of other engines: images/s and the SNR of the logits, in one interleaved run.
 
-    python benchmarks/bench_int8.py [--networks resnet50,resnet18] [--batches 1,8,32] [--seconds 6] [--json FILE]
+    python benchmarks/int8.py [--networks resnet50,resnet18] [--batches 1,8,32] [--seconds 6] [--json FILE]
 
 The networks have random weights and batch norms calibrated on smooth noise (`images`). Every engine quantizes the same
 32 images by its own means: fastres with its defaults but the gate, so that every layer is int8 as the others' are;
@@ -228,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         rows = [row for name in asked.networks.split(",") for row in run(name, batches, asked.seconds, engines)]
     if asked.json is not None:
-        command = " ".join(["python", "benchmarks/bench_int8.py", *sys.argv[1:]])
+        command = " ".join(["python", "benchmarks/int8.py", *sys.argv[1:]])
         about = {"command": command, "torch": torch.__version__, "threads": torch.get_num_threads()}
         asked.json.write_text(json.dumps({**about, "rows": rows}, indent=1))
 
