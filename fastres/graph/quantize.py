@@ -97,21 +97,28 @@ class Quantized(NamedTuple):
     written: dict[int, tuple[int, Range | None]]
 
 
-def quantize(made: Rewritten, recipe: Recipe) -> Quantized:
+Weights = dict[Any, tuple[Tensor, Tensor, Tensor]]  # of a layer: int8 weight, scales, bias
+
+
+def quantize(made: Rewritten, recipe: Recipe, known: Weights | None = None) -> Quantized:
     """The network of `made` on 8-bit integers, as `recipe` says.
+
+    Args:
+        known: its layers' quantized weights, by the slot that each writes; what is missing is put there.
 
     Raises:
         ValueError: the recipe is of another graph.
     """
     if not recipe.fits(made.graph):
         raise ValueError("recipe: it is of a network with other steps")
-    return _Writer(made, recipe).run()
+    return _Writer(made, recipe, {} if known is None else known).run()
 
 
 class _Writer:
     """Writes the new steps one after another; a slot of the old graph has up to four forms in the new one."""
 
-    def __init__(self, made: Rewritten, recipe: Recipe) -> None:
+    def __init__(self, made: Rewritten, recipe: Recipe, known: Weights) -> None:
+        self.known = known
         self.old, self.tensors, self.recipe = made.graph, made.constants, recipe
         self.rows = made.rows
         self.steps: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = []
@@ -275,19 +282,24 @@ class _Writer:
     def _alone_reads_an_input(self, step: Step) -> bool:
         """Tell whether nothing but this convolution reads an input of the network."""
         slot = step.args[0].index
+        if slot >= self.old.inputs:
+            return False
         readers = [s for s in self.old.steps if slot in s.reads]
         outputs = {s.index for s in slots_in(self.old.outputs)}
-        return step.operator is not LINEAR and slot < self.old.inputs and len(readers) == 1 and slot not in outputs
+        return step.operator is not LINEAR and len(readers) == 1 and slot not in outputs
 
     def _weights(self, step: Step, weight: Slot, bias: Slot | None, groups: int) -> tuple[Slot, Slot, Slot]:
         """The constants of a layer: int8 weight, scales, bias."""
         names = [None if t is None else self.old.constants[t.index - self.old.first_constant] for t in (weight, bias)]
         assert names[0] is not None
-        t, limit, mean = self.tensors[names[0]], self.recipe.limit, self.recipe.means.get(step.args[0].index)
-        t = t[:, :, None, None] if t.ndim == 2 else t  # [K, C / groups, R, S]
-        q, scale = quantize_weight(t, limit)
-        given = None if names[1] is None else self.tensors[names[1]]
-        shift = corrected_bias(t, q, scale, given, mean, groups)
+        limit = self.recipe.limit
+        if step.writes not in self.known:
+            t, mean = self.tensors[names[0]], self.recipe.means.get(step.args[0].index)
+            t = t[:, :, None, None] if t.ndim == 2 else t  # [K, C / groups, R, S]
+            given = None if names[1] is None else self.tensors[names[1]]
+            made = quantize_weight(t, limit)
+            self.known[step.writes] = *made, corrected_bias(t, *made, given, mean, groups)
+        q, scale, shift = self.known[step.writes]
         of, also = (self.old.made_of.get(name or "", name or "") for name in names)
         path = names[0].removesuffix("weight")
         return (

@@ -111,15 +111,15 @@ class Runs:
                 values[slot] = None
 
 
-def observe(graph: Graph, constants: Sequence[Tensor], batches: Sequence[Sequence[Tensor]], observer: str) -> Recipe:
+def observe(runs: Runs, batches: Sequence[Sequence[Tensor]], observer: str) -> Recipe:
     """The recipe of a network, every layer on integers.
 
     Args:
-        graph, constants: in float32.
+        runs: of the network in float32.
         batches: the network's inputs, a few images each.
         observer: see observers.py.
     """
-    runs = Runs(graph, constants)
+    graph = runs.graph
     kinds = {slot: getattr(value, "ndim", 0) for slot, value in runs.each(batches[0]) if _is_floating(value)}
     floating, vectors = frozenset(kinds), frozenset(slot for slot, dims in kinds.items() if dims == 2)
     root = joined(graph, floating)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from fastres.graph.quantize import Quantized, quantize
+from fastres.graph.quantize import Quantized, Weights, quantize
 from fastres.graph.recipe import BFLOAT16, FLOAT, Recipe, layers, why_not_layer
 from fastres.graph.rewrite import Rewritten
 from fastres.inference.calibration import Runs, observe, read_images
@@ -128,10 +128,10 @@ def quantize_frozen(
     work = _Work(frozen, example, batches)
     say = functools.partial(logger.info, "freeze: %s: %s", frozen.report.model)
     say(f"finding ranges on {sum(map(len, batches))} images")
-    recipe = observe(work.made.graph, tuple(work.made.constants.values()), work.inputs, observer)
+    recipe = observe(work.runs, work.inputs, observer)
     baseline = None if metric is None else checked_metric(metric(frozen))
     gate = Gate([work.answer(frozen, images) for images in batches], metric, max_drop, baseline)
-    candidates = sorted(quantize(work.made, recipe).taken)
+    candidates = sorted(quantize(work.made, recipe, work.known).taken)
     say(f"quantizing {len(candidates)} layers")
     settled, back = _settled(work, recipe, gate, candidates, say)
     report = _report(work, recipe, gate, settled, back, observer)
@@ -167,13 +167,14 @@ class _Work:
         executor, _, constants = found
         names = executor.graph.constants
         self.frozen, self.example, self.batches = frozen, example, batches
+        self.runs, self.known = Runs(executor.graph, constants), Weights()
         self._tried: list[Any] | None = None  # the float32 network's answer to the first images
         self.made = Rewritten(executor.graph, dict(zip(names, constants, strict=True)), frozen.report.rows)
         self.inputs = [[frozen._prepare("", images)] for images in batches]
 
     def network(self, recipe: Recipe, max_weights: int | None = None) -> tuple[FrozenModel, Quantized]:
         """A network of this recipe; `max_weights` as for freeze: 0 packs nothing for a network that runs once."""
-        quantized, frozen = quantize(self.made, recipe), self.frozen
+        quantized, frozen = quantize(self.made, recipe, self.known), self.frozen
         own = frozen._network
         assert own is not None
         plan = replace(frozen.plan, winograd=2, max_weights=max_weights)
@@ -278,7 +279,7 @@ def layer_snr(work: _Work, recipe: Recipe) -> dict[int, float]:
     places = {place for place, _ in own.values()}
     wants = {
         slot - work.made.graph.first_result: value.clone()
-        for slot, value in Runs(work.made.graph, tuple(work.made.constants.values())).each(work.inputs[0])
+        for slot, value in work.runs.each(work.inputs[0])
         if slot - work.made.graph.first_result in places
     }
     ratios: dict[int, float] = {}

@@ -47,9 +47,9 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Any) -> None:
     """Change what calibration finds: `fault(graph, ranges)` writes to the ranges, by slot. No argument can do that."""
     find = int8.observe
 
-    def observe(graph: Any, *rest: Any) -> Any:
-        recipe = find(graph, *rest)
-        fault(graph, recipe.ranges)
+    def observe(runs: Any, *rest: Any) -> Any:
+        recipe = find(runs, *rest)
+        fault(runs.graph, recipe.ranges)
         return recipe
 
     monkeypatch.setattr(int8, "observe", observe)
