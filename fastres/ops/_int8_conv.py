@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastres._dispatch import REFERENCE, Argument, Backend, Choices, Operator, Prepared, register
 from fastres.ops._conv_backends import OUT_OF_PLACE, conv2d, output_size
-from fastres.ops._conv_frozen import shared_pack
+from fastres.ops._conv_frozen import UNARY, shared_pack
 from fastres.ops._int8_quantize import (
     check_quantized,
     check_scale,
@@ -61,6 +61,9 @@ def _check(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residua
     if x.ndim != 4 or groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         want = f"[N, {weight.shape[1] * groups}, H, W]"
         raise ValueError(f"conv_int8: x: got shape {list(x.shape)}, expected {want} for {groups} groups")
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(values) != 2 or any(value < least for value in values):
+            raise ValueError(f"conv_int8: {name}: got {tuple(values)}, expected two numbers of at least {least}")
     k = weight.shape[0]
     for name, t in (("weight_scale", weight_scale), ("bias", bias)):
         if t is not None and (t.shape != (k,) or t.dtype is not torch.float32):
@@ -116,13 +119,6 @@ def stock(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residual
 
 # ---- oneDNN ----------------------------------------------------------------------------------------------------------
 
-_UNARY: dict[str, tuple[str, list[float]]] = {
-    "none": ("none", []),
-    "relu": ("relu", []),
-    "relu6": ("hardtanh", [0.0, 6.0]),
-    "hardswish": ("hardswish", []),
-    "silu": ("swish", []),
-}
 _onednn: Any = torch.ops.onednn
 
 
@@ -160,7 +156,7 @@ def _calls(
 ) -> tuple[Any, tuple[Any, ...]]:
     """oneDNN's function and its arguments, x and the residual as `Argument`s."""
     x_scale, x_zero, r_scale, r_zero, stride, padding, dilation, groups, act, y_scale, y_zero = rest
-    name, scalars = _UNARY[act]
+    name, scalars = UNARY[act]
     if y_scale is not None and y_zero == 0 and act == "relu":
         name = "none"  # what is below 0 saturates at 0
     dtype = torch.float32 if y_scale is None else torch.uint8
@@ -219,7 +215,7 @@ def why_not(x: Tensor, weight: Tensor, residual: Maybe, rest: tuple[Any, ...]) -
     if not x.numel() or (residual is not None and (y_scale is None or act not in ("none", "relu"))):
         return "an epilogue that it does not have"
     limit = weight_limit()
-    if limit < 127 and int(weight.abs().max()) > limit:
+    if limit < 127 and int(weight.int().abs().max()) > limit:
         return "weights of 8 bits saturate on this CPU"
     spans = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], where[2], strict=True)]
     if x_zero and any(pad >= span for pad, span in zip(where[1], spans, strict=True)):
@@ -237,6 +233,7 @@ def why_not(x: Tensor, weight: Tensor, residual: Maybe, rest: tuple[Any, ...]) -
 
 def bind(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Maybe, residual: Maybe, *rest: Any) -> Choices | None:
     """oneDNN's way to run the call on tensors alike; None where it refuses."""
+    _check(x, weight, weight_scale, bias, residual, rest)
     if why_not(x, weight, residual, rest):
         return None
     return Choices(

@@ -108,6 +108,7 @@ def _bind_max_pool(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilatio
 def _bind_mean(x: Tensor, *scales: Any) -> Choices | None:
     if x.dtype is not torch.uint8 or x.ndim != 4 or why_not_native(x):
         return None
+    _mean(x[:1, :1, :1, :1], *scales)  # its checks
     scale, zero_point, y_scale, y_zero_point = scales
     given = scale, zero_point, y_scale or 0.0, y_zero_point or 0
     run = native_or(lambda x, *_: _mean_native(x, *given), _mean)

@@ -150,6 +150,7 @@ def native_or(kernel: Any, reference: Any) -> Any:
 
 
 def _bind_quantize(x: Tensor, scale: float, zero_point: int) -> Choices | None:
+    check_scale("quantize", "scale", scale, zero_point, "zero_point")
     if x.dtype not in KERNEL_DTYPES or why_not_native(x):
         return None
     args = Argument(0), scale, zero_point
@@ -157,6 +158,8 @@ def _bind_quantize(x: Tensor, scale: float, zero_point: int) -> Choices | None:
 
 
 def _bind_dequantize(x: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Choices | None:
+    check_quantized("dequantize", "x", x)
+    check_scale("dequantize", "scale", scale, zero_point, "zero_point")
     if dtype is not torch.float32 or why_not_native(x):
         return None
 

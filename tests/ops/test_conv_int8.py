@@ -303,13 +303,16 @@ def test_stock_operators_give_the_same(epilogue):
         (3, torch.zeros(3), ValueError, "bias: got"),
         (5, 0.0, ValueError, "x_scale: got 0.0, expected a positive finite number"),
         (6, 256, ValueError, "x_zero: got 256, expected an integer from 0 to 255"),
+        (9, [0, 1], ValueError, r"stride: got \(0, 1\), expected two numbers of at least 1"),
+        (10, [-1, 0], ValueError, r"padding: got \(-1, 0\)"),
         (13, "gelu", ValueError, "act: got 'gelu'"),
     ],
 )
 def test_refusals(place, value, error, words):
     args = list(arguments("3x3 stride", "relu"))
     args[place] = value
-    with pytest.raises(error, match=words):
-        OPS.conv_int8.default(*args)
+    for call in (OPS.conv_int8.default, OPERATORS["conv_int8"].bind):  # a file's arguments come to both
+        with pytest.raises(error, match=words):
+            call(*args)
     with pytest.raises(TypeError, match="quantize: x: got dtype torch.uint8"):
         OPS.quantize.default(torch.zeros(1, dtype=torch.uint8), 1.0, 0)
