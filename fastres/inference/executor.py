@@ -1,6 +1,7 @@
 """The executor: a loop over the list of a network's operator calls, lowered once for each input signature.
 
-exact    a call whose input is not finite takes a plan of its own, of calls that pass NaN as eager's do
+exact    a call whose input is not finite takes a plan of its own, of calls that pass NaN as eager's do; a network on
+         integers, which hold no NaN, gives NaN for those images
 traced   under torch.export, torch.compile and torch.jit.trace the steps run stock operators, as they are written
 """
 
@@ -21,10 +22,12 @@ from torch import Tensor
 from fastres._dispatch import Choices, operator_of
 from fastres._stamp import Stamp
 from fastres.graph import export
+from fastres.graph.recipe import is_quantized
 from fastres.graph.steps import Graph, filled
 from fastres.inference.arena import Arenas, Places
 from fastres.inference.lower import Call, lower
 from fastres.inference.plan import Plan
+from fastres.ops._int8_quantize import load_stock_operators
 
 logger = logging.getLogger("fastres")
 
@@ -79,6 +82,9 @@ class Executor:
         self._arenas = Arenas()
         self._clock = itertools.count(1)
         self._warned = False
+        self.quantized = is_quantized(graph)
+        if self.quantized:
+            load_stock_operators()
         self._stock = [(stock_of(step.operator), step.args, step.kwargs, step.writes) for step in graph.steps]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Executor:
@@ -98,8 +104,26 @@ class Executor:
             inputs: as many as the graph has.
             constants: in the order of the graph's; the tensors themselves, as they are now.
         """
+        finite = not _is_not_finite(inputs)
+        if self.quantized and not finite:
+            return self._run_beside_nan(inputs, constants)
+        return self._run(inputs, constants, self.exact or not finite)
+
+    def _run_beside_nan(self, inputs: Sequence[Tensor], constants: Sequence[Tensor]) -> list[Any]:
+        """The outputs of a network on integers, which hold no NaN: the rows of images that are not finite are NaN."""
+        clean = [torch.where(torch.isfinite(t), t, 0) if t.is_floating_point() else t for t in inputs]
+        bad = [~torch.isfinite(t).flatten(1).all(1) for t in inputs if t.is_floating_point() and t.ndim]  # [N] each
+        rows = bad[0] if len(bad) == 1 else None
+        outputs = self._run(clean, constants, self.exact)
+        for place, y in enumerate(outputs):
+            if isinstance(y, Tensor) and y.is_floating_point() and any(bool(t.any()) for t in bad):
+                apart = rows is not None and y.ndim > 0 and len(y) == len(rows)
+                mask = rows.view(-1, *[1] * (y.ndim - 1)) if apart and rows is not None else torch.tensor(True)
+                outputs[place] = y.masked_fill(mask, math.nan)
+        return outputs
+
+    def _run(self, inputs: Sequence[Tensor], constants: Sequence[Tensor], exact: bool) -> list[Any]:
         with torch.no_grad():
-            exact = self.exact or _is_not_finite(inputs)
             key = self._key(inputs, exact)
             plan = self._plans.get(key)
             if plan is None or not all(map(operator.is_, plan.constants, constants)) or not plan.stamp.holds():

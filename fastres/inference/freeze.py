@@ -33,6 +33,7 @@ from fastres.inference.compare import agrees, rounding_share
 from fastres.inference.fallback import frozen_parts, swapped_copy
 from fastres.inference.frozen import FrozenModel
 from fastres.inference.hub import take_likeness
+from fastres.inference.int8 import Metric, calibration_images, check_int8, quantized
 from fastres.inference.network import fold
 from fastres.inference.precision import settle
 from fastres.inference.report import FreezeReport
@@ -64,6 +65,10 @@ def freeze(
     max_weights: int | None = None,
     verify: bool | Literal["warn"] = True,
     differentiable: bool = False,
+    calibrate: Any = None,
+    gate: Metric | None = None,
+    max_drop: float = 0.01,
+    observer: Literal["mse", "minmax", "percentile"] = "mse",
 ) -> FrozenModel:
     """A copy of ``model`` for inference: BN folded into convolutions in float64, layout chosen, answers verified.
 
@@ -82,7 +87,8 @@ def freeze(
             sizes, arguments. Each that needs a graph of its own is captured now and saved with the model; any other
             such call is captured when it is made, while the source is there (:meth:`FrozenModel.capture`).
         dtype: torch.float32, float16, bfloat16 or float64, or "fp32", "fp16", "bf16", "fp64"; None keeps the model's.
-            Inputs are cast to it, outputs come in it.
+            Inputs are cast to it, outputs come in it. "int8" or torch.int8 quantizes on a CPU what passes the gate (see
+            ``calibrate``); inputs and outputs are float32 then.
         device: where the copy goes; None keeps the model's.
         capture: "auto" takes the graph or, where there is none, the modules as they are; "graph" and "modules" insist.
         tune: "auto" or True measures eager and both memory layouts on the example, for a few seconds, and keeps the
@@ -103,6 +109,16 @@ def freeze(
         differentiable: calls whose input requires a gradient run PyTorch's operators on the folded weights, slower, and
             give gradients of the input: for saliency maps, adversarial examples, a head trained before a frozen body.
             The weights have none. Without it a backward pass through the network raises.
+        calibrate: images for int8, like those that the network will see: a tensor [N, C, H, W], a list of such, or an
+            iterable of batches such as a DataLoader (images, or tuples whose first tensor is images); at most 512 are
+            read. They give the ranges of the tensors, and the gate compares the int8 network with the float32 one on
+            them. The report has each layer's precision; where no int8 network passes, the float32 one is returned.
+        gate: None asks for 99 % top-1 agreement on calibration images whose margin exceeds noise and an SNR of 10 dB of
+            the logits, or of 20 dB where outputs are no logits. A function of the network that returns a number, the
+            higher the better, asks for that instead: an accuracy on held-out images.
+        max_drop: what the function's value may lose from float32 to int8.
+        observer: how ranges are found: "mse" has the least square error, "percentile" leaves out one number in 10,000,
+            "minmax" none.
 
     Returns:
         A :class:`FrozenModel`.
@@ -110,7 +126,8 @@ def freeze(
     Raises:
         TypeError: an argument of the wrong kind, a model that cannot be copied or is frozen already.
         ValueError: no tensor in ``example_inputs``, a model on the meta device, ``cuda_graph=True`` without a GPU,
-            ``capture="graph"`` for a network that has none.
+            ``capture="graph"`` for a network that has none; calibration images that are missing, empty, not finite or
+            of another size, or given without ``dtype="int8"``; int8 for a model without a graph or with several inputs.
         RuntimeError: the referee rejects the result; the message holds its table.
 
     Source: Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
@@ -124,6 +141,9 @@ def freeze(
         (1, (5, 8, 14, 14))
     """
     model = _uncompiled(model)
+    is_int8 = dtype in ("int8", torch.int8)
+    check_int8(dtype, calibrate, gate, max_drop, observer, differentiable)
+    dtype = torch.float32 if is_int8 else dtype
     dtype = DTYPE_NAMES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     _check(model, example_inputs, examples, dtype, tune, cuda_graph, verify)
     for name, word, known in (
@@ -137,6 +157,7 @@ def freeze(
     source = sharing_copy(model).eval()
     own = dtype_of(source)
     target = torch.device(device) if device is not None else _device_of(source, example_inputs)
+    batches = calibration_images(calibrate, example_inputs, target) if is_int8 else []
     assert not isinstance(dtype, str)  # checked
     dtype = dtype or own
     if cuda_graph is True and target.type != "cuda":
@@ -147,6 +168,8 @@ def freeze(
     report = FreezeReport(type(model).__name__, short(dtype), str(target), [])
     say = functools.partial(logger.info, "freeze: %s: %s", report.model)
     say("capturing its graph")
+    if is_int8:
+        capture = "graph" if capture == "auto" else capture
     frozen = _capture(source, model, inputs, report, capture, dtype, target)
     if any(m.training for m in model.modules()):
         report.notes.append("the model is in training mode; frozen as in eval mode")
@@ -162,6 +185,10 @@ def freeze(
             made.plan.winograd = 0 if precision == "exact" else 4 if verify and made is frozen else 2
             made.forget()  # what its first runs have lowered
     example = copies(inputs)
+    if is_int8:
+        frozen = quantized(frozen, source, inputs, target, batches, observer, gate, max_drop)
+        put_back(named_tensors(inputs, ""), named_tensors(example, ""))
+        verify = False if frozen.is_quantized else verify  # the gate has judged it
     say("choosing how it runs" + ("" if tune is False else ", by measuring for seconds"))
     frozen = tune_plan(frozen, source, inputs, target, tune, cuda_graph)
     put_back(named_tensors(inputs, ""), named_tensors(example, ""))

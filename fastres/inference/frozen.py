@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_unflatten
 
 from fastres.graph.captured import Captured
+from fastres.graph.recipe import Recipe, quantizes_inputs
 from fastres.graph.rewrite import Rewritten
 from fastres.graph.rows import FreezeRow
 from fastres.graph.signature import Call, Signature
@@ -37,6 +38,8 @@ from fastres.nn.steps import has_global_hooks, is_bare
 from fastres.verify.runs import call, map_tensors, named_tensors
 
 logger = logging.getLogger("fastres")
+
+_REFRESHED = "refreshed: int8 with the ranges of the first weights' calibration; the gate has not judged the new ones"
 
 
 class FrozenModel(nn.Module):
@@ -66,6 +69,7 @@ class FrozenModel(nn.Module):
         dtype: torch.dtype,
         captured: Captured | None = None,
         plan: Plan | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         super().__init__()
         self.report, self.dtype, self.plan = report, dtype, plan or Plan()
@@ -76,7 +80,8 @@ class FrozenModel(nn.Module):
         else:
             assert captured is not None
             self.weights = Holder().hold(made.constants)
-            self._network = Network(captured, Executor(made.graph, self.plan))
+            self._network = Network(captured, Executor(made.graph, self.plan), recipe)
+        self._quantizes_inputs = not isinstance(made, nn.Module) and quantizes_inputs(made.graph)
         self._signature = signature
         self._source = Source(source)
         self._variants = Variants()  # for calls unlike the example
@@ -117,6 +122,11 @@ class FrozenModel(nn.Module):
             note = "some of its numbers are not finite, or too large to fold: no step that could hide a NaN is taken"
             if note not in self.report.notes:
                 self.report.notes.append(note)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it runs layers on 8-bit integers."""
+        return self._network is not None and self._network.executor.quantized
 
     # ---- calls -------------------------------------------------------------------------------------------------------
 
@@ -175,7 +185,12 @@ class FrozenModel(nn.Module):
     def _prepare(self, _: str, t: Tensor) -> Tensor:
         if t.is_floating_point() and t.dtype != self.dtype:
             t = t.to(self.dtype)
-        if self.plan.channels_last and t.ndim == 4 and not torch._C._are_functorch_transforms_active():
+        if (
+            self.plan.channels_last
+            and t.ndim == 4
+            and not self._quantizes_inputs
+            and not torch._C._are_functorch_transforms_active()
+        ):
             t = t.contiguous(memory_format=torch.channels_last)
         return t
 
@@ -338,7 +353,10 @@ class FrozenModel(nn.Module):
         """The same network and plan with the tensors of another model of the same structure."""
         made, _ = self._refold(source)
         captured = None if self._network is None else self._network.captured
-        model = FrozenModel(made, source, self._signature, self.report, self.dtype, captured, replace(self.plan))
+        recipe = None if self._network is None else self._network.recipe
+        model = FrozenModel(
+            made, source, self._signature, self.report, self.dtype, captured, replace(self.plan), recipe
+        )
         if self.plan.channels_last:
             model.use_channels_last()
         return model
@@ -352,11 +370,15 @@ class FrozenModel(nn.Module):
                     raise RuntimeError(f"{name}.{attribute}")
             parts = {n: m.like(source.get_submodule(n)) for n, m in parts.items()}
             return swapped_copy(source, self.dtype, self.device, parts)
-        made = fold(self._network.captured, source, self.dtype, device=self._device())
+        recipe = self._network.recipe
+        made = fold(self._network.captured, source, self.dtype, device=self._device(), recipe=recipe)
         return made, made.rows
 
     def refresh(self) -> None:
         """Fold the source's current weights and statistics again, into the same tensors.
+
+        An int8 network is quantized again with the ranges that its calibration found; the gate is not asked again,
+        since the calibration images are not kept: the report says so.
 
         Raises:
             RuntimeError: the source is gone, its structure has changed, or a BN that was folded no longer can be (or
@@ -402,6 +424,8 @@ class FrozenModel(nn.Module):
                 self._network.another(c, source, self.dtype, self.plan, self.weights) for c in captured
             )
         self._pass_nan()
+        if self.is_quantized and _REFRESHED not in self.report.notes:
+            self.report.notes.append(_REFRESHED)
         self._source = Source(source)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -429,15 +453,21 @@ class FrozenModel(nn.Module):
         write(path, Stored(calls, tensors, *how))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenModel:
+        probe = fn(torch.empty(0, dtype=self.dtype))
+        if self.is_quantized and probe.dtype is not self.dtype:
+            raise TypeError(
+                f"a network in int8 has scales in {self.dtype}, got {probe.dtype}: freeze it again for that"
+            )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.forget()
-        probe = fn(torch.empty(0, dtype=self.dtype))
         if probe.is_floating_point():
             self.dtype = probe.dtype
         return self
 
     def extra_repr(self) -> str:
-        return f"dtype={self.dtype}, channels_last={self.plan.channels_last}"
+        return (
+            f"dtype={self.report.dtype if self.is_quantized else self.dtype}, channels_last={self.plan.channels_last}"
+        )
 
 
 def _forget(frozen: FrozenModel, _: Any) -> None:

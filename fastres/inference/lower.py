@@ -214,10 +214,15 @@ def _spread(args: tuple[Any, ...], step: Step) -> tuple[Any, ...]:
     return tuple(step.args[a.place] if isinstance(a, Argument) and a is not OUTPUT else a for a in args)
 
 
+def call_of(step: Step) -> Callable[..., Any]:
+    """What runs a step on any tensors."""
+    ours = operator_of(step.operator)
+    return step.operator if ours is None or ours.call is None else ours.call
+
+
 def _plain(step: Step, known: Mapping[int, Any]) -> Call:
     """The step as its operator runs it on any tensors."""
-    operator = operator_of(step.operator)
-    function = step.operator if operator is None or operator.call is None else operator.call
+    function = call_of(step)
     args, kwargs = (_settled(given, known) for given in (step.args, step.kwargs))
     if any(slots_in(kwargs)) or any(list(slots_in(a)) and not isinstance(a, Slot) for a in args):
         slots = tuple(dict.fromkeys(slot.index for slot in slots_in((args, kwargs))))

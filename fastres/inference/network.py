@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fastres.graph import export
 from fastres.graph.captured import Captured
 from fastres.graph.export import CaptureError, capture_for, sharing_copy
+from fastres.graph.quantize import quantize
+from fastres.graph.recipe import Recipe
 from fastres.graph.rewrite import Rewritten, rewrite
 from fastres.graph.signature import Call
 from fastres.inference.executor import Executor, is_traced
@@ -35,19 +37,32 @@ def fold(
     dtype: torch.dtype,
     shared: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
+    recipe: Recipe | None = None,
 ) -> Rewritten:
-    """The network of a captured call on `source`'s tensors as they are now."""
+    """The network of a captured call on `source`'s tensors as they are now; on integers where a recipe says how.
+
+    A graph with other steps than the recipe's stays in float32.
+    """
     tensors: Mapping[str, Tensor] = source_tensors(source) | captured.constants
     if device is not None:
         tensors = {name: t.to(device) for name, t in tensors.items()}
-    return rewrite(captured, tensors, dtype, shared)
+    made = rewrite(captured, tensors, dtype, shared)
+    if recipe is None:
+        return made
+    if not recipe.fits(made.graph):
+        logger.warning("freeze: a call with other steps than the example's runs in float32: it was not calibrated")
+        return made
+    made = quantize(made, recipe).made
+    known = shared or {}
+    shares = {name: known.get(made.graph.made_of[name], t) for name, t in made.constants.items()}
+    return made._replace(constants=shares)
 
 
 class Network:
     """A captured call and the executor of its graph, whose constants a tree of weights has under their names."""
 
-    def __init__(self, captured: Captured, executor: Executor) -> None:
-        self.captured, self.executor = captured, executor
+    def __init__(self, captured: Captured, executor: Executor, recipe: Recipe | None = None) -> None:
+        self.captured, self.executor, self.recipe = captured, executor, recipe
         self.used = 0  # in the order of use
         self._places: Places | None = None
 
@@ -70,7 +85,8 @@ class Network:
 
     def apart(self) -> Network:
         """The same network for another tree, with an executor of its own."""
-        return Network(self.captured, Executor(self.executor.graph, self.executor.plan, self.executor.exact))
+        executor = Executor(self.executor.graph, self.executor.plan, self.executor.exact)
+        return Network(self.captured, executor, self.recipe)
 
     def another(
         self, captured: Captured, source: nn.Module, dtype: torch.dtype, plan: Plan, weights: Holder
@@ -78,7 +94,7 @@ class Network:
         """The network of another call of the same source; what is equal of this one's constants is shared."""
         own = dict(zip(self.executor.graph.constants, self.constants(weights), strict=True))
         shared = {self.executor.graph.made_of[name]: t for name, t in own.items()}
-        made = fold(captured, source, dtype, shared, next((t.device for t in own.values()), None))
+        made = fold(captured, source, dtype, shared, next((t.device for t in own.values()), None), self.recipe)
         known, root = {id(t): name for name, t in own.items()}, _unused(weights)
         names, fresh = {}, {}
         for name, t in made.constants.items():
@@ -90,7 +106,7 @@ class Network:
         weights.hold(fresh, persistent=False)
         made_of = {names[name]: line for name, line in made.graph.made_of.items()}
         graph = replace(made.graph, constants=tuple(names.values()), made_of=made_of)
-        return Network(captured, Executor(graph, plan, self.executor.exact))
+        return Network(captured, Executor(graph, plan, self.executor.exact), self.recipe)
 
 
 class Variants:

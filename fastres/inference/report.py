@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastres.graph.rows import ACTS, FreezeRow
+from fastres.inference.quantization import Quantization
 from fastres.verify import Verification
 
 
@@ -33,6 +34,7 @@ class FreezeReport:
     rate: float = 0.0  # flop/s likewise
     notes: list[str] = field(default_factory=list)
     verification: Verification | None = None
+    quantization: Quantization | None = None  # of a network in int8, or of one that the gate did not pass
 
     @property
     def folded(self) -> int:
@@ -112,6 +114,7 @@ class FreezeReport:
             "notes": list(self.notes),
             "rows": [asdict(row) for row in self.rows],
             "verification": None if self.verification is None else self.verification.to_dict(),
+            "quantization": None if self.quantization is None else asdict(self.quantization),
         }
 
     def table(self) -> str:
@@ -183,7 +186,11 @@ class FreezeReport:
         for name, (became, reason, message) in zip(names, alike, strict=True):
             lines.append(f"  {name:<{width}}  stays {became:<10}  {reason}: {message}")
         lines += [f"  note: {note}" for note in self.notes]
-        if self.verification is None:
+        if self.quantization is not None:
+            lines += ["  " + line for line in str(self.quantization).splitlines()]
+        if self.quantization is not None and self.quantization.holds:
+            lines.append("  not verified by the referee: the gate judges int8")
+        elif self.verification is None:
             lines.append("  not verified")
         else:
             lines += ["  " + line for line in self.verification.table(limit=4).splitlines()]

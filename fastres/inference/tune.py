@@ -151,7 +151,10 @@ def tune_plan(
 ) -> FrozenModel:
     """The frozen model with its plan, of which its report tells; the example may have been written to."""
     report = frozen.report
-    frozen = choose_layout(frozen, source, inputs, device, how)
+    if frozen.is_quantized:  # whose kernels read channels_last
+        report.memory_format, report.memory_format_reason = "channels_last", "int8 has no other"
+    else:
+        frozen = choose_layout(frozen, source, inputs, device, how)
     if device.type == "cpu":
         if how is not False:
             choose_ways(frozen, inputs, device)
@@ -163,7 +166,7 @@ def tune_plan(
     sizes = [len(t) for t in named_tensors(inputs, "").values() if t.is_floating_point() and t.ndim]
     report.batch = sizes[0] if sizes else 1
     record_graph(frozen, inputs, device, how, cuda_graph)
-    if how is not False and any(row.flops for row in report.rows):
+    if how is not False and any(row.flops for row in report.rows) and not frozen.is_quantized:
         find_bound(report, device, frozen.dtype)
     return frozen
 

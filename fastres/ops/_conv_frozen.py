@@ -26,7 +26,7 @@ from fastres.ops import _conv_native as native
 from fastres.ops._conv_backends import OUT_OF_PLACE, Conv, Maybe, conv2d, output_size, sound, why_not_onednn
 from fastres.ops._tensors import is_channels_last, stats_dtype
 
-_UNARY: dict[str, tuple[str, list[float]]] = {
+UNARY: dict[str, tuple[str, list[float]]] = {
     "none": ("none", []),
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
@@ -85,7 +85,7 @@ def bind(
     def on(kernel: Tensor) -> Prepared:
         rest = kernel, bias, padding, stride, dilation, groups
         if residual is None:
-            name, scalars = _UNARY[act]
+            name, scalars = UNARY[act]
             return Prepared(_onednn.default, (_X, *rest, name, scalars, ""))
         epilogue: tuple[Any, ...] = "add", None, _BINARY[act], [], None
         over = Prepared(torch.ops.mkldnn._convolution_pointwise_.binary, (_RESIDUAL, _X, *rest, *epilogue))
@@ -105,7 +105,7 @@ def bind(
     dtype = str(x.dtype).removeprefix("torch.")
     key = f"conv_act {size} by {kernel} {geometry} g{groups} {after} {dtype}"
     ways: dict[str, Callable[[], Prepared]] = {
-        "packed": lambda: on(_shared(weight, pack(weight.detach()))),
+        "packed": lambda: on(shared_pack(weight, pack(weight.detach()))),
         "plain": lambda: on(weight.detach()),
     }
 
@@ -153,7 +153,7 @@ def _is_nhwc(t: Tensor) -> bool:
 _packs: Any = WeakIdKeyDictionary()  # weight -> its packs, weakly, each with the weight's version
 
 
-def _shared(weight: Tensor, pack: Tensor) -> Tensor:
+def shared_pack(weight: Tensor, pack: Tensor) -> Tensor:
     """This pack or an equal one that is there already: those for two image sizes are equal as a rule."""
     kept = [(other, at) for other, at in _packs.get(weight, ()) if other() is not None and at == version(weight)]
     for other, _ in kept:

@@ -291,7 +291,7 @@ def test_bad_weights(no_work, tmp_path, capsys, make, message):
         ([*SMALL, "--batch", "0"], "Invalid value for '--batch'"),
         ([*SMALL, "--batch", "two"], "--batch"),
         ([*SMALL, "--channels", "0"], "Invalid value for '--channels'"),
-        ([*SMALL, "--dtype", "int8"], "--dtype: got 'int8', expected fp32, fp16, bf16"),
+        ([*SMALL, "--dtype", "int4"], "--dtype: got 'int4', expected fp32, fp16, bf16"),
         ([*SMALL, "--device", "cuda:99"], "device: got 'cuda:99', but this machine has"),
         ([*SMALL, "--device", "meta"], "device: got 'meta', expected auto"),
         ([*SMALL, "--json", "{tmp}/net.py/x.json"], "output folder {tmp}/net.py: cannot be written"),
@@ -342,3 +342,55 @@ def test_what_freeze_refuses_is_one_line(file, capsys, monkeypatch):
     monkeypatch.setattr(freeze_command, "freeze_model", refuses)
     assert freeze(f"{file}:two", "--channels", "2") == 2
     assert f"{file}:two: model: it is quantized, expected a float model" in one_line(capsys)
+
+
+# ---- int8 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = torch.Generator().manual_seed(0)
+    for i in range(20):
+        noise = torch.randint(0, 256, (4, 4, 3), dtype=torch.uint8, generator=rng).numpy()
+        image.fromarray(noise).resize((24, 20)).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    return folder
+
+
+def test_int8(tmp_path, pictures, capsys):
+    path, report = tmp_path / "net.fastres", tmp_path / "report.json"
+    given = ["--dtype", "int8", "--calibrate", str(pictures), "--save", str(path), "--json", str(report)]
+    assert freeze(*SMALL, *given, "--report") == 0
+    out = capsys.readouterr().out
+    assert "int8: layers: 8 int8; ranges by mse of 20 calibration images" in out and "passed: SNR" in out
+    assert out.count(" int8 ") >= 8
+    loaded = fastres.load(path)
+    assert loaded.is_quantized and loaded(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+    assert json.loads(report.read_text())["report"]["quantization"]["holds"] is True
+    assert freeze(*SMALL, *given[:4]) == 0
+    assert "int8: layers: 8 int8" in capsys.readouterr().out
+
+
+def test_int8_refusals(tmp_path, pictures, no_work, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, words in (
+        (["--dtype", "int8"], "--calibrate: got none, expected a folder of images for --dtype int8"),
+        (["--calibrate", str(pictures)], "expected --dtype int8 with it"),
+        (["--dtype", "int8", "--calibrate", str(pictures), "--channels", "1"], "--channels: got 1, expected 3"),
+        (["--dtype", "int8", "--calibrate", str(pictures), "--image-size", "16x24"], "expected a square"),
+        (["--dtype", "int4"], "--dtype: got 'int4', expected fp32"),
+    ):
+        assert freeze(*SMALL, *arguments) == 2
+        assert words in one_line(capsys)
+
+
+def test_int8_without_an_image_that_can_be_read(tmp_path, capsys):
+    pytest.importorskip("PIL")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for folder in (tmp_path, tmp_path / "none"):
+        assert freeze(*SMALL, "--dtype", "int8", "--calibrate", str(folder)) == 2
+        assert "--calibrate: " in one_line(capsys)

@@ -237,7 +237,7 @@ def test_50_wrong_examples_are_named(case, capture):
 @pytest.mark.parametrize(
     ("option", "value", "error", "message"),
     [
-        ("dtype", torch.int8, TypeError, "dtype: got torch.int8, expected one of float32"),
+        ("dtype", torch.int16, TypeError, "dtype: got torch.int16, expected one of float32"),
         ("tune", "fast", TypeError, "tune: got 'fast', expected True, False or 'auto'"),
         ("verify", "maybe", TypeError, "verify: got 'maybe', expected True, False or 'warn'"),
         ("cuda_graph", 1.5, TypeError, "cuda_graph: got 1.5"),

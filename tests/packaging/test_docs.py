@@ -91,7 +91,7 @@ def test_freezing(capsys):
     assert "resnet18.fastres" in {path.name for path in Path().iterdir()}
 
 
-ELSEWHERE = ("paper", "predict", "swap", "training")  # paper.md: tests/lab/test_paper_command.py
+ELSEWHERE = ("paper", "predict", "quantization", "swap", "training")  # paper.md: tests/lab/test_paper_command.py
 REST = [page for page in (README, *DOCS) if page.stem not in ELSEWHERE and python(page)]
 
 
@@ -99,6 +99,17 @@ REST = [page for page in (README, *DOCS) if page.stem not in ELSEWHERE and pytho
 @pytest.mark.parametrize("page", REST, ids=lambda page: page.stem)
 def test_all_of_a_page(page):
     run(python(page))
+
+
+@pytest.mark.full
+def test_quantizing(capsys):
+    torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
+    scope = run(python(ROOT / "docs/quantization.md"))
+    found = scope["moved"].report.quantization
+    assert scope["fast"].report.quantization.counts == {"int8": 20} and found.counts["int8"] >= 17
+    assert [layer.name for layer in found.layers if layer.precision != "int8"][0] == "layer2.1.conv2"
+    assert "passed: SNR" in capsys.readouterr().out
 
 
 @pytest.mark.full

@@ -249,6 +249,7 @@ NAMED = {
     "fastres/graph/normalize.py": (3, "an operator's call, read"),
     "fastres/compile.py": (2, "which convolutions it has written"),
     "fastres/inference/report.py": (3, "counts by kind"),
+    "fastres/graph/recipe.py": (1, "which steps run on integers"),
 }
 
 
