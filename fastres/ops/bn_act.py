@@ -235,7 +235,7 @@ def bn_act(
     )
 
 
-_ZERO_IN_EVAL = torch.__version__ >= (2, 15)  # from there on PyTorch's batch_norm takes eps = 0 in eval mode
+_ZERO_IN_EVAL = torch.__version__ >= "2.15"  # from there on PyTorch's batch_norm takes eps = 0 in eval mode
 
 
 def check_eps(eps: float, training: bool) -> None:
