@@ -225,8 +225,11 @@ def _module(source: fx.GraphModule, traced: Traced, layout: Any) -> fx.GraphModu
 
 
 def _depends_on_strides(traced: Traced) -> bool:
-    """Tell whether another memory layout inside could show: values by strides, or outputs that share memory."""
-    if any(node.target in _BY_STRIDES for node in traced.graph.nodes):
+    """Tell whether another memory layout inside could show: values by strides, or outputs that share memory.
+
+    The kernels of attention count: which one runs was decided for the strides of the trace, and it may read no others.
+    """
+    if any(node.target in _BY_STRIDES or "_scaled_dot_product_" in str(node.target) for node in traced.graph.nodes):
         return True
     storages = [t.untyped_storage()._cdata for t in traced.outputs if isinstance(t, Tensor)]
     return len(set(storages)) < len(storages)

@@ -228,15 +228,20 @@ def bn_act(
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"bn_act: x: got {type(x).__name__}, expected a Tensor")
-    if eps <= 0.0:
-        raise ValueError(_EPS.format(eps))
+    check_eps(eps, training)
     running = running_mean, running_var
     return normalize(
         x, *running, weight, bias, residual, act, training, momentum, eps, num_batches_tracked, backend, recompute
     )
 
 
-_EPS = "bn_act: batch_norm eps must be positive, but got {}"  # PyTorch's words
+_ZERO_IN_EVAL = torch.__version__ >= "2.15"  # from there on PyTorch's batch_norm takes eps = 0 in eval mode
+
+
+def check_eps(eps: float, training: bool) -> None:
+    """Refuse the eps that PyTorch's batch_norm refuses, in its words."""
+    if eps < 0.0 or (eps == 0.0 and (training or not _ZERO_IN_EVAL)):
+        raise ValueError(f"bn_act: batch_norm eps must be positive, but got {eps}")
 
 
 def normalize(
@@ -335,8 +340,7 @@ def bn_act_module(
 
 def batch_norm_arguments(bn: nn.BatchNorm2d) -> dict[str, Any]:
     """`bn_act`'s arguments that mean what `bn.forward` would do now (torch.nn.modules.batchnorm._BatchNorm.forward)."""
-    if bn.eps <= 0.0:
-        raise ValueError(_EPS.format(bn.eps))
+    check_eps(bn.eps, bn.training)
     parameters, buffers = bn._parameters, bn._buffers  # a Module's own attribute look-up costs ten times as much
     if "weight" in parameters:
         weight, bias = parameters["weight"], parameters["bias"]

@@ -191,7 +191,10 @@ def test_compiled(build, train):
 def test_row56_eps_that_stock_refuses(eps, train):
     x, bn = torch.randn(2, 3, 4, 4), nn.BatchNorm2d(3, eps=eps).train(train)
     conv = nn.Conv2d(3, 3, 1)
-    refuses = pytest.raises(ValueError, match=f"batch_norm eps must be positive, but got {eps}")
+    if eps == 0.0 and not train and torch.__version__ >= (2, 15):
+        torch.testing.assert_close(fastres.functional.bn_act_module(x, bn, act="none"), bn(x))  # stock takes it there
+        return
+    refuses = pytest.raises(ValueError, match=f"batch_norm eps must be .*, but got {eps}")
     with refuses:
         bn(x)
     with refuses:
