@@ -131,6 +131,9 @@ class _Writer:
 
     def _has_ranges(self, place: int) -> bool:
         step, ranges = self.old.steps[place], self.recipe.ranges
+        constants = [s.index - self.old.first_constant for s in step.args[1:3] if isinstance(s, Slot)]
+        if not all(bool(self.tensors[self.old.constants[i]].isfinite().all()) for i in constants):
+            return False  # integers have no NaN
         if step.operator is LINEAR and step.args[0].index not in self.recipe.vectors:
             return False  # a product along the last of more dimensions
         needed = [step.args[0].index] + ([step.args[3].index] if self._residual(step) is not None else [])
@@ -157,7 +160,7 @@ class _Writer:
 
     def _mean_on_integers(self, step: Step, producer: Mapping[int, int]) -> bool:
         """Tell whether a global average pool reads what a quantized layer has written, perhaps moved."""
-        if not is_mean(step) or not isinstance(step.args[0], Slot):
+        if not is_mean(step) or not isinstance(step.args[0], Slot) or step.args[0].index not in self.recipe.images:
             return False
         at = producer.get(step.args[0].index)
         while at is not None and at in self.movers:

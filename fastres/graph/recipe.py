@@ -49,6 +49,7 @@ class Recipe:
         means: [C] of the inputs of layers: the mean of each channel.
         floating: the slots that hold float32 tensors, or lists of them.
         vectors: those that hold [N, C].
+        images: those that hold [N, C, H, W].
         kept: the layers, by place, that stay in "float32" or "bfloat16".
         limit: the largest weight; 127, or 64 on a CPU without VNNI.
     """
@@ -58,6 +59,7 @@ class Recipe:
     means: dict[int, Tensor]
     floating: frozenset[int]
     vectors: frozenset[int]
+    images: frozenset[int]
     kept: dict[int, str] = field(default_factory=dict)
     limit: int = 127
 
@@ -110,7 +112,7 @@ def why_not_layer(step: Step, graph: Graph) -> str | None:
 
 
 def is_mean(step: Step) -> bool:
-    """Tell whether a step is a global average pool of images."""
+    """Tell whether a step is a global average pool, if it reads images."""
     if step.operator is aten.adaptive_avg_pool2d.default:
         return list(pair(step.args[1])) == [1, 1]
     if step.operator is not aten.mean.dim or step.kwargs.get("dtype") is not None or len(step.args) > 3:
@@ -124,6 +126,8 @@ def movers(graph: Graph) -> frozenset[int]:
     found: set[int] = set()
     lists: set[int] = set()  # slots that hold the parts of one tensor
     for place, step in enumerate(graph.steps):
+        if any(graph.first_constant <= slot < graph.first_result for slot in step.reads):
+            continue  # a constant has no range
         if step.operator is getitem:
             if not lists.intersection(step.reads):
                 continue

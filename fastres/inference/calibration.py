@@ -121,7 +121,8 @@ def observe(runs: Runs, batches: Sequence[Sequence[Tensor]], observer: str) -> R
     """
     graph = runs.graph
     kinds = {slot: getattr(value, "ndim", 0) for slot, value in runs.each(batches[0]) if _is_floating(value)}
-    floating, vectors = frozenset(kinds), frozenset(slot for slot, dims in kinds.items() if dims == 2)
+    floating = frozenset(kinds)
+    vectors, images = (frozenset(slot for slot, dims in kinds.items() if dims == n) for n in (2, 4))
     root = joined(graph, floating)
     wanted = _wanted(graph, root)
     watched = {slot for slot in floating if root[slot] in wanted and kinds[slot] > 0}
@@ -152,7 +153,7 @@ def observe(runs: Runs, batches: Sequence[Sequence[Tensor]], observer: str) -> R
     found = {at: find_range(histograms[at], *usable[at], observer) for at in usable}
     ranges = {slot: found[root[slot]] for slot in sorted(floating) if root[slot] in found}
     means = {slot: (sums[slot] / max(counts[slot], 1)).float() for slot in sums}
-    return Recipe(steps_of(graph), ranges, means, floating, vectors, {}, weight_limit())
+    return Recipe(steps_of(graph), ranges, means, floating, vectors, images, {}, weight_limit())
 
 
 def _wanted(graph: Graph, root: Mapping[int, int]) -> set[int]:

@@ -88,10 +88,16 @@ class Gate:
     ) -> None:
         self.metric, self.max_drop, self.baseline = metric, max_drop, baseline
         places = [i for i, leaf in enumerate(outputs[0]) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not places and metric is None:
+            raise ValueError(
+                "gate: got None for a network without a floating output, expected a function of the network that gives "
+                "a number: there is no error to measure"
+            )
         self._places = places
         self.wants = [[batch[i] for i in places] for batch in outputs]
         self.is_logits = len(places) == 1 and self.wants[0][0].ndim == 2 and self.wants[0][0].shape[1] > 1
-        self.images = sum(len(batch[0]) if batch and batch[0].ndim else 1 for batch in self.wants)
+        tensors = [[leaf for leaf in batch if isinstance(leaf, Tensor)] for batch in outputs]
+        self.images = sum(len(batch[0]) if batch and batch[0].ndim else 1 for batch in tensors)
 
     def describe(self) -> str:
         """What it asks for, in a line."""
@@ -99,6 +105,8 @@ class Gate:
             return (
                 f"the gate is the caller's metric, {_number(self.baseline)} in float32: at most {self.max_drop:g} less"
             )
+        if self.is_logits and int(self._counted(torch.cat([batch[0] for batch in self.wants])).sum()) == 0:
+            return f"the gate: SNR {LEAST_SNR_OTHER:g} dB: no image has a margin above noise, none is counted"
         if self.is_logits:
             return f"the gate: {AGREEMENT:.0%} top-1 agreement where the margin exceeds noise, SNR {LEAST_SNR:g} dB"
         return f"the gate: SNR {LEAST_SNR_OTHER:g} dB in every output: they are no logits, nothing is counted"
@@ -108,13 +116,17 @@ class Gate:
         reasons = []
         if self.images < WEAK:
             reasons.append(f"{self.images} calibration image{'s' if self.images > 1 else ''}")
-        elif all(bool((batch[0] == self.wants[0][0][:1]).all()) for batch in self.wants if batch and batch[0].ndim):
+        elif self.wants[0] and all(self._is_like_the_first(batch[0]) for batch in self.wants):
             reasons.append("all calibration images are answered alike")
         if self.is_logits and self.metric is None and not reasons:
             counted = int(self._counted(torch.cat([batch[0] for batch in self.wants])).sum())
             if counted < WEAK:
                 reasons.append(f"only {counted} images have a margin above noise")
         return f"the gate is weak: {', '.join(reasons)}" if reasons else ""
+
+    def _is_like_the_first(self, answers: Tensor) -> bool:
+        first = self.wants[0][0][:1] if self.wants[0][0].ndim else self.wants[0][0]
+        return answers.shape[1:] == first.shape[1:] and bool((answers == first).all())
 
     def score(self, outputs: Sequence[Sequence[Any]], network: Any = None) -> Score:
         """Judge a network by its outputs for the same batches, and by the caller's metric."""
@@ -160,11 +172,12 @@ def checked_metric(value: Any) -> float:
     """
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
-    if not isinstance(value, int | float):
+    if not hasattr(value, "__float__"):  # NumPy's numbers have it
         raise TypeError(f"gate: returned {type(value).__name__}, expected a number: the higher, the better")
-    if math.isnan(value):
+    number = float(value)
+    if math.isnan(number):
         raise ValueError("gate: returned NaN, expected a number: the higher, the better")
-    return float(value)
+    return number
 
 
 def _number(value: float | None) -> str:

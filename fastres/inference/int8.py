@@ -39,11 +39,6 @@ def check_int8(dtype: Any, calibrate: Any, gate: Any, max_drop: Any, observer: A
         TypeError: a gate that is no function, a max_drop that is no number.
         ValueError: the others.
     """
-    if dtype not in ("int8", torch.int8):
-        for name, value in (("calibrate", calibrate), ("gate", gate)):
-            if value is not None:
-                raise ValueError(f"{name}: got {type(value).__name__} with dtype={dtype!r}, expected dtype='int8'")
-        return
     if gate is not None and not callable(gate):
         raise TypeError(
             f"gate: got {type(gate).__name__}, expected None or a function of the network that gives a number"
@@ -51,9 +46,14 @@ def check_int8(dtype: Any, calibrate: Any, gate: Any, max_drop: Any, observer: A
     if isinstance(max_drop, bool) or not isinstance(max_drop, int | float):
         raise TypeError(f"max_drop: got {type(max_drop).__name__}, expected a number")
     if not max_drop >= 0:
-        raise ValueError(f"max_drop: got {max_drop}, expected a number from 0 on")
+        raise ValueError(f"max_drop: got {max_drop}, expected a number of at least 0")
     if observer not in OBSERVERS:
         raise ValueError(f"observer: got {observer!r}, expected {', '.join(map(repr, OBSERVERS))}")
+    if dtype not in ("int8", torch.int8):
+        for name, value in (("calibrate", calibrate), ("gate", gate)):
+            if value is not None:
+                raise ValueError(f"{name}: got {type(value).__name__} with dtype={dtype!r}, expected dtype='int8'")
+        return
     if differentiable:
         raise ValueError("differentiable: got True with dtype='int8', expected False: rounding has no gradient")
 
@@ -177,7 +177,8 @@ class _Work:
         quantized, frozen = quantize(self.made, recipe, self.known), self.frozen
         own = frozen._network
         assert own is not None
-        plan = replace(frozen.plan, winograd=2, max_weights=max_weights)
+        bound = frozen.plan.max_weights if max_weights is None else max_weights
+        plan = replace(frozen.plan, winograd=min(frozen.plan.winograd, 2), max_weights=bound)
         how = frozen._signature, frozen.report, torch.float32, own.captured, plan
         made = FrozenModel(quantized.made, frozen._source.model, *how, recipe)
         made.use_channels_last()
@@ -195,7 +196,7 @@ class _Work:
         if self._tried is None:
             self._tried = self.answer(self.frozen, images)
         pairs = zip(self._tried, self.answer(network, images), strict=True)
-        return min(snr(w, g) for w, g in pairs if isinstance(w, Tensor) and w.is_floating_point())
+        return min((snr(w, g) for w, g in pairs if isinstance(w, Tensor) and w.is_floating_point()), default=0.0)
 
 
 def _settled(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastres._dispatch import REFERENCE, Argument, Backend, Choices, Operator, Prepared, register
-from fastres.ops._conv_backends import OUT_OF_PLACE, conv2d, output_size
+from fastres.ops._conv_backends import OUT_OF_PLACE, conv2d, output_size, sound
 from fastres.ops._conv_frozen import UNARY, shared_pack
 from fastres.ops._int8_quantize import (
     check_quantized,
@@ -220,6 +220,8 @@ def why_not(x: Tensor, weight: Tensor, residual: Maybe, rest: tuple[Any, ...]) -
     spans = [(k - 1) * d + 1 for k, d in zip(weight.shape[2:], where[2], strict=True)]
     if x_zero and any(pad >= span for pad, span in zip(where[1], spans, strict=True)):
         return "windows of padding alone, which it computes wrong with a zero point"  # oneDNN 3.10
+    if sound(tuple(x.shape[2:]), tuple(weight.shape[2:]), *where[:3])[2]:
+        return "one column of outputs with a stride, which it computes wrong"
     groups = where[3]
     unusual = groups > 1 or max(where[2]) > 1 or weight.shape[1] < 16 or weight.shape[0] < 16
     frozen = tuple(map(tuple, where[:3])), groups

@@ -241,7 +241,7 @@ def test_the_first_convolution_with_its_quantizing(channels, layout):
         x = torch.randn(3, channels, *size).contiguous(memory_format=layout)
         weight = drawn((16, channels, kernel, kernel), -64, 65, torch.int8)
         scale, bias = torch.rand(16) * 1e-3 + 1e-4, torch.randn(16)
-        where = [2, 2], [padding] * 2, [1, 1], 1
+        where, columns = ([2, 2], [padding] * 2, [1, 1], 1), (size[1] + 2 * padding - kernel) // 2 + 1
         for act, y_scale, y_zero in (("relu", 0.05, 0), ("none", 0.05, 120), ("none", None, None)):
             args = x, weight, scale, bias, 0.03, 119, *where, act, y_scale, y_zero
             want = OPS.quantize_conv_int8.default(*args)
@@ -250,9 +250,9 @@ def test_the_first_convolution_with_its_quantizing(channels, layout):
             assert_rounds(want, a, y_scale, y_zero)
             choices = OPERATORS["quantize_conv_int8"].bind(*args)
             if choices is None:
-                assert channels > 4 and padding > kernel  # a window of padding alone, below
+                assert channels > 4 and (padding > kernel or columns == 1)  # what oneDNN computes wrong
                 continue
-            apart = {"apart"} if padding < kernel else set()
+            apart = {"apart"} if padding < kernel and columns > 1 else set()
             assert set(choices.ways) == apart | ({"blocks"} if channels <= 4 else set())
             for prepare in choices.ways.values():
                 assert_rounds(prepare().function(x), a, y_scale, y_zero)
