@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fastres._dispatch import OUTPUT, Argument, Choices, Prepared
 from fastres._stamp import version
 from fastres.ops import _conv_native as native
-from fastres.ops._conv_backends import OUT_OF_PLACE, Conv, Maybe, conv2d, output_size, sound, why_not_onednn
+from fastres.ops._conv_backends import OUT_OF_PLACE, Conv, Maybe, conv2d, is_wide, output_size, sound, why_not_onednn
 from fastres.ops._tensors import is_channels_last, stats_dtype
 
 UNARY: dict[str, tuple[str, list[float]]] = {
@@ -95,7 +95,8 @@ def bind(
         reorder = torch.ops.mkldnn._reorder_convolution_weight
         return reorder(kernel, padding, stride, dilation, groups, list(x.shape))  # type: ignore[no-any-return]
 
-    if column and not _is_right(x, weight, pack, (padding, stride, dilation, groups)):
+    doubtful = column or is_wide(x, weight, tuple(stride), tuple(dilation))
+    if doubtful and not _is_right(x, weight, pack, (padding, stride, dilation, groups)):
         return None
 
     size = "x".join(map(str, x.shape))
