@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.inference.gate import snr
+from fastres.lab.results import environment
 from fastres.verify import calibrate
 from measure import Absent
 from runtimes import exported, needed
@@ -228,9 +230,9 @@ def main(arguments: list[str] | None = None) -> None:
     with torch.no_grad():
         rows = [row for name in asked.networks.split(",") for row in run(name, batches, asked.seconds, engines)]
     if asked.json is not None:
-        command = " ".join(["python", "benchmarks/int8.py", *sys.argv[1:]])
-        about = {"command": command, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        asked.json.write_text(json.dumps({**about, "rows": rows}, indent=1))
+        command = shlex.join(["python", "benchmarks/int8.py", *sys.argv[1:]])
+        about = environment(torch.device("cpu"), command)
+        asked.json.write_text(json.dumps({"command": command, "environment": about, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -94,8 +94,23 @@ def operators(data: Data) -> list[list[str]]:
     return rows
 
 
+def int8(data: Data) -> list[list[str]]:
+    """benchmarks/int8.py: int8 networks of each engine, images/s and the SNR of the logits."""
+    engines = {"fastres int8": "fastres", "openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+    rows = [["", *(f"{name}, images/s (SNR)" for name in engines.values()), "fastres bf16, images/s"]]
+    for network, batch in dict.fromkeys((row["network"], row["batch"]) for row in data["rows"]):
+        found = {row["engine"]: row for row in data["rows"] if (row["network"], row["batch"]) == (network, batch)}
+        rate = {engine: 1e3 * batch / row["ms"] for engine, row in found.items()}
+        cells = [
+            f"{rate[engine]:.0f} ({found[engine]['snr']:.1f} dB)" if engine in found else "-" for engine in engines
+        ]
+        rows.append([f"{network.replace('resnet', 'ResNet-')}, batch {batch}", *cells, f"{rate['fastres bf16']:.0f}"])
+    return rows
+
+
 KINDS: dict[str, Callable[[Data], list[list[str]]]] = {
     "demo": demo,
+    "int8": int8,
     "networks": networks,
     "operators": operators,
     "train": train,
