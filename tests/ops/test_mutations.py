@@ -164,7 +164,6 @@ BUGS = {
         ),
         ("direct-plane-of-another-tap", "remainder = tap * w.dilation % w.stride", "remainder = tap % w.stride"),
         ("direct-behind-a-dense-row-left", "(count + down_.extent) * row(), 0, kSlack * 4);", "0, 0, 0);"),
-        ("direct-last-pixels-not-copied", "const int64_t rest = whole && ", "const int64_t rest = false && "),
         ("pool-loses-nan", "(bit_cast<Int<W>>(b) & nan) |", "(bit_cast<Int<W>>(most) & nan) |"),
         ("pool-keeps-rows-of-another-image", "if (n != image) image = n, done = low;", "image = n;"),
         ("pool-past-the-image", "std::min(shape.rows, top + pool.size)", "top + pool.size"),
@@ -172,7 +171,6 @@ BUGS = {
     ("csrc/cpu/conv_panels.h", DIRECT): [
         ("direct-row-between-lines-kept", "if (q < columns) {", "if (q <= columns) {"),
         ("direct-block-starts-behind-a-line", "(q < columns ? q : columns)", "q"),
-        ("pairs-fourth-channel-kept", "load_bytes<uint64_t>(pixel) & 0xffffffffffffull", "load_bytes<uint64_t>(pixel)"),
         (
             "tiles-of-the-block-before",
             "put_rows<16>(m[side], row, rows);\n      to",
