@@ -36,7 +36,7 @@ class Tiles {
   asm volatile(name " %%tmm" #columns ", %%tmm" #rows ", %%tmm" #sums ::)
 
 // 16 kTall rows by 32 columns of sums to m, [16 kTall, 32]. The arguments are a Panel's, in bytes. Of `next`, what is wanted
-// afterwards, some lines a step are fetched to L2; ahead: so are the rows that follow, which no pass has read before.
+// afterwards, some lines a step are fetched to L2; ahead: so is what lies 64 rows on, which no pass has read before.
 template <int kTall>
 FASTRES_HD void multiply_tiles(const char* v, int64_t v_stride, const char* u, int64_t steps, const int64_t* taps,
                                int64_t tap_count, const char* next, int64_t next_lines, bool ahead, float* m) {
@@ -61,7 +61,7 @@ FASTRES_HD void multiply_tiles(const char* v, int64_t v_stride, const char* u, i
         FASTRES_TILE_PRODUCT("tdpbf16ps", 2, 5, 6);
         FASTRES_TILE_PRODUCT("tdpbf16ps", 3, 5, 7);
       }
-      if (ahead) {  // rows that follow
+      if (ahead) {
 #pragma GCC unroll 32
         for (int line = 0; line < 16 * kTall; ++line) __builtin_prefetch(after + line * 64, 0, 2);
         after += 16 * kTall * 64;

@@ -6,8 +6,9 @@
 // and a product's rows may run on from one output row into the next; the pixels between are computed and left. Few
 // channels stay dense: a row of the kernel is then one tap. A 1x1 convolution reads x itself where it can.
 //
-// A panel of output channels is multiplied with a band before the next. Threads take bands, or panels where the weight is
-// larger than x. An element is computed alike in every case.
+// A panel of output channels is multiplied with a band before the next; by tiles, where the weight stays in L2, a block of
+// rows with every panel. Threads take bands, or panels where the weight is larger than x. An element is computed alike in
+// every case.
 #pragma once
 
 #include <algorithm>

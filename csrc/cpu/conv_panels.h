@@ -68,7 +68,7 @@ struct CopyPixels {
         constexpr int64_t kGroup = Operands::kGroup;
         for (; c + W * kGroup <= channels; c += W * kGroup) store<W>(out + c / kGroup, load_bytes<Float<W>>(pixel + c));
         Element* const elements = reinterpret_cast<Element*>(out);
-        if (depth == 2 && kGroup == 2 && i + 1 < end) {  // 3 channels and a zero; the next pixel's first is read, and cut off
+        if (channels == 3 && depth == 2 && i + 1 < end) {  // and a zero; the next pixel's first is read, and cut off
           const uint64_t bits = load_bytes<uint64_t>(pixel) & 0xffffffffffffull;
           std::memcpy(out, &bits, sizeof bits);
           continue;
