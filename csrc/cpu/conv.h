@@ -60,11 +60,14 @@ struct ImageSize {
   int64_t channels, height, width;
 };
 
-inline Tensor empty_images(const Tensor& x, ImageSize size) {  // as many as x has, in channels_last, uninitialized
+// As many as x has, in channels_last, uninitialized.
+inline Tensor empty_images(const Tensor& x, ImageSize size, int32_t dtype) {
   const int64_t sizes[] = {x.size(0), size.channels, size.height, size.width};
   const int64_t row = size.width * size.channels, strides[] = {size.height * row, 1, row, size.channels};
-  return empty_strided({sizes, 4}, {strides, 4}, dtype_of(x), x);
+  return empty_strided({sizes, 4}, {strides, 4}, dtype, x);
 }
+
+inline Tensor empty_images(const Tensor& x, ImageSize size) { return empty_images(x, size, dtype_of(x)); }
 
 inline void check_output(const Tensor& y, const Tensor& x, ImageSize size) {
   check_images(y);

@@ -7,8 +7,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/isa.h"
-#include "tensor.h"
+#include "cpu/conv.h"
 
 namespace fastres {
 namespace {
@@ -299,11 +298,6 @@ int64_t blocks(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
 bool is_bytes(const Tensor& x) { return x.is_cpu() && x.scalar_type() == ScalarType::Byte && x.numel() > 0; }
 
-Tensor empty_images(int64_t n, int64_t c, int64_t h, int64_t w, int32_t dtype, const Tensor& like) {  // channels_last
-  const int64_t sizes[4] = {n, c, h, w}, strides[4] = {h * w * c, 1, w * c, c};
-  return empty_strided({sizes, 4}, {strides, 4}, dtype, like);
-}
-
 OptionalTensor quantize(Tensor x, double scale, int64_t zero_point) {
   if (!x.is_cpu() || !has_kernel_dtype(x) || x.numel() == 0) return std::nullopt;
   const Scale how{static_cast<float>(1.0 / scale), static_cast<int32_t>(zero_point)};
@@ -312,7 +306,7 @@ OptionalTensor quantize(Tensor x, double scale, int64_t zero_point) {
   const auto layout = channels_last_of(x);
   const bool flat = images ? layout.value_or(false) : x.is_contiguous();
   if (!flat && !(images && layout.has_value())) return std::nullopt;
-  const Tensor y = images ? empty_images(size[0], size[1], size[2], size[3], aoti_torch_dtype_uint8(), x)
+  const Tensor y = images ? empty_images(x, {size[1], size[2], size[3]}, aoti_torch_dtype_uint8())
                           : empty_strided(size, x.strides(), aoti_torch_dtype_uint8(), x);
   dispatch_dtype(x, "x", [&](auto t) {
     using T = decltype(t);
@@ -330,7 +324,7 @@ OptionalTensor quantize_blocks(Tensor x, double scale, int64_t zero_point, std::
   if (!x.is_cpu() || x.scalar_type() != ScalarType::Float || x.numel() == 0 || padding.size() != 2) return std::nullopt;
   if (!(layout.has_value() || one) || x.size(1) > 4) return std::nullopt;
   const Scale how{static_cast<float>(1.0 / scale), static_cast<int32_t>(zero_point)};
-  const Tensor y = empty_images(x.size(0), 16, rows, columns, aoti_torch_dtype_uint8(), x);
+  const Tensor y = empty_images(x, {16, rows, columns}, aoti_torch_dtype_uint8());
   const QuantizeBlocks kernel{how, input<float>(x), output<uint8_t>(y), x.size(1), x.size(2), x.size(3), rows, columns,
                               padding[0], padding[1], layout.value_or(false)};
   launch(kernel, x.size(0) * rows, x.size(0) * rows * columns * 16);
@@ -360,7 +354,7 @@ bool is_nhwc(const Tensor& x) {
 OptionalTensor max_pool(Tensor x, std::vector<int64_t> window, int64_t p, int64_t q) {
   if (!is_nhwc(x) || window.size() != 6) return std::nullopt;
   const auto size = x.sizes();
-  const Tensor y = empty_images(size[0], size[1], p, q, aoti_torch_dtype_uint8(), x);
+  const Tensor y = empty_images(x, {size[1], p, q}, aoti_torch_dtype_uint8());
   const MaxPool kernel{input<uint8_t>(x), output<uint8_t>(y), size[1], size[2], size[3], p, q,
                        {window[0], window[1]}, {window[2], window[3]}, {window[4], window[5]}};
   launch(kernel, size[0] * p, size[0] * p * q * size[1]);
@@ -372,7 +366,7 @@ OptionalTensor mean(Tensor x, double scale, int64_t zero_point, double y_scale, 
   const auto size = x.sizes();
   const int64_t pixels = size[2] * size[3], tasks = (size[1] + kChannels - 1) / kChannels;
   const bool wide = y_scale == 0;
-  const Tensor y = empty_images(size[0], size[1], 1, 1, wide ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8(), x);
+  const Tensor y = empty_images(x, {size[1], 1, 1}, wide ? aoti_torch_dtype_float32() : aoti_torch_dtype_uint8());
   const double each = scale / static_cast<double>(pixels);
   const Mean kernel{input<uint8_t>(x), size[1], pixels, tasks, wide ? each : each / y_scale, pixels * zero_point,
                     wide ? output<float>(y) : nullptr, wide ? nullptr : output<uint8_t>(y),
