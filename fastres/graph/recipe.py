@@ -41,7 +41,7 @@ class Range(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is quantized.
+    """A plan of how a network is quantized.
 
     Attributes:
         steps: the names of the graph's operators, which the places and slots below are of.
@@ -73,7 +73,7 @@ class Recipe:
 
 
 def steps_of(graph: Graph) -> tuple[str, ...]:
-    """What a recipe recognizes a graph by."""
+    """The lines that a recipe recognizes a graph by."""
     return tuple(f"{operator_name(step.operator)} {step.reads} {step.name}" for step in graph.steps)
 
 

@@ -157,7 +157,7 @@ def observe(runs: Runs, batches: Sequence[Sequence[Tensor]], observer: str) -> R
 
 
 def _wanted(graph: Graph, root: Mapping[int, int]) -> set[int]:
-    """What layers and means read and write, by the slot that stands for it."""
+    """The slots that layers and means read and write, by the one that stands for each."""
     found: set[int] = set()
     taken = set(layers(graph))
     for place, step in enumerate(graph.steps):

@@ -125,7 +125,7 @@ class FrozenModel(nn.Module):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether it runs layers on 8-bit integers."""
+        """True where it runs layers on 8-bit integers."""
         return self._network is not None and self._network.executor.quantized
 
     # ---- calls -------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ Network = TypeVar("Network")
 
 @dataclass(frozen=True)
 class Score:
-    """What a network's answers are worth beside the float32 network's.
+    """A comparison of a network's answers with the float32 network's.
 
     Attributes:
         snr: in dB; of the worst output where there are several.
@@ -53,7 +53,7 @@ class Score:
 
     @property
     def holds(self) -> bool:
-        """Whether the network passes."""
+        """True where the network passes."""
         return not self.fault
 
 
@@ -100,7 +100,7 @@ class Gate:
         self.images = sum(len(batch[0]) if batch and batch[0].ndim else 1 for batch in tensors)
 
     def describe(self) -> str:
-        """What it asks for, in a line."""
+        """Say what it asks for, in a line."""
         if self.metric is not None:
             return (
                 f"the gate is the caller's metric, {_number(self.baseline)} in float32: at most {self.max_drop:g} less"
@@ -112,7 +112,7 @@ class Gate:
         return f"the gate: SNR {LEAST_SNR_OTHER:g} dB in every output: they are no logits, nothing is counted"
 
     def weakness(self) -> str:
-        """Why the gate says little; empty where it does not."""
+        """Say why the gate is weak; empty where it is not."""
         reasons = []
         if self.images < WEAK:
             reasons.append(f"{self.images} calibration image{'s' if self.images > 1 else ''}")
@@ -158,7 +158,7 @@ class Gate:
 
     @staticmethod
     def _counted(logits: Tensor) -> Tensor:
-        """Which images' margin exceeds noise: bool [N]."""
+        """Mark the images whose margin exceeds noise: bool [N]."""
         first, second = logits.double().topk(2, 1).values.unbind(1)  # [N] each
         return first - second > 2 * NOISE * logits.double().std(1)
 

@@ -202,7 +202,7 @@ class _Work:
 def _settled(
     work: _Work, recipe: Recipe, gate: Gate, candidates: list[int], say: Callable[[str], None]
 ) -> tuple[Settled[FrozenModel], dict[int, str]]:
-    """What the gate takes, and the layers that went back, each with what it computes in."""
+    """The network that the gate takes, and the layers that went back, each with what it computes in."""
 
     def score(network: FrozenModel) -> Score:
         return gate.score([work.answer(network, images) for images in work.batches], network)

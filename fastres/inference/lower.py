@@ -215,7 +215,7 @@ def _spread(args: tuple[Any, ...], step: Step) -> tuple[Any, ...]:
 
 
 def call_of(step: Step) -> Callable[..., Any]:
-    """What runs a step on any tensors."""
+    """The function that runs a step on any tensors."""
     ours = operator_of(step.operator)
     return step.operator if ours is None or ours.call is None else ours.call
 

@@ -1,4 +1,4 @@
-"""What freeze reports of an int8 network: each layer's precision and why, and the gate's verdict."""
+"""The report of an int8 network: each layer's precision and why, and the gate's verdict."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayerPrecision:
 
 @dataclass
 class Quantization:
-    """How a network was quantized, and how well: ``str()`` is lines for a report.
+    """The way a network was quantized, and how well: ``str()`` is lines for a report.
 
     Attributes:
         observer: how ranges were found.
